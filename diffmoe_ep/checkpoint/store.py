@@ -1,0 +1,347 @@
+"""Checkpoint folders: written by all ranks beside the final name, checked, then renamed, so that whatever has its name is complete.
+
+    checkpoints/step-0000600/    .metadata and __R_0.distcp (torch.distributed.checkpoint), meta.json (progress), SHA256SUMS
+    checkpoints/latest           the name of the newest folder; moves last
+
+Tensors lie under canonical names and logical shapes; how they are cut into pieces is of no concern to a reader, who may be laid out
+otherwise. A checkpoint may come from a stranger: its files are compared with their checksums, nothing is unpickled but `.metadata`, with a
+short list of allowed classes, and no file outside its folder is opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from diffmoe_ep.checkpoint.chunks import ChunkReader, ChunkWriter, FragmentLoadPlanner, FragmentSavePlanner, kinds, read_metadata
+from diffmoe_ep.checkpoint.layout import Fragment, whole
+
+T = TypeVar("T")
+
+FORMAT = 1
+LATEST, META, METADATA, SUMS = "latest", "meta.json", ".metadata", "SHA256SUMS"
+PARTIAL = ".partial"
+STEP = re.compile(r"step-(\d{7,})")
+REMEDY = "Use the configuration that saved it (config.yaml in its run folder), or another folder for this run"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found, trusted, or loaded into this model."""
+
+
+def save(
+    root: Path,
+    step: int,
+    fragments: Sequence[Fragment],
+    meta: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    rank: int = 0,
+    world: int = 1,
+    keep_last: int = 2,
+    keep_every: int = 0,
+) -> Path:
+    """Write what all ranks' fragments make up as `root/step-...` and return that folder once it is complete, on every rank.
+
+    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. Of the folders up to this
+    step the last `keep_last` stay and, unless `keep_every` is 0, those whose step it divides. Raises CheckpointError on all ranks if one
+    fails; `latest` then still names a complete checkpoint.
+    """
+    assert keep_last >= 1, keep_last
+    final = root / f"step-{step:07d}"
+    partial = final.with_name(final.name + PARTIAL)
+    ranks = _Ranks(group, world, f"cannot save the checkpoint {final}")
+    text = ranks.together(lambda: _prepare(root, partial, step, meta) if rank == 0 else "")[0]
+    writer = ChunkWriter(partial)
+    with ranks.errors():
+        dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group, no_dist=world == 1)
+    sums = ranks.together(lambda: {name: _sha256(partial / name) for name in writer.written})
+
+    def publish() -> None:
+        if rank == 0:
+            _publish(final, partial, text, {name: digest for part in sums for name, digest in part.items()})
+            _retire(root, step, keep_last, keep_every)
+
+    ranks.together(publish)
+    return final
+
+
+def load(
+    folder: Path,
+    fragments: Sequence[Fragment],
+    *,
+    group: dist.ProcessGroup | None = None,
+    world: int = 1,
+    allow_extra: bool = False,
+) -> None:
+    """Fill the fragments of all ranks in place, whatever layout saved the checkpoint.
+
+    Before anything is written, names, shapes and types are compared on every rank, and the files' checksums, dealt over the ranks. Unless
+    `allow_extra`, the ranks' fragments together have to name every tensor of the checkpoint. Raises CheckpointError, the same on all ranks.
+    """
+    rank = dist.get_rank(group) if world > 1 else 0
+    ranks = _Ranks(group, world, f"cannot load the checkpoint {folder}")
+    found: list[Metadata] = []
+    held = {fragment.name for fragment in fragments}
+    ranks.together(lambda: found.append(_compared(folder, fragments)))
+    metadata = found[0]
+    names = sorted(metadata.state_dict_metadata)
+    masks = ranks.together(lambda: sum(1 << number for number, name in enumerate(names) if name in held))
+    for number, name in enumerate(names):
+        if not allow_extra and not any(mask >> number & 1 for mask in masks):
+            raise CheckpointError(f"{_another(folder)} it holds {name}, which this run does not have. {REMEDY}")
+    files = sorted({place.relative_path for place in metadata.storage_data.values()})
+    ranks.together(lambda: _verify(folder, files[rank::world]))
+    with ranks.errors():
+        planner = FragmentLoadPlanner(fragments, metadata)
+        dcp.load({}, storage_reader=ChunkReader(folder, metadata), planner=planner, process_group=group, no_dist=world == 1)
+
+
+def read(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, on the CPU, in one process."""
+    stored = tensors(folder)
+    for name in names:
+        if name not in stored:
+            raise CheckpointError(f"{_another(folder)} it has no tensor {name}. {REMEDY}")
+    result = {name: torch.empty(stored[name][0], dtype=stored[name][1]) for name in names}
+    load(folder, [whole(name, tensor) for name, tensor in result.items()], allow_extra=True)
+    return result
+
+
+def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Logical shape and type of every tensor in a checkpoint, by canonical name."""
+    return kinds(_metadata(folder))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `meta.json` says: `format`, `step`, and `meta` as it was given to `save`."""
+    content = json.loads(_checked(folder, META, _sums(folder)))
+    expected = (("format", int), ("step", int), ("meta", dict))
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in expected):
+        raise CheckpointError(f"{folder}: its {META} lacks format, step or meta: it was not saved by this program")
+    if content["format"] > FORMAT:
+        raise CheckpointError(f"{folder} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep")
+    return content
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint in a `checkpoints` folder: the one that the file `latest` names, else that of the highest step."""
+    folders, pointer = _steps(root), root / LATEST
+    named = STEP.fullmatch(pointer.read_text(encoding="utf-8", errors="replace").strip()) if pointer.is_file() else None
+    newest = int(named[1]) if named and int(named[1]) in folders else max(folders, default=None)
+    return None if newest is None else folders[newest]
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint meant by a run folder, a `checkpoints` folder, or one checkpoint folder."""
+    if path.name.endswith(PARTIAL):
+        raise CheckpointError(f"{path} was not finished when its run ended: name another checkpoint, or the run folder for its newest one")
+    found = path if _complete(path) else latest(path / "checkpoints") or latest(path)
+    if found is None:
+        state = "holds no complete checkpoint" if path.is_dir() else "is not a folder"
+        looked = f"{METADATA}, {META} and {SUMS} in it, or folders step-* with these in it or in its folder `checkpoints`"
+        raise CheckpointError(f"{path} {state} (looked for {looked}): name a run folder or one of its checkpoints")
+    return found
+
+
+# ---- Steps of saving, all on rank 0 ----
+
+
+def _prepare(root: Path, partial: Path, step: int, meta: dict[str, Any]) -> str:
+    """Make an empty folder to write to, free of what killed saves left, and return the text of its meta.json."""
+    text = json.dumps({"format": FORMAT, "step": step, "meta": meta}, indent=2) + "\n"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    return text
+
+
+def _publish(final: Path, partial: Path, text: str, sums: dict[str, str]) -> None:
+    """Complete the folder, give it its name, and let `latest` name it, each step on disk before the next."""
+    _write(partial / META, text)
+    sums = {**sums, METADATA: _sha256(partial / METADATA), META: _sha256(partial / META)}
+    _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    _sync(partial)
+    if final.exists():  # the same step once more: a folder cannot be renamed onto another
+        _discard(final)
+    partial.rename(final)
+    _sync(final.parent)
+    aside = final.with_name(LATEST + PARTIAL)
+    _write(aside, final.name + "\n")
+    aside.replace(final.with_name(LATEST))
+    _sync(final.parent)
+
+
+def _retire(root: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Remove old checkpoints; those of later steps, left by a run that went back, are not for us to judge."""
+    folders = _steps(root)
+    older = sorted(number for number in folders if number < step)
+    for number in older[: max(0, len(older) - (keep_last - 1))]:
+        if not keep_every or number % keep_every:
+            _discard(folders[number])
+
+
+def _discard(folder: Path) -> None:
+    """Take the name from a folder before removing it, so that a half-removed one never counts as complete."""
+    aside = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what resists (a file open on a network disk) goes at the next save
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file through to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- What is in a folder, and whether it is what was saved ----
+
+
+def _steps(root: Path) -> dict[int, Path]:
+    """The complete checkpoints in a folder, by step."""
+    matches = ((STEP.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ()))
+    return {int(match[1]): path for match, path in matches if match and _complete(path)}
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (METADATA, META, SUMS))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The checkpoint's list of files: name -> sha256, in the manner of the program `sha256sum`."""
+    if not _complete(folder):
+        raise CheckpointError(f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one")
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line) for line in lines]
+    if not all(matches):
+        raise CheckpointError(_damaged(folder, SUMS))
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
+    """A small file's content, compared with its checksum."""
+    content = (folder / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != sums.get(name):
+        raise CheckpointError(_damaged(folder, name))
+    return content
+
+
+def _verify(folder: Path, names: Sequence[str]) -> None:
+    """Compare files with their checksums."""
+    sums = _sums(folder)
+    for name in names:
+        if not (folder / name).is_file() or _sha256(folder / name) != sums.get(name):
+            raise CheckpointError(_damaged(folder, name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(folder: Path, name: str) -> str:
+    return f"{folder} is damaged: its file {name} is not as it was saved (by {SUMS}). Use another checkpoint or a sound copy"
+
+
+def _metadata(folder: Path) -> Metadata:
+    """What torch.distributed.checkpoint noted of a checkpoint: tensors, chunks and their files."""
+    sums = _sums(folder)
+    try:
+        return read_metadata(_checked(folder, METADATA, sums), list(sums))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}. Do not use it") from error
+
+
+def _compared(folder: Path, fragments: Sequence[Fragment]) -> Metadata:
+    """The checkpoint's metadata, once the fragments' names, shapes and types were found in it."""
+    read_meta(folder)
+    metadata = _metadata(folder)
+    stored = kinds(metadata)
+    for fragment in fragments:
+        if fragment.name not in stored:
+            raise CheckpointError(f"{_another(folder)} it has no tensor {fragment.name}, here of shape {fragment.shape}. {REMEDY}")
+        there, here = stored[fragment.name], (fragment.shape, fragment.data.dtype)
+        if there != here:
+            what, number = ("shape", 0) if there[0] != here[0] else ("type", 1)
+            raise CheckpointError(f"{_another(folder)} {fragment.name} has {what} {there[number]} there and {here[number]} here. {REMEDY}")
+    return metadata
+
+
+def _another(folder: Path) -> str:
+    return f"{folder} is a checkpoint of another model or optimizer:"
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks that save or load together."""
+
+    group: dist.ProcessGroup | None
+    """Their process group; None is all ranks."""
+    world: int
+    """How many they are; with one, no process group is needed."""
+    what: str
+    """How the message of a failure begins."""
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Run the action on every rank and return all results; if one fails all raise its error, so that none waits for it for ever."""
+        cause: Exception | None = None
+        message: str | None = None
+        result: T | None = None
+        try:
+            result = action()
+        except Exception as error:  # whatever it is, the others have to hear of it; it is raised below
+            cause, message = error, self._message(error)
+        everyone = [(message, result)] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, (message, result), group=self.group)
+        for failure, _ in everyone:
+            if failure is not None:
+                raise CheckpointError(failure) from cause
+        return [value for _, value in everyone]  # type: ignore[misc]  # None only where T allows it
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what torch.distributed.checkpoint raises, on all ranks alike, into a CheckpointError."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+                yield
+        except CheckpointException as failure:
+            cause = failure.failures[min(failure.failures)][0]
+            if not isinstance(cause, Exception):  # an interrupt is no fault of the checkpoint
+                raise cause from None
+            raise CheckpointError(self._message(cause)) from failure
+
+    def _message(self, error: Exception) -> str:
+        if isinstance(error, CheckpointError):
+            return str(error)
+        if isinstance(error, OSError):
+            return f"{self.what}: {error}. Its folder needs permission and enough space; other checkpoints are untouched"
+        return f"{self.what}: {error}" if isinstance(error, ValueError) else f"{self.what}: {type(error).__name__}: {error}"

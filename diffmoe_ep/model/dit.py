@@ -1,0 +1,83 @@
+"""The diffusion transformer, dense or DiffMoE, as a plain single-device model.
+
+Legend: B samples, C channels, T tokens, D hidden size, L blocks.
+
+`model(x, t, condition)` gives an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and swaps the dispatcher
+for a run on many ranks; samplers and objectives only see a callable.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_ep.config import ModelConfig, PoolConfig
+from diffmoe_ep.model.block import Block, Head
+from diffmoe_ep.model.embed import LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
+from diffmoe_ep.moe.capacity import InferenceRule
+from diffmoe_ep.moe.layer import LayerReport, MoELayer
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward gives."""
+
+    prediction: Tensor                     # (B, out_channels, H, W) at least float32; under flow eps - x_0
+    auxiliary: Tensor                      # scalar to add to the objective's loss: the predictors' weighted loss; 0 in eval mode
+    layers: tuple[LayerReport, ...]        # what each MoE layer did
+
+
+def is_moe(model: ModelConfig, block: int) -> bool:
+    """Whether block i (from 0) is an MoE block: every odd one, or all without interleaving."""
+    return model.family == "diffmoe" and (not model.interleave or block % 2 == 1)
+
+
+class DiT(nn.Module):
+    """Patches -> L blocks conditioned on time and class -> patches."""
+
+    positions: Tensor
+
+    def __init__(self, model: ModelConfig, pool: PoolConfig | None = None, compute_type: torch.dtype | None = None) -> None:
+        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the weights' own type."""
+        super().__init__()
+        pool = pool or PoolConfig()
+        self.config = model
+        self.compute_type = compute_type
+        self.patches = PatchEmbed(model.in_channels, model.hidden, model.patch)
+        self.time = TimeEmbed(model.hidden)
+        self.label = LabelEmbed(model.num_classes, model.hidden)
+        self.blocks = nn.ModuleList(Block(model, pool, is_moe(model, index)) for index in range(model.blocks))
+        self.head = Head(model)
+        self.register_buffer("positions", sine_positions(model.hidden, model.input_size // model.patch), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
+        """Images x (B, C, H, W) at times t (B,) with labels condition (B,) int64 (num_classes: the null class) -> Output."""
+        with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
+            tokens = self.patches(x)                                            # (B, T, D)
+            tokens = tokens + self.positions.to(tokens.dtype)
+            c = self.time(t) + self.label(condition)                            # (B, D)
+            reports = []
+            for block in self.blocks:
+                tokens, report = block(tokens, c)                               # (B, T, D)
+                if report is not None:
+                    reports.append(report)
+            patches = self.head(tokens, c)                                      # (B, T, patch * patch * channels)
+        wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        prediction = unpatchify(wide, self.config.patch, self.config.out_channels)
+        return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
+
+    def _auxiliary(self, reports: list[LayerReport], like: Tensor) -> Tensor:
+        losses = [report.loss for report in reports if report.loss is not None]
+        if not losses:
+            return like.new_zeros(())
+        total = torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
+        return total * self.config.predictor_weight
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, first to last."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]  # type: ignore[union-attr, misc]
+
+    def set_inference(self, rule: InferenceRule) -> None:
+        """Set how experts choose tokens in eval mode."""
+        for layer in self.moe_layers():
+            layer.rule = rule

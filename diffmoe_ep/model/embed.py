@@ -1,0 +1,71 @@
+"""From pixels, time and condition to vectors, and back from tokens to pixels.
+
+Legend: B samples, C channels, T tokens, D hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and map each to a token, row by row."""
+
+    def __init__(self, in_channels: int, hidden: int, patch: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, hidden, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D)."""
+        tokens: Tensor = self.projection(x)                     # (B, D, H/p, W/p)
+        return tokens.flatten(2).transpose(1, 2)                # (B, T, D)
+
+
+def sine_positions(hidden: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (side * side, D): the first half of D codes the column, the second the row."""
+    frequency = 10000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))     # (D/4,)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency                         # (side, D/4)
+    half = torch.cat([angle.sin(), angle.cos()], dim=1)                                          # (side, D/2)
+    rows, columns = half[:, None].expand(-1, side, -1), half[None].expand(side, -1, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+class TimeEmbed(nn.Module):
+    """Embed a time as it is (flow: 0 to 1) by 256 sinusoids and a small network."""
+
+    def __init__(self, hidden: int, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        half = self.features // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+        angle = t[:, None] * frequency                                                           # (B, 128)
+        embedded: Tensor = self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
+        return embedded
+
+
+class LabelEmbed(nn.Module):
+    """A row for each class, and a last one for the null class."""
+
+    def __init__(self, num_classes: int, hidden: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, hidden)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        embedded: Tensor = self.table(label)
+        return embedded
+
+
+def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """Put tokens (B, T, patch * patch * C), features ordered (row, column, channel), back into images (B, C, H, W)."""
+    batch, count, _ = tokens.shape
+    side = math.isqrt(count)
+    image = tokens.view(batch, side, side, patch, patch, channels)
+    return image.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, side * patch, side * patch)

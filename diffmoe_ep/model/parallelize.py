@@ -1,0 +1,71 @@
+"""The one place where model and mesh meet: slice the experts, swap the dispatcher and the pools, and leave DeepSpeed its marks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.moe.dispatch import AllToAllDispatch
+from diffmoe_ep.moe.pool import Pools
+from diffmoe_ep.parallel.mesh import Mesh
+
+
+def shard_experts(model: DiT, mesh: Mesh) -> DiT:
+    """Keep this rank's experts of every layer, and let rows travel to the others. Initial weights are the same before or after."""
+    if mesh.expert.size > 1:
+        for layer in model.moe_layers():
+            here = layer.num_experts // mesh.expert.size
+            layer.experts.first = mesh.expert.rank * here
+            for name, parameter in list(layer.experts.named_parameters()):
+                mine = parameter.detach()[layer.experts.first : layer.experts.first + here].clone()
+                setattr(layer.experts, name, nn.Parameter(mine))
+            layer.dispatcher = AllToAllDispatch(mesh.expert)
+    return model
+
+
+def widen_pools(model: DiT, mesh: Mesh) -> DiT:
+    """Let training pools cover the ranks of the mesh's pool group."""
+    if mesh.pool.size > 1:
+        for layer in model.moe_layers():
+            layer.pools = Pools(layer.pools.tokens, mesh.pool)
+    return model
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter's name is that of a stacked expert tensor, whose dimension 0 counts experts."""
+    return ".experts." in name
+
+
+def mark_for_deepspeed(model: DiT, mesh: Mesh) -> DiT:
+    """Tell DeepSpeed which parameters are experts' and over which groups they are sharded and copied.
+
+    DeepSpeed finds experts by the class of a module and two attributes of a parameter. A child without parameters carries the class, so
+    that our layers need not inherit from it. Without expert sharding nothing is marked: experts are then parameters like all others.
+    """
+    if mesh.expert.size == 1:
+        return model
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    group_name = f"ep_size_{mesh.expert.size}"
+
+    class ExpertMark(MoE):  # type: ignore[misc]
+        def __init__(self, num_experts: int) -> None:
+            nn.Module.__init__(self)
+            self.num_experts, self.ep_size = num_experts, mesh.expert.size
+            self.num_local_experts, self.expert_group_name = num_experts // mesh.expert.size, group_name
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            """Hand over the mesh's groups, so that DeepSpeed makes none of its own."""
+            groups._get_expert_parallel_group_dict()[group_name] = mesh.expert.handle
+            groups._get_expert_data_parallel_group_dict()[group_name] = mesh.replicas.handle
+
+        def forward(self, *_: Any) -> torch.Tensor:
+            raise AssertionError("a mark is never called")
+
+    for layer in model.moe_layers():
+        layer.add_module("deepspeed_mark", ExpertMark(layer.num_experts))
+        for parameter in layer.experts.parameters():
+            parameter.allreduce, parameter.group_name = False, group_name  # type: ignore[attr-defined]
+    return model

@@ -1,0 +1,62 @@
+"""The experts of one layer: N feed-forward networks in stacked tensors, computed on rows that are grouped by expert.
+
+Legend: N experts (E of them on this rank), D hidden size, F = 4D, R rows.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kernel = Literal["auto", "loop", "batched"]
+
+
+class Experts(nn.Module):
+    """Stacked FFNs: Linear(D, 4D), GELU (tanh form), Linear(4D, D), both with bias.
+
+    Weights are stored (N, in, out): that is what the batched matmul reads without a transposed copy. A rank of an expert group holds a
+    slice of dimension 0, of which `first` is the first expert's global number.
+    """
+
+    def __init__(self, num_experts: int, hidden: int, kernel: Kernel = "auto") -> None:
+        super().__init__()
+        width = 4 * hidden
+        self.kernel: Kernel = kernel
+        self.first = 0
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, width))     # (N, D, F)
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, width))               # (N, F)
+        self.fc2_weight = nn.Parameter(torch.empty(num_experts, width, hidden))     # (N, F, D)
+        self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden))              # (N, D)
+
+    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and zero."""
+        even = len(set(counts)) == 1
+        if self.kernel == "loop" or (self.kernel == "auto" and not even):
+            return self._loop(rows, counts)
+        return self._batched(rows, counts) if even else self._padded(rows, counts)
+
+    def _loop(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The reference: one expert after the other. `unbind` has one backward for all; slices W[e] would each fill a whole gradient."""
+        weights = zip(self.fc1_weight.unbind(), self.fc1_bias.unbind(), self.fc2_weight.unbind(), self.fc2_bias.unbind(), strict=True)
+        parts = [
+            torch.addmm(b2, F.gelu(torch.addmm(b1, part, w1), approximate="tanh"), w2)
+            for part, (w1, b1, w2, b2) in zip(rows.split(list(counts)), weights, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _batched(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """One batched matmul for all experts, when each has equally many rows."""
+        stacked = rows.view(len(counts), counts[0], rows.shape[1])                  # (E, R/E, D)
+        hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], stacked, self.fc1_weight), approximate="tanh")
+        return torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight).flatten(0, 1)
+
+    def _padded(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The batched matmul for ragged experts: each expert's rows padded with zeros to the longest."""
+        count = torch.tensor(counts, device=rows.device)
+        longest = max(counts)
+        gap = torch.arange(len(counts), device=rows.device) * longest - (count.cumsum(0) - count)
+        place = torch.arange(rows.shape[0], device=rows.device) + gap.repeat_interleave(count, output_size=rows.shape[0])   # (R,)
+        padded = rows.new_zeros(len(counts) * longest, rows.shape[1]).index_copy(0, place, rows)
+        return self._batched(padded, [longest] * len(counts)).index_select(0, place)

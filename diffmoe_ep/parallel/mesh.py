@@ -1,0 +1,156 @@
+"""The rank grid (expert x data) and its process groups, from megatron-core's parallel state; the one place that reads the environment.
+
+Expert groups are runs of EP neighbouring ranks, so that dispatch stays inside a node where it can; ranks with the same place in their
+groups hold copies of the same experts. Groups are made once, eagerly, all with one timeout.
+"""
+
+import datetime
+import os
+import socket
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from diffmoe_ep.config import ConfigError
+from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands: its rank, its device and the groups that it talks to."""
+
+    world: Group = ALONE                            # all W ranks
+    expert: Group = ALONE                           # the EP ranks that share one copy of the experts
+    replicas: Group = ALONE                         # the EDP = W / EP ranks that hold the same experts as this one
+    pool: Group = ALONE                             # the ranks that one training pool spans (this rank alone if pools lie inside ranks)
+    device: torch.device = field(default=torch.device("cpu"))
+    host: str = ""                                  # this machine's name, for reports
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all ranks."""
+        return self.world.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks W."""
+        return self.world.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all (progress, grids, messages)."""
+        return self.world.rank == 0
+
+    def agree(self, problem: str | None) -> None:
+        """Raise ConfigError on every rank if any rank has a problem, so that none waits for one that has stopped."""
+        problems = gather_objects(problem, self.world)
+        found = [(rank, text) for rank, text in enumerate(problems) if text]
+        if not found:
+            return
+        texts = {text for _, text in found}
+        if len(texts) == 1 and len(found) == len(problems):
+            raise ConfigError(found[0][1])
+        raise ConfigError("; ".join(f"rank {rank}: {text}" for rank, text in found[:4]))
+
+    def same(self, value: object) -> object:
+        """Give every rank rank 0's value (a path found on disk, a step), so that all act on one view of the world."""
+        return gather_objects(value if self.is_first else None, self.world)[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            gather_objects(None, self.world)
+
+
+def launched_world() -> int:
+    """The number of processes that the launcher (deepspeed, torchrun, srun with its variables) started; 1 without one."""
+    return _integer("WORLD_SIZE", 1)
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher tells it; 0 without one."""
+    return _integer("RANK", 0)
+
+
+def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
+    """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks` ranks.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as every launcher sets them; without them the process is alone.
+    Raises ConfigError when the launcher's variables are incomplete.
+    """
+    world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU")
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))     # DeepSpeed insists on it, also for a process that is alone
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+            if missing and "DIFFMOE_STORE" not in os.environ:
+                raise ConfigError(f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun")
+            method = os.environ.get("DIFFMOE_STORE", "env://")   # a shared file instead of a port
+            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=timeout)
+
+    with warnings.catch_warnings():                 # its wishes for optional packages are no news to our users
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state    # seconds to import: only where ranks are set up
+
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                expert_model_parallel_size=expert,
+                expert_tensor_parallel_size=1,
+                distributed_timeout_minutes=max(1, round(timeout_minutes)),
+                create_gloo_process_groups=False,
+            )
+    everyone = Group(world, rank, dist.group.WORLD)
+    experts = _group(parallel_state.get_expert_model_parallel_group())
+    pool = next((group for group in (ALONE, everyone, experts) if group.size == pool_ranks), None)
+    if pool is None:
+        pool = _neighbours(pool_ranks, everyone, timeout)
+    return Mesh(everyone, experts, _group(parallel_state.get_expert_data_parallel_group()), pool, where, socket.gethostname())
+
+
+def stop() -> None:
+    """Leave the process group, so that a process can end (or a test start again) cleanly."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def pool_ranks(span: int, local: int) -> int:
+    """Ranks that one pool of `span` samples covers when each rank has `local` samples of a micro-step."""
+    return max(1, span // local)
+
+
+def _group(handle: dist.ProcessGroup) -> Group:
+    return Group(dist.get_world_size(handle), dist.get_rank(handle), handle)
+
+
+def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> Group:
+    """Cut all ranks into runs of `size` neighbours; every rank makes every group, as torch demands."""
+    mine = None
+    for first in range(0, world.size, size):
+        handle = dist.new_group(list(range(first, first + size)), timeout=timeout)
+        if first <= world.rank < first + size:
+            mine = handle
+    assert mine is not None
+    return _group(mine)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"the environment variable {name} is {text!r}, which is no whole number; start with deepspeed or torchrun")
+    return int(text)

@@ -1,0 +1,234 @@
+"""DeepSpeed's engine behind four verbs: forward, backward, step, and the state as fragments of logical tensors.
+
+Weights are float32 at every ZeRO stage (bf16 is a compute type, by autocast inside the model), so they are the master weights, gradients
+are reduced in float32, and the stages differ only in who holds the optimiser's state: everyone (0) or each replica its share (1, 2).
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import Tensor, nn
+
+from diffmoe_ep.checkpoint.layout import Fragment, share
+from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
+from diffmoe_ep.model.dit import DiT, Output
+from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
+from diffmoe_ep.parallel.collectives import all_sum
+from diffmoe_ep.parallel.mesh import Mesh
+
+DECIDED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
+           "bf16", "fp16", "torch_autocast", "data_types", "steps_per_print")
+
+
+@dataclass(frozen=True)
+class Held:
+    """An interval of a parameter whose optimiser state this rank holds, and where that state lies."""
+
+    name: str              # the parameter's name
+    start: int             # first element within this rank's own parameter
+    owner: Tensor          # the tensor that the optimiser knows: the parameter itself, or a flat partition
+    at: int                # first element within the owner
+    numel: int
+
+
+class Engine:
+    """One training engine; all ranks build it together."""
+
+    def __init__(self, model: DiT, config: Config, mesh: Mesh) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On CPU, DeepSpeed would compile a shared-memory operator at first use (minutes, and a stale lock hangs every later start).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.config, self.mesh = config, mesh
+        self.module = mark_for_deepspeed(model.to(mesh.device), mesh)
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._clip = config.train.clip or math.inf
+        self._norm: Tensor | float = 0.0
+        optimizer = _optimizer(self.named, config.train.optimizer)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False)
+        self.basic = self.optimizer.optimizer if config.parallel.zero else self.optimizer
+        if config.parallel.zero == 0:
+            # DeepSpeed's own clipping at stage 0 leaves the other ranks' experts out of the norm.
+            self.engine.clip_fp32_gradients = self._clip_gradients
+        self._held = self._find_held()
+        self._prove_complete()
+
+    # -- training -----------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
+        """Run the model in training mode."""
+        output: Output = self.engine(x, t, condition)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-step's gradients; `loss` is the mean over this rank's samples, accumulation is divided here."""
+        self.engine.backward(loss)
+
+    def step(self, rate: float) -> None:
+        """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at `rate`."""
+        for group in self.basic.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        if self.config.parallel.zero:
+            self._norm = self.optimizer._global_grad_norm
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradients over all parameters and ranks, before clipping; synchronises with the device."""
+        return float(self._norm)
+
+    def _clip_gradients(self) -> None:
+        """The exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the expert group."""
+        dense = [p.grad for name, p in self.named.items() if p.grad is not None and not is_expert(name)]
+        experts = [p.grad for name, p in self.named.items() if p.grad is not None and is_expert(name)]
+        square = all_sum(_square(experts, self.mesh.device), self.mesh.expert) + _square(dense, self.mesh.device)
+        self._norm = square.sqrt()
+        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)           # the same formula as DeepSpeed's at stages 1 and 2
+        torch._foreach_mul_(dense + experts, scale.float())
+
+    # -- state --------------------------------------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape of a parameter, over all experts."""
+        shape = tuple(self.named[name].shape)
+        return (shape[0] * self.mesh.expert.size, *shape[1:]) if is_expert(name) else shape
+
+    def moments(self) -> list[Fragment]:
+        """This rank's share of the optimiser's moments, in the parameters' logical shapes; views, so that loading writes into them."""
+        fragments = []
+        for held in self._held:
+            first = self.named[held.name].numel() * self.mesh.expert.rank if is_expert(held.name) else 0
+            for key in _moments(self.config.train.optimizer):
+                state = self.basic.state[held.owner]
+                if key not in state:
+                    self._start_state(held.owner)
+                data = self.basic.state[held.owner][key].view(-1)[held.at : held.at + held.numel]
+                fragment = Fragment(f"optimizer.{key}.{held.name}", self.shape(held.name), first + held.start, data)
+                fragments.append(fragment)
+        return fragments
+
+    def moments_to_save(self) -> list[Fragment]:
+        """The same without repetition: at stage 0 every replica holds all, so each gives one share."""
+        if self.config.parallel.zero:
+            return self.moments()
+        return [self.my_share(fragment, is_expert(fragment.name)) for fragment in self.moments()]
+
+    def my_share(self, fragment: Fragment, expert: bool) -> Fragment:
+        """The part of a replicated fragment that this rank writes."""
+        group = self.mesh.replicas if expert else self.mesh.world
+        return share(fragment, group.rank, group.size)
+
+    def continue_from(self, step: int) -> None:
+        """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""
+        if self.config.parallel.zero:
+            for held in self._held:                                             # the flat float32 copies follow the loaded weights
+                held.owner.data[held.at : held.at + held.numel].copy_(self.named[held.name].data.view(-1)[held.start : held.start + held.numel])
+        if self.config.train.optimizer.kind == "adamw":
+            for owner in {id(held.owner): held.owner for held in self._held}.values():
+                self.basic.state[owner]["step"].fill_(step)
+        accumulation = self.config.train.accumulation
+        self.engine.global_steps, self.engine.micro_steps = step, step * accumulation
+        self.engine.global_samples = step * self.config.train.batch
+
+    def _start_state(self, owner: Tensor) -> None:
+        """Make an optimiser's state as its own first step would, so that loading has something to write into."""
+        state = self.basic.state[owner]
+        if self.config.train.optimizer.kind == "adamw":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
+        for key in _moments(self.config.train.optimizer):
+            state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+
+    def _find_held(self) -> list[Held]:
+        if not self.config.parallel.zero:
+            return [Held(name, 0, parameter, 0, parameter.numel()) for name, parameter in self.named.items()]
+        held = []
+        for name, parameter in self.named.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:                                             # None: other replicas hold all of it
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                owner = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                held.append(Held(name, here.start, owner, there.start, there.numel))
+        return held
+
+    def _prove_complete(self) -> None:
+        """Every trainable element must be held by exactly one replica (all of them at stage 0); checked once, at the start."""
+        numel = torch.zeros(len(self.named), dtype=torch.int64, device=self.mesh.device)
+        order = {name: index for index, name in enumerate(self.named)}
+        for held in self._held:
+            numel[order[held.name]] += held.numel
+        if self.config.parallel.zero:
+            over_world, over_replicas = all_sum(numel, self.mesh.world), all_sum(numel, self.mesh.replicas)
+            numel = torch.stack([(over_replicas if is_expert(name) else over_world)[index] for name, index in order.items()])
+        for (name, parameter), found in zip(self.named.items(), numel.tolist(), strict=True):
+            if found != parameter.numel():
+                raise RuntimeError(f"the optimiser holds {found} of the {parameter.numel()} elements of {name}; this is a fault of the engine")
+
+
+def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """DeepSpeed's settings for a config, with the user's own JSON file merged in; raises ConfigError where that contradicts the config."""
+    micro = config.train.batch // config.train.accumulation // mesh.size
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.train.clip if config.parallel.zero else (config.train.clip or 1e30),    # at stage 0 it calls our norm
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": 50_000_000},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if config.log.tensorboard:
+        ours["tensorboard"] = {"enabled": True, "output_path": str(Path(config.folder) / "tensorboard"), "job_name": "run"}
+    return _merged(ours, _user_settings(config.parallel.deepspeed), config)
+
+
+def _user_settings(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        user = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"parallel.deepspeed {path} cannot be read as JSON ({error}); give a DeepSpeed settings file or null") from error
+    if not isinstance(user, dict):
+        raise ConfigError(f"parallel.deepspeed {path} holds a {type(user).__name__}, not an object of settings")
+    return user
+
+
+def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
+    for key in user:
+        if key in DECIDED:
+            raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets {key}, which this config decides; remove it there")
+    zero = user.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero) != config.parallel.zero:
+        raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization to {zero!r}, but parallel.zero is "
+                          f"{config.parallel.zero}; set the stage with parallel.zero")
+    for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
+        if zero.get(key):
+            raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization.{key}, which checkpoints cannot read; remove it")
+    return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
+
+
+def _optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = split_params_into_different_moe_groups_for_optimizer([{"params": list(named.values()), "name": "all"}])
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(groups, lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _moments(config: OptimizerConfig) -> tuple[str, ...]:
+    if config.kind == "adamw":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.momentum else ()
+
+
+def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack(norms).double().square().sum()

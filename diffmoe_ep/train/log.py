@@ -1,0 +1,143 @@
+"""What a run tells: its folder, the environment report, metrics.jsonl and the progress bar."""
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffmoe_ep.config import Config, dump
+from diffmoe_ep.parallel.collectives import gather_objects
+from diffmoe_ep.parallel.mesh import Mesh
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it makes."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, one line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of sample grids."""
+        return self.path / "samples"
+
+    def problem(self) -> str | None:
+        """Why this process cannot write here, or None."""
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-{platform.node()}"
+            probe.write_text("")
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            return f"folder {self.path} cannot be written ({error.strerror}); give another with folder=... or change its permissions"
+        return None
+
+    def describe(self, config: Config, mesh: Mesh, providers: dict[str, str]) -> None:
+        """Write the resolved config and the environment report (rank 0); every rank takes part."""
+        where = gather_objects((mesh.host, str(mesh.device)), mesh.world)
+        if not mesh.is_first:
+            return
+        report = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank",
+            "ranks": mesh.size,
+            "expert_parallel": mesh.expert.size,
+            "hosts": sorted({host for host, _ in where}),
+            "rank_devices": [device for _, device in where],
+            "providers": providers,
+            "config": asdict(config),
+        }
+        (self.path / "config.yaml").write_text(dump(config), encoding="utf-8")
+        (self.path / "environment.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+class Metrics:
+    """metrics.jsonl: one line a logged step, with what a resumed run will do again cut off first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line."""
+        self.file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class Progress:
+    """A bar on a terminal, a line now and then in a file: step, samples/s, loss, capacity, time left."""
+
+    def __init__(self, step: int, steps: int, batch: int) -> None:
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), smoothing=0.1)
+        self.batch, self.steps, self.first = batch, steps, step
+        self.loss: float | None = None
+        self.started = self.spoken = time.monotonic()
+
+    def show(self, step: int, loss: float, capacity: float | None, samples_per_second: float) -> None:
+        """Tell where the run stands; the loss shown is a moving average."""
+        self.loss = loss if self.loss is None else 0.8 * self.loss + 0.2 * loss
+        facts = {"samples/s": f"{samples_per_second:.0f}", "loss": f"{self.loss:.4f}"}
+        if capacity is not None:
+            facts["capacity"] = f"{capacity:.2f}"
+        if not self.bar.disable:
+            self.bar.set_postfix(facts, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.spoken >= 10 or step == self.steps:
+            self.spoken = now
+            left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
+            told = "  ".join(f"{name} {value}" for name, value in facts.items())
+            self.say(f"step {step}/{self.steps}  {told}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line cut short by a kill is dropped."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,20 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+from diffmoe_ep.config import TrainConfig
+
+
+def rate(train: TrainConfig, step: int) -> float:
+    """Rate of optimiser step `step` (from 0 to steps - 1): linear warm-up, then constant or falling to `final` times the peak at the end."""
+    peak, schedule = train.optimizer.rate, train.schedule
+    if step < schedule.warmup:
+        return peak * (step + 1) / schedule.warmup
+    progress = (step - schedule.warmup) / max(1, train.steps - schedule.warmup)
+    match schedule.kind:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - (1 - schedule.final) * progress)
+        case "cosine":
+            return peak * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2)

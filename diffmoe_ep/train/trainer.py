@@ -1,0 +1,310 @@
+"""A training run from config to checkpoint: what a newcomer reads first.
+
+A run is a function of its config. Which samples a step sees, their noise, times and dropped conditions depend on their positions; which
+tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO stage and workers change how it is computed, never what.
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe_ep.checkpoint.exchange import check_continues, fragments, persistent_buffers
+from diffmoe_ep.checkpoint.layout import Fragment
+from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
+from diffmoe_ep.config import Config, ConfigError, check_world, num_tokens, pool_samples, to_tree
+from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.stream import Stream
+from diffmoe_ep.diffusion.objective import objective_of
+from diffmoe_ep.evaluate.draw import classes_in_turn, draw, pixels_of
+from diffmoe_ep.evaluate.picture import curves, grid
+from diffmoe_ep.model.count import count
+from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.model.initialize import initialize
+from diffmoe_ep.model.parallelize import is_expert, shard_experts, widen_pools
+from diffmoe_ep.moe.layer import LayerReport
+from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.collectives import all_sum
+from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.ema import Ema
+from diffmoe_ep.train.engine import Engine
+from diffmoe_ep.train.log import Metrics, Progress, RunFolder
+from diffmoe_ep.train.schedule import rate
+
+
+def train(config: Config) -> None:
+    """Train, or continue, the run that the config describes; returns when its last step is saved.
+
+    Raises ConfigError, DataError or CheckpointError, the same on every rank, before anything is built if something does not fit.
+    """
+    check_world(config, meshes.launched_world())
+    mesh = start_mesh(config)
+    try:
+        dataset, checkpoint = prepare(config, mesh)
+        step = read_meta(checkpoint)["step"] if checkpoint else 0
+        if step >= config.train.steps:
+            if mesh.is_first:
+                print(f"{config.folder} is finished: step {step} of {config.train.steps}. To go on, raise train.steps; to start anew, give another folder.")
+            return
+        Trainer(config, mesh, dataset, checkpoint).run()
+    finally:
+        meshes.stop()
+
+
+def start_mesh(config: Config) -> Mesh:
+    """Join the other ranks in the grid that the config asks for."""
+    local = config.train.batch // config.train.accumulation // meshes.launched_world()
+    ranks = meshes.pool_ranks(pool_samples(config), local) if config.model.family == "diffmoe" else 1
+    return meshes.start(config.parallel.expert, ranks, config.parallel.timeout_minutes)
+
+
+def prepare(config: Config, mesh: Mesh) -> tuple[Dataset, Path | None]:
+    """Look at everything outside this process that could fail, on every rank, and agree before going on."""
+    run = RunFolder(Path(config.folder))
+    mesh.agree(run.problem())
+    found = latest(run.checkpoints) if mesh.is_first else None
+    checkpoint = mesh.same(found)
+    assert checkpoint is None or isinstance(checkpoint, Path)
+    problem, dataset = None, None
+    try:
+        dataset = Dataset.open(config.data.folder)
+        check_data(config, dataset)
+        if checkpoint is not None and config.resume == "never":
+            raise ConfigError(f"{config.folder} holds the checkpoint {checkpoint.name} and resume is never; set resume=auto or give another folder")
+        if checkpoint is not None:
+            check_continues(checkpoint, config, dataset.fingerprint)
+    except ValueError as error:                                                 # ConfigError, DataError, CheckpointError: told on all ranks
+        problem = str(error)
+    mesh.agree(problem)
+    assert dataset is not None
+    return dataset, checkpoint
+
+
+def check_data(config: Config, dataset: Dataset) -> None:
+    """Raise ConfigError unless the data fit the model."""
+    facts, model = dataset.manifest, config.model
+    if facts.shape != (model.in_channels, model.input_size, model.input_size):
+        raise ConfigError(f"the data in {config.data.folder} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
+                          f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}")
+    if facts.num_classes != model.num_classes:
+        raise ConfigError(f"the data in {config.data.folder} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
+                          f"set model.num_classes={facts.num_classes}")
+    if config.sample.grid_every and find_spec("PIL") is None:
+        raise ConfigError(f"sample.grid_every is {config.sample.grid_every}, but grids need Pillow: pip install 'diffmoe_ep[sample]', or set "
+                          "sample.grid_every=0")
+    if config.sample.grid_every and facts.kind != "pixels":
+        raise ConfigError(f"sample.grid_every is {config.sample.grid_every}, but {config.data.folder} holds latents of a VAE, which this version cannot "
+                          "decode; set sample.grid_every=0")
+
+
+class Trainer:
+    """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
+
+    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset, checkpoint: Path | None = None) -> None:
+        self.config, self.mesh, self.dataset = config, mesh, dataset
+        self.folder = RunFolder(Path(config.folder))
+        self.model = widen_pools(shard_experts(self.build_model(), mesh), mesh)
+        self.engine = Engine(self.model, config, mesh)
+        self.ema = Ema(self.model, config.train.ema)
+        self.objective = objective_of(config.train.objective)
+        self.step = 0
+        if checkpoint is not None:
+            self.load(checkpoint)
+        self.stream = Stream(
+            dataset, seed=config.seed, batch=config.train.batch, accumulation=config.train.accumulation, rank=mesh.rank, world=mesh.size,
+            drop_condition=config.data.drop_condition, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
+            workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.batch,
+        )  # fmt: skip
+
+    def build_model(self) -> DiT:
+        """The single-device model with its initial weights."""
+        compute_type = torch.bfloat16 if self.config.train.precision == "bf16" else None
+        return initialize(DiT(self.config.model, self.config.pool, compute_type), self.config.seed)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step, telling, sampling and saving on the way."""
+        config = self.config
+        self.folder.describe(config, self.mesh, providers(self.mesh))
+        metrics = Metrics(self.folder.metrics, self.step) if self.mesh.is_first else None
+        progress = Progress(self.step, config.train.steps, config.train.batch) if self.mesh.is_first else None
+        if progress is not None:
+            progress.say(self.greeting())
+        clock = Clock()
+        while self.step < config.train.steps:
+            told = self.train_step(clock)
+            if self.due(config.log.every):
+                values = self.measure(told, clock)
+                if metrics is not None and progress is not None:
+                    metrics.write(values)
+                    progress.show(self.step, values["loss"], values.get("capacity"), values["samples_per_second"])
+            if config.sample.grid_every and self.due(config.sample.grid_every):
+                clock.pause(self.sample_grid)
+            if self.due(config.checkpoint.every):
+                clock.pause(self.save)
+        self.stream.close()
+        if metrics is not None and progress is not None:
+            metrics.close()
+            progress.close()
+            self.draw_curves()
+
+    def train_step(self, clock: "Clock") -> dict[str, Tensor]:
+        """One optimiser step over `accumulation` micro-steps; gives what it measured, still on the device."""
+        accumulation, losses, reports = self.config.train.accumulation, [], []
+        for _ in range(accumulation):
+            batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device, non_blocking=True)
+            noised = self.objective.noised(batch.latent, batch.noise, batch.u)
+            output = self.engine.forward(noised.x, noised.t, batch.condition)
+            diffusion = self.objective.loss(output.prediction, noised)
+            self.engine.backward(diffusion + output.auxiliary)
+            self.engine.step(rate(self.config.train, self.step))
+            losses.append(torch.stack([diffusion.detach(), output.auxiliary.detach()]))
+            reports.append(output.layers)
+        self.step += 1
+        self.ema.update(self.step)
+        self.move_thresholds(reports)
+        return {"losses": torch.stack(losses).mean(0), **wanted_capacity(reports)}
+
+    def move_thresholds(self, reports: list[tuple[LayerReport, ...]]) -> None:
+        """Move each expert's threshold once, towards the mean k-th largest prediction of all pools of the step, over ranks and micro-steps."""
+        layers = self.model.moe_layers()
+        if not layers:
+            return
+        quantiles = torch.stack([torch.stack([_given(report.quantile) for report in micro_step]) for micro_step in reports])
+        mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size                         # (layers, N)
+        for layer, quantile in zip(layers, mean, strict=True):
+            layer.predictor.move(quantile)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now; the last step always counts."""
+        return self.step % every == 0 or self.step == self.config.train.steps
+
+    # -- telling ------------------------------------------------------------------------------------------------------------------
+
+    def measure(self, told: dict[str, Tensor], clock: "Clock") -> dict[str, Any]:
+        """Bring a step's measurements to the host, over all ranks; stops the run when the loss is no number any more."""
+        losses = (all_sum(told["losses"], self.mesh.world) / self.mesh.size).tolist()
+        norm = self.engine.gradient_norm
+        if not math.isfinite(sum(losses)) or not math.isfinite(norm):
+            raise ConfigError(f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and is not saved. Resume from "
+                              "the last checkpoint with a lower train.optimizer.rate, or with train.clip=1")
+        values: dict[str, Any] = {
+            "step": self.step, "samples": self.step * self.config.train.batch, "loss": sum(losses), "diffusion_loss": losses[0],
+            "predictor_loss": losses[1], "grad_norm": norm, "rate": rate(self.config.train, self.step - 1),
+        }  # fmt: skip
+        if "capacity" in told:
+            experts = all_sum(told["capacity"], self.mesh.world) / self.mesh.size                   # (layers, N)
+            values |= {"capacity": float(experts.mean()), "capacity_per_layer": experts.mean(1).tolist(), "capacity_per_expert": experts.tolist()}
+        return values | clock.lap(self.step, self.config.train.batch)
+
+    def greeting(self) -> str:
+        """A few lines on what is about to happen."""
+        config, mesh, sizes = self.config, self.mesh, count(self.config.model)
+        begun = f"continues at step {self.step}" if self.step else "starts"
+        lines = [f"{config.folder} {begun}: {config.train.steps} steps of {config.train.batch} samples, {config.model.family}, "
+                 f"{sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"]
+        layout = f"{mesh.size} rank{'s' * (mesh.size > 1)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
+        if config.model.family == "diffmoe":
+            span = pool_samples(config)
+            layout += (f", {config.model.num_experts} experts over {mesh.expert.size} rank{'s' * (mesh.expert.size > 1)}, pools of {span} samples "
+                       f"({span * num_tokens(config.model)} tokens) over {mesh.pool.size} rank{'s' * (mesh.pool.size > 1)}")
+        return "\n".join([*lines, layout])
+
+    def sample_grid(self) -> None:
+        """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""
+        config = self.config.sample
+        labels = classes_in_turn(config.grid_size, list(range(self.config.model.num_classes)))
+        drawn = draw(self.model, labels, config, self.mesh, seed=self.config.seed, weights=self.ema if config.weights == "ema" else None)
+        if self.mesh.is_first:
+            facts = asdict(self.dataset.manifest)
+            pixels = pixels_of(drawn.latents, facts)
+            columns = min(self.config.model.num_classes, 10)
+            grid(pixels, self.folder.samples / f"step-{self.step:07d}.png", columns=columns, highest=round((1 - facts["shift"]) / facts["scale"]))
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draw loss, capacity, rate and speed so far; a core installation has no plots, and trains without them."""
+        if find_spec("matplotlib") is not None:
+            curves(self.folder.metrics, self.folder.path / "curves.png")
+
+    # -- state --------------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank."""
+        config, mesh = self.config, self.mesh
+        replicated = self.weights()
+        pieces = [self.engine.my_share(fragment, is_expert(fragment.name)) for fragment in replicated] + self.engine.moments_to_save()
+        facts = asdict(self.dataset.manifest)
+        facts.pop("shards")
+        meta = {"config": to_tree(config), "samples_consumed": self.step * config.train.batch, "data": facts, "fingerprint": self.dataset.fingerprint}
+        save(self.folder.checkpoints, self.step, pieces, meta, group=mesh.world.handle, rank=mesh.rank, world=mesh.size,
+             keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+
+    def load(self, checkpoint: Path) -> None:
+        """Take up a checkpoint's state; the stream is made afterwards, at the position that follows from the step."""
+        step = int(read_meta(checkpoint)["step"])
+        load(checkpoint, self.weights() + self.engine.moments(), group=self.mesh.world.handle, world=self.mesh.size)
+        self.engine.continue_from(step)
+        self.step = step
+
+    def weights(self) -> list[Fragment]:
+        """What this rank holds of weights, thresholds and averaged weights."""
+        named = self.engine.named | persistent_buffers(self.model)
+        return fragments(named, "model", self.model, self.mesh) + fragments(self.ema.tensors, "ema", self.model, self.mesh)
+
+
+class Clock:
+    """Where the time goes between two logged lines."""
+
+    def __init__(self) -> None:
+        self.started = self.mark = time.monotonic()
+        self.paused = self.waited = 0.0
+        self.step: int | None = None
+
+    def wait(self, get: Any) -> Any:
+        """Call `get` and count its time as waiting for data."""
+        begin = time.monotonic()
+        value = get()
+        self.waited += time.monotonic() - begin
+        return value
+
+    def pause(self, work: Any) -> None:
+        """Call `work` and leave its time out of the speed."""
+        begin = time.monotonic()
+        work()
+        self.paused += time.monotonic() - begin
+
+    def lap(self, step: int, batch: int) -> dict[str, float]:
+        """Speed since the last lap (since the start at first), and start anew."""
+        now = time.monotonic()
+        spent = max(now - self.mark - self.paused, 1e-9)
+        done = step - self.step if self.step is not None else 1
+        result = {"samples_per_second": done * batch / spent, "data_wait": self.waited / spent, "seconds": now - self.started}
+        self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
+        return result
+
+
+def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]:
+    """Capacity (layers, N) that the dynamic thresholds would spend on this step's tokens (Eq. 8); empty for a dense model."""
+    if not reports[0]:
+        return {}
+    wanted = torch.stack([torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]).mean(0)
+    return {"capacity": wanted * wanted.shape[1] / reports[0][0].num_tokens}
+
+
+def providers(mesh: Mesh) -> dict[str, str]:
+    """Which implementation does the heavy parts, for the environment report."""
+    return {"attention": "torch scaled_dot_product_attention", "optimizer": "torch fused AdamW or SGD under DeepSpeed ZeRO",
+            "dispatch": "torch all_to_all, " + ("nccl" if mesh.device.type == "cuda" else "gloo"), "python": sys.version.split()[0]}
+
+
+def _given(quantile: Tensor | None) -> Tensor:
+    assert quantile is not None, "the model is not in training mode"
+    return quantile
