@@ -95,10 +95,9 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-            if missing and "DIFFMOE_STORE" not in os.environ:
+            if missing:
                 raise ConfigError(f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun")
-            method = os.environ.get("DIFFMOE_STORE", "env://")   # a shared file instead of a port
-            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
 
     with warnings.catch_warnings():                 # its wishes for optional packages are no news to our users
         warnings.simplefilter("ignore")
