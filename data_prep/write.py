@@ -144,7 +144,7 @@ def _holds(folder: Path, shard: Shard, group: list[Sample], facts: Manifest) -> 
 
 def _write_shard(folder: Path, name: str, group: list[Sample], facts: Manifest) -> Shard:
     """Write one tar and its index; owner, mode and time in the tar are fixed, so its bytes depend on the samples alone."""
-    with _aside(folder / name) as file, TarWriter(file, user="", group="", mode=0o644, encoder=False) as writer:
+    with _aside(folder / name) as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
         for key, fields in group:
             writer.write({"__key__": key, **fields})
     index = _index_of(folder / name, group, facts)

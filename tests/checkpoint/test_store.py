@@ -176,10 +176,10 @@ def dying(moment: int, root: Path, step: int) -> None:
 def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path: Path, again: bool) -> None:
     context = multiprocessing.get_context("fork")
     outcomes = []
+    for step in (1, 2):
+        store.save(tmp_path / "before", step, fragments(values(step)), {})
     for moment in range(100):
-        root = tmp_path / str(moment)
-        for step in (1, 2):
-            store.save(root, step, fragments(values(step)), {})
+        root = Path(shutil.copytree(tmp_path / "before", tmp_path / str(moment)))
         process = context.Process(target=dying, args=(moment, root, 2 if again else 3))
         process.start()
         process.join(60)
