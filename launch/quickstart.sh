@@ -31,6 +31,7 @@ else
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYTHONWARNINGS="ignore::FutureWarning:torch.distributed.c10d_logger"  # about a name that DeepSpeed calls
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 title "training: two ranks on $place; the first step comes after about 20 s"
 # This module is the command `deepspeed`. An empty hostfile name keeps a cluster's own /job/hostfile out of it.

@@ -98,9 +98,11 @@ wanted_stamp() { { printf '%s\n' "$root"; cat "$root/pyproject.toml" "$root/cons
 
 ready() { [[ -x "$venv/bin/python" && -f "$venv/stamp" && "$(cat "$venv/stamp")" == "$(wanted_stamp)" ]]; }
 
-# pip with its output in the log, which is shown where it fails; the user's own pip configuration holds.
+# pip with its output in the log, whose end is shown when it fails; the user's own pip configuration holds.
+# Without --no-compile it would compile all of torch and more, and take three times as long; Python compiles what it imports.
 pip() {
-    if ! PIP_USER=0 DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/constraints.txt" "$@" >>"$log" 2>&1; then
+    local options=(--disable-pip-version-check --no-compile --constraint "$root/constraints.txt")
+    if ! PIP_USER=0 DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "${options[@]}" "$@" >>"$log" 2>&1; then
         tail -n 20 -- "$log" >&2
         fail "pip install $* failed; the lines above are the end of $log"
     fi

@@ -1,0 +1,51 @@
+"""DeepSpeed's settings: ours, the user's merged in, and contradictions named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmoe_ep.config import Config, ConfigError, from_tree
+from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.engine import settings
+
+
+def config(tmp_path: Path, user: Any, *overrides: str) -> Config:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(user if isinstance(user, str) else json.dumps(user))
+    return from_tree({"parallel": {"deepspeed": str(path)}}, overrides)
+
+
+def test_batch_sizes_follow_the_config(tmp_path: Path) -> None:
+    found = settings(config(tmp_path, {}, "train.batch=96", "train.accumulation=3", "train.clip=0.5"), Mesh(world=Group(size=4)))
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (96, 8, 3)
+    assert found["gradient_clipping"] == 0.5
+
+
+def test_user_settings_are_merged(tmp_path: Path) -> None:
+    user = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}, "wall_clock_breakdown": True}
+    found = settings(config(tmp_path, user, "parallel.zero=2"), Mesh())
+    assert found["wall_clock_breakdown"] is True
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"gradient_clipping": 1.0}, "sets gradient_clipping, which this config decides"),
+        ({"zero_optimization": {"stage": 2}}, "but parallel.zero is 1"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer"),
+        ("{not json", "cannot be read as JSON"),
+        ([1], "holds a list"),
+    ],
+)
+def test_contradictions_are_named(tmp_path: Path, user: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(config(tmp_path, user), Mesh())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.json cannot be read"):
+        settings(from_tree({"parallel": {"deepspeed": str(tmp_path / "nowhere.json")}}), Mesh())
