@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb. A user's mistake ends every rank with exit code 2 and one message; anything else is ours and keeps its traceback."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not all("=" in word and not word.startswith("-") and hasattr(options, "overrides") for word in rest):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}; settings are given as key=value, options are listed by --help")
+    if rest:                                                # overrides that stand behind an option, which argparse leaves over
+        options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
     except ValueError as error:

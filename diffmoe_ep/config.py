@@ -364,8 +364,6 @@ def check(config: Config) -> None:
     if train.batch % train.accumulation:
         raise ConfigError(f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
                           f"accumulation that divides it: {_divisors(train.batch)}")
-    if train.schedule.warmup > train.steps:
-        raise ConfigError(f"train.schedule.warmup {train.schedule.warmup} is more than train.steps {train.steps}")
     if model.family == "diffmoe":
         _check_experts(config)
 

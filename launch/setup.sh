@@ -99,14 +99,20 @@ wanted_stamp() { { printf '%s\n' "$root"; cat "$root/pyproject.toml" "$root/cons
 ready() { [[ -x "$venv/bin/python" && -f "$venv/stamp" && "$(cat "$venv/stamp")" == "$(wanted_stamp)" ]]; }
 
 # pip with its output in the log, whose end is shown when it fails; the user's own pip configuration holds.
-# Without --no-compile it would compile all of torch and more, and take three times as long; Python compiles what it imports.
+# Left to itself, pip would compile every file of torch and more, most of the whole time; `import_once` does those in use.
 pip() {
     local options=(--disable-pip-version-check --no-compile --constraint "$root/constraints.txt")
-    if ! PIP_USER=0 DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "${options[@]}" "$@" >>"$log" 2>&1; then
-        tail -n 20 -- "$log" >&2
-        fail "pip install $* failed; the lines above are the end of $log"
-    fi
+    PIP_USER=0 DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "${options[@]}" "$@" >>"$log" 2>&1 || fail_with_log "pip install $*"
 }
+
+# Compiles what every start imports, also for users whose Python is told to write no bytecode, and shows that it can be imported.
+import_once() {
+    local modules="torch.distributed.checkpoint, torch.utils.tensorboard, deepspeed, megatron.core.parallel_state, webdataset, yaml, tqdm"
+    modules+=", sklearn.svm, sklearn.datasets, scipy.linalg, matplotlib.pyplot, PIL.Image, pytest, hypothesis"
+    PYTHONDONTWRITEBYTECODE="" DS_ACCELERATOR=cpu "$venv/bin/python" -c "import $modules" >>"$log" 2>&1 || fail_with_log "importing what was installed"
+}
+
+fail_with_log() { tail -n 20 -- "$log" >&2; fail "$1 failed; the lines above are the end of $log"; }
 
 install() {
     log="$root/.venv.log"
@@ -121,7 +127,7 @@ install() {
     if [[ -e "$venv/unfinished" ]] || ! "$venv/bin/python" -m pip --version >>"$log" 2>&1; then
         find_base
         say "making $venv with $("$base" -V 2>&1) ($base)"
-        "$base" -m venv --clear "$venv" >>"$log" 2>&1 || { tail -n 20 -- "$log" >&2; fail "$base -m venv $venv failed; the lines above are the end of $log"; }
+        "$base" -m venv --clear "$venv" >>"$log" 2>&1 || fail_with_log "$base -m venv $venv"
     fi
     touch "$venv/unfinished"
     say "installing torch, the largest part"
@@ -130,6 +136,8 @@ install() {
     pip ninja numpy packaging setuptools wheel
     say "installing DeepSpeed, Megatron-core and the rest"
     pip --no-build-isolation --editable "$root[prep,sample,eval,log,dev]"
+    say "importing all of it once"
+    import_once
     rm "$venv/unfinished"
     wanted_stamp >"$venv/stamp"
     exec 9>&-

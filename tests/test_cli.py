@@ -1,0 +1,157 @@
+"""What users meet: verbs, the dry run, and one clear message for each mistake, on every rank."""
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffmoe_ep.cli import main
+from ranks import run
+
+TINY = [
+    "data.workers=0", "model.hidden=16", "model.blocks=2", "model.heads=2", "train.batch=8", "train.steps=2", "log.every=1", "sample.grid_every=0",
+    "sample.steps=2", "sample.chunk=4", "parallel.expert=1",
+]  # fmt: skip
+
+
+def call(rank: int, *arguments: str) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(digits: Path, folder: Path, *more: str) -> tuple[str, ...]:
+    return ("train", "configs/digits.yaml", f"data.folder={digits / 'train'}", f"folder={folder}", *TINY, *more)
+
+
+def test_the_dry_run_tells_and_stops(digits: Path, tmp_path: Path) -> None:
+    code, out, _ = call(0, "train", "configs/digits.yaml", f"folder={tmp_path / 'run'}", "--dry-run")
+    assert code == 0
+    assert "num_experts: 8" in out
+    assert "total                        4,687,644" in out
+    assert "rank 1: experts 4 to 7, copy 0 of 1" in out
+    assert "pool of 128 samples, 2048 tokens, over 2 ranks; each expert takes 256" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_key_is_printed() -> None:
+    code, out, _ = call(0, "keys")
+    assert code == 0
+    assert "parallel.expert: int = 1\n    expert parallelism EP" in out
+
+
+MISTAKES = {
+    "unknown key": (["train.stps=1"], "unknown key train.stps; did you mean train.steps?"),
+    "wrong type": (["train.steps=lots"], "train.steps: expected int"),
+    "experts over ranks": (["parallel.expert=3"], "model.num_experts 8 is not a multiple of parallel.expert 3"),
+    "ranks over experts": (["parallel.expert=4"], "parallel.expert is 4 but only 2 processes were started"),
+    "batch": (["train.batch=9"], "do not divide over 2 ranks"),
+    "capacity": (["pool.capacity=0.001"], "= 0 tokens; it must be at least 1"),
+    "zero": (["parallel.zero=3"], "DeepSpeed refuses ZeRO-3"),
+    "no data": (["data.folder=/nonexistent/digits"], "/nonexistent/digits"),
+    "other classes": (["model.num_classes=11"], "set model.num_classes=10"),
+    "other shape": (["model.input_size=16"], "set model.in_channels=1 model.input_size=8"),
+    "write permission": (["folder=/proc/run"], "folder /proc/run cannot be written"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_every_rank_with_one_message(digits: Path, tmp_path: Path, mistake: str) -> None:
+    overrides, message = MISTAKES[mistake]
+    results = run(2, call, *train(digits, tmp_path / "run", *overrides), timeout=60)
+    assert [code for code, _, _ in results] == [2, 2]
+    told = results[0][2].strip().splitlines()[-1]
+    assert told.startswith("diffmoe: error: ")
+    assert message in told
+    assert "error:" not in results[1][2]                     # said once for all
+    assert all("Traceback" not in err for _, _, err in results)
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing shard", "truncated shard", "broken manifest"])
+def test_damaged_data_end_every_rank(digits: Path, tmp_path: Path, damage: str) -> None:
+    data = tmp_path / "train"
+    shutil.copytree(digits / "train", data)
+    shard = sorted(data.glob("*.tar"))[1]
+    match damage:
+        case "empty":
+            shutil.rmtree(data)
+            data.mkdir()
+        case "missing shard":
+            shard.unlink()
+        case "truncated shard":
+            shard.write_bytes(shard.read_bytes()[:-512])
+        case "broken manifest":
+            (data / "manifest.json").write_text('{"format": 1}')
+    results = run(2, call, *train(tmp_path, tmp_path / "run"), timeout=60)
+    assert [code for code, _, _ in results] == [2, 2]
+    told = results[0][2].strip().splitlines()[-1]
+    assert str(data) in told
+    assert "python -m data_prep digits" in told
+    if "shard" in damage:
+        assert shard.name in told
+
+
+def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(1, call, *train(digits, folder))[0][0] == 0
+    code, out, _ = run(1, call, *train(digits, folder))[0]
+    assert code == 0
+    assert "is finished: step 2 of 2" in out
+    code, _, err = run(1, call, *train(digits, folder, "train.steps=3"))[0]
+    assert code == 0
+    assert "continues at step 2" in err
+    assert (folder / "checkpoints/latest").read_text().strip() == "step-0000003"
+    code, _, err = run(1, call, *train(digits, folder, "resume=never", "train.steps=4"))[0]
+    assert code == 2
+    assert "resume is never; set resume=auto or give another folder" in err
+    code, _, err = run(2, call, *train(digits, folder, "model.hidden=32", "train.steps=4"))[0]
+    assert code == 2
+    assert "is a checkpoint of another model: model.hidden is 16 there and 32 here" in err
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "curves.png"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> None:
+    """Law 7: the same bits for any number of ranks at EP 1; at EP 2 within rounding."""
+    import numpy as np
+
+    assert run(1, call, *train(digits, tmp_path / "run"))[0][0] == 0
+    drawn = {}
+    for world, expert in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        for selection in ("threshold", "count", "topk"):
+            out = tmp_path / f"{world}{expert}{selection}"
+            arguments = ("sample", str(tmp_path / "run"), "--out", str(out), "--num", "18", f"sample.selection={selection}", f"parallel.expert={expert}")
+            code, printed, err = run(world, call, *arguments)[0]
+            assert code == 0, err
+            assert "C_infer^avg" in printed
+            with np.load(out / "samples.npz") as arrays:
+                drawn[world, expert, selection] = arrays["latents"]
+            assert (out / "grid.png").stat().st_size > 0
+    for (world, expert, selection), latents in drawn.items():
+        single = drawn[1, 1, selection]
+        assert latents.shape == (18, 1, 8, 8)
+        assert np.array_equal(latents, single) if expert == 1 else np.abs(latents - single).max() < 1e-4, (world, expert, selection)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample", "nowhere", "--out", "unused"), "nowhere"),
+        (("evaluate", "nowhere", "--reference", "nodata", "--heldout", "nodata"), "nodata"),
+        (("train", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
+    ],
+)
+def test_missing_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(0, *arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
