@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     if not all("=" in word and not word.startswith("-") and hasattr(options, "overrides") for word in rest):
         parser.error(f"unrecognised arguments: {' '.join(rest)}; settings are given as key=value, options are listed by --help")
-    if rest:                                                # overrides that stand behind an option, which argparse leaves over
+    if rest:  # overrides that stand behind an option, which argparse leaves over
         options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
@@ -48,13 +48,15 @@ def _tell(message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers with expert parallelism.")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)        # older DeepSpeed launchers pass it
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # older DeepSpeed launchers pass it
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = verbs.add_parser("train", help="train a model, or continue its run", epilog="Keys and defaults: diffmoe keys")
     train.add_argument("config", help="YAML file, for example configs/digits.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20 parallel.expert=2")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved config, the parameter counts and the layout of ranks, and stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, the parameter counts and the layout of ranks, and stop"
+    )
     train.set_defaults(run=_train)
 
     sample = verbs.add_parser("sample", help="draw images from a run or checkpoint")
@@ -70,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for verb, num in ((sample, 100), (evaluate, 500)):
         verb.add_argument("path", type=Path, help="run folder, or one checkpoint in it")
-        verb.add_argument("overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2")
+        verb.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
+        )
         verb.add_argument("--num", type=int, default=num, help=f"number of samples (default {num})")
         verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
 
@@ -92,6 +96,7 @@ def _keys(_: argparse.Namespace) -> None:
 
 
 # -- train ------------------------------------------------------------------------------------------------------------------------------
+
 
 def _train(options: argparse.Namespace) -> None:
     config = load(options.config, options.overrides)
@@ -115,15 +120,25 @@ def _dry_run(config: Config) -> None:
     sizes, expert = count(config.model), config.parallel.expert
     print(dump(config), end="")
     print("---")
-    rows = [("FFN of dense blocks", sizes.dense_ffn), ("experts", sizes.experts), ("router", sizes.router), ("capacity predictor", sizes.predictor),
-            ("attention", sizes.attention), ("adaLN", sizes.modulation), ("embeddings and head", sizes.other), ("total", sizes.total),
-            ("activated at C = 1", round(sizes.activated()))]
+    rows = [
+        ("FFN of dense blocks", sizes.dense_ffn),
+        ("experts", sizes.experts),
+        ("router", sizes.router),
+        ("capacity predictor", sizes.predictor),
+        ("attention", sizes.attention),
+        ("adaLN", sizes.modulation),
+        ("embeddings and head", sizes.other),
+        ("total", sizes.total),
+        ("activated at C = 1", round(sizes.activated())),
+    ]
     for name, number in rows:
         print(f"{name:<22}{number:>16,}")
     local = config.train.batch // config.train.accumulation // world
     print("---")
-    print(f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.batch // config.train.accumulation} samples of a micro-step, "
-          f"{config.train.accumulation} micro-step{'s' * (config.train.accumulation > 1)} a step")
+    print(
+        f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.batch // config.train.accumulation} samples of a micro-step, "
+        f"{config.train.accumulation} micro-step{'s' * (config.train.accumulation > 1)} a step"
+    )
     if config.model.family == "diffmoe":
         span, each = pool_samples(config), config.model.num_experts // expert
         pool = span * num_tokens(config.model)
@@ -133,11 +148,14 @@ def _dry_run(config: Config) -> None:
             first = rank % expert * each
             print(f"  rank {rank}: experts {first} to {first + each - 1}, copy {rank // expert} of {world // expert}")
     if world != launched_world():
-        print(f"parallel.expert={expert} needs at least {expert} processes, this is one: "
-              f"start with deepspeed --num_gpus {expert} --module diffmoe_ep train ...")
+        print(
+            f"parallel.expert={expert} needs at least {expert} processes, this is one: "
+            f"start with deepspeed --num_gpus {expert} --module diffmoe_ep train ..."
+        )
 
 
 # -- sample and evaluate ----------------------------------------------------------------------------------------------------------------
+
 
 def _draw(options: argparse.Namespace, classes: list[int] | None) -> "tuple[Drawn, dict[str, Any], Config, Mesh]":
     """Load a checkpoint over all launched ranks and draw samples; parallel.expert is 1 unless an override says otherwise."""
@@ -156,12 +174,17 @@ def _draw(options: argparse.Namespace, classes: list[int] | None) -> "tuple[Draw
     check_labels(classes, config.model)
     world = meshes.launched_world()
     if world % config.parallel.expert:
-        raise ConfigError(f"parallel.expert is {config.parallel.expert} and {world} process{'es were' if world > 1 else ' was'} started; start a multiple of "
-                          "parallel.expert, or leave it at 1")
+        raise ConfigError(
+            f"parallel.expert is {config.parallel.expert} and {world} process{'es were' if world > 1 else ' was'} started; "
+            "start a multiple of parallel.expert, or leave it at 1"
+        )
     mesh = meshes.start(config.parallel.expert, 1, config.parallel.timeout_minutes)
     model = load_sharded(folder, config.sample.weights, config, mesh)
     seed = config.seed if options.seed is None else options.seed
-    with tqdm(total=config.sample.steps, unit="step", desc=f"{options.num} samples", disable=not (mesh.is_first and sys.stderr.isatty())) as bar:
+    with tqdm(
+        total=config.sample.steps, unit="step", desc=f"{options.num} samples", disable=not (mesh.is_first and sys.stderr.isatty())
+    ) as bar:
+
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
@@ -199,10 +222,14 @@ def _sample(options: argparse.Namespace) -> None:
         drawn, facts, config, mesh = _draw(options, options.classes)
         if mesh.is_first:
             pixels = _save_grid(drawn, facts, out / "grid.png") if facts["kind"] == "pixels" else None
-            arrays = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()} | ({} if pixels is None else {"pixels": pixels.numpy()})
+            arrays = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()} | (
+                {} if pixels is None else {"pixels": pixels.numpy()}
+            )
             np.savez(out / "samples.npz", **arrays)
-            print(f"{len(drawn.labels)} samples of {facts['checkpoint']}: seed {facts['seed']}, {config.sample.steps} Euler steps, guidance "
-                  f"{config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}")
+            print(
+                f"{len(drawn.labels)} samples of {facts['checkpoint']}: seed {facts['seed']}, {config.sample.steps} Euler steps, guidance "
+                f"{config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
+            )
             print(f"written to {out}: samples.npz" + (", grid.png" if pixels is not None else ""))
     finally:
         meshes.stop()
@@ -224,7 +251,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             print("\n".join(scores.lines()))
             if out is not None:
                 _save_grid(drawn, facts, out / "grid.png")
-                protocol = {"checkpoint": facts["checkpoint"], "seed": facts["seed"], "sample": dump(config).partition("sample:\n")[2].partition("log:\n")[0]}
+                protocol = {
+                    "checkpoint": facts["checkpoint"],
+                    "seed": facts["seed"],
+                    "sample": dump(config).partition("sample:\n")[2].partition("log:\n")[0],
+                }
                 (out / "scores.json").write_text(json.dumps({**scores.as_dict(), "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
                 print(f"written to {out}: scores.json, grid.png")
     finally:

@@ -40,7 +40,7 @@ class DataConfig:
     prefetch: int = knob(4, "micro-batches that each worker keeps ready")
     flip: bool = knob(True, "mirror each sample with probability 0.5 (keyed by its position)")
     drop_condition: float = knob(0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)")
-    shuffle_block: int = knob(8, "shards whose samples are shuffled together; the shards' own order is shuffled too; 0 reads in stored order")
+    shuffle_block: int = knob(8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModelConfig:
     num_classes: int = knob(1000, "classes; the label table has one row more, the null class")
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
     num_experts: int = knob(16, "experts N of an MoE layer")
-    kernel: Literal["auto", "loop", "batched"] = knob("auto", "how the experts are computed: loop over experts, one batched matmul, or the better of them")
+    kernel: Literal["auto", "loop", "batched"] = knob("auto", "experts in a loop, in one batched matmul, or in the better of them")
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
     threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)")
@@ -68,7 +68,7 @@ class ModelConfig:
 class PoolConfig:
     """What the experts choose from."""
 
-    span: int | Literal["all"] = knob("all", "samples in one pool: all = the whole micro-step, over all ranks; 1 = expert choice inside each sample")
+    span: int | Literal["all"] = knob("all", "samples in one pool: all = the micro-step of all ranks; 1 = each sample by itself")
     select: Literal["gather"] = knob("gather", "how ranks find the exact top-k together: gather = all-gather the scores")
     capacity: float = knob(1.0, "capacity factor C in training: each expert takes floor(P * C / N) of the P tokens of a pool")
 
@@ -100,7 +100,7 @@ class EmaConfig:
 
     decay: float = knob(0.9999, "decay of the average per step")
     ramp: bool = knob(False, "use min(decay, (1 + step) / (10 + step)), so that a short run is not held by its first weights")
-    thresholds: Literal["live", "averaged"] = knob("live", "the thresholds that the averaged weights carry: the live ones, or averaged too (the published code; far too low early in a run)")
+    thresholds: Literal["live", "averaged"] = knob("live", "thresholds it carries: the live ones, or averaged too (too low early in a run)")
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class SampleConfig:
     steps: int = knob(250, "Euler steps")
     guidance: float = knob(1.5, "classifier-free guidance scale; 1 = none")
     chunk: int = knob(64, "samples computed together; part of the protocol, so that results do not depend on the number of ranks")
-    selection: Literal["threshold", "count", "topk"] = knob("threshold", "threshold: tokens over an expert's threshold; count: as many, by largest score; topk: the training rule")
-    threshold: float | Literal["dynamic", "raw"] = knob("dynamic", "dynamic: bias-corrected moving average; raw: uncorrected; a number: that constant for every expert")
+    selection: Literal["threshold", "count", "topk"] = knob("threshold", "tokens over the threshold; as many, by score; the training rule")
+    threshold: float | Literal["dynamic", "raw"] = knob("dynamic", "moving average, bias-corrected or raw; or one number for every expert")
     capacity: float = knob(1.0, "capacity factor of `topk`")
     weights: Literal["ema", "model"] = knob("ema", "averaged or live weights")
     grid_every: int = knob(0, "steps between sample grids while training; 0 = none")
@@ -148,7 +148,7 @@ class LogConfig:
     """What a run tells."""
 
     every: int = knob(10, "steps between lines in metrics.jsonl (and updates of the progress bar)")
-    tensorboard: bool = knob(False, "also write TensorBoard events (through DeepSpeed's monitor)")
+    tensorboard: bool = knob(False, "also write TensorBoard events to the run folder, through DeepSpeed's monitor")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Config:
 
     folder: str = knob("runs/run", "run folder: config, metrics, sample grids, checkpoints")
     seed: int = knob(0, "seed of everything random; drawn per sample position, expert and step, never per rank")
-    resume: Literal["auto", "never"] = knob("auto", "auto: continue from the run folder's newest checkpoint; never: refuse a folder that has one")
+    resume: Literal["auto", "never"] = knob("auto", "auto: continue from the folder's newest checkpoint; never: refuse such a folder")
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     pool: PoolConfig = section(PoolConfig)
@@ -180,6 +180,7 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Reading and writing
 # ---------------------------------------------------------------------------------------------------------------------------------
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, lay dotted overrides ("train.steps=20") over it and build the typed, checked config.
@@ -200,7 +201,7 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
     """Build a config from a plain tree of dictionaries and dotted overrides; see `load`."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"a config is a mapping of keys, got {_show(tree)}")
-    merged = json.loads(json.dumps(tree))                 # a deep copy, and proof that it is plain data
+    merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
     for override in overrides:
         _lay_over(merged, override)
     config = _build(Config, merged, "")
@@ -301,7 +302,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, str):                        # YAML 1.1 reads 1e-4 as a string
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
             try:
                 value = float(value)
             except ValueError:
@@ -332,20 +333,31 @@ def _show(value: Any) -> str:
 # Cross-checks
 # ---------------------------------------------------------------------------------------------------------------------------------
 
+
 def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
     model, train = config.model, config.train
     for key, value in _numbers(config):
         if value <= 0:
             raise ConfigError(f"{key} is {value}; it must be greater than 0")
-    for key, value in (("data.workers", config.data.workers), ("data.shuffle_block", config.data.shuffle_block), ("train.clip", train.clip),
-                       ("train.schedule.warmup", train.schedule.warmup), ("sample.grid_every", config.sample.grid_every),
-                       ("checkpoint.keep_every", config.checkpoint.keep_every), ("train.optimizer.weight_decay", train.optimizer.weight_decay),
-                       ("seed", config.seed)):
+    for key, value in (
+        ("data.workers", config.data.workers),
+        ("data.shuffle_block", config.data.shuffle_block),
+        ("train.clip", train.clip),
+        ("train.schedule.warmup", train.schedule.warmup),
+        ("sample.grid_every", config.sample.grid_every),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
+        ("train.optimizer.weight_decay", train.optimizer.weight_decay),
+        ("seed", config.seed),
+    ):
         if value < 0:
             raise ConfigError(f"{key} is {value}; it must not be negative")
-    for key, share in (("data.drop_condition", config.data.drop_condition), ("train.ema.decay", train.ema.decay),
-                       ("model.threshold_decay", model.threshold_decay), ("train.optimizer.momentum", train.optimizer.momentum)):
+    for key, share in (
+        ("data.drop_condition", config.data.drop_condition),
+        ("train.ema.decay", train.ema.decay),
+        ("model.threshold_decay", model.threshold_decay),
+        ("train.optimizer.momentum", train.optimizer.momentum),
+    ):
         if not 0 <= share < 1:
             raise ConfigError(f"{key} is {share}; it must be at least 0 and less than 1")
     if model.input_size % model.patch:
@@ -353,17 +365,25 @@ def check(config: Config) -> None:
     if model.hidden % model.heads or model.hidden % 4:
         raise ConfigError(f"model.hidden {model.hidden} must be a multiple of model.heads ({model.heads}) and of 4 (positions)")
     if model.out_channels < model.in_channels:
-        raise ConfigError(f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them")
+        raise ConfigError(
+            f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
+        )
     if config.parallel.zero not in (0, 1, 2):
-        reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts are sharded by expert parallelism; use 2 or a larger parallel.expert"
-        raise ConfigError(f"parallel.zero is {config.parallel.zero}: {reason if config.parallel.zero == 3 else 'the stages are 0, 1 and 2'}")
+        reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert shards; use 2"
+        raise ConfigError(
+            f"parallel.zero is {config.parallel.zero}: {reason if config.parallel.zero == 3 else 'the stages are 0, 1 and 2'}"
+        )
     if config.parallel.expert < 1:
         raise ConfigError(f"parallel.expert is {config.parallel.expert}; it must be at least 1")
     if model.family == "dense" and config.parallel.expert != 1:
-        raise ConfigError(f"parallel.expert is {config.parallel.expert}, but model.family dense has no experts to shard; set parallel.expert=1")
+        raise ConfigError(
+            f"parallel.expert is {config.parallel.expert}, but model.family dense has no experts to shard; set parallel.expert=1"
+        )
     if train.batch % train.accumulation:
-        raise ConfigError(f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
-                          f"accumulation that divides it: {_divisors(train.batch)}")
+        raise ConfigError(
+            f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
+            f"accumulation that divides it: {_divisors(train.batch)}"
+        )
     if model.family == "diffmoe":
         _check_experts(config)
 
@@ -374,45 +394,65 @@ def _numbers(config: Config) -> Iterator[tuple[str, float]]:
         yield f"model.{name}", getattr(model, name)
     for name in ("steps", "batch", "accumulation"):
         yield f"train.{name}", getattr(train, name)
-    yield from (("train.optimizer.rate", train.optimizer.rate), ("sample.steps", config.sample.steps), ("sample.chunk", config.sample.chunk),
-                ("sample.grid_size", config.sample.grid_size), ("log.every", config.log.every), ("checkpoint.every", config.checkpoint.every),
-                ("checkpoint.keep_last", config.checkpoint.keep_last), ("data.prefetch", config.data.prefetch),
-                ("parallel.timeout_minutes", config.parallel.timeout_minutes), ("pool.capacity", config.pool.capacity),
-                ("sample.capacity", config.sample.capacity))
+    yield from (
+        ("train.optimizer.rate", train.optimizer.rate),
+        ("sample.steps", config.sample.steps),
+        ("sample.chunk", config.sample.chunk),
+        ("sample.grid_size", config.sample.grid_size),
+        ("log.every", config.log.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep_last", config.checkpoint.keep_last),
+        ("data.prefetch", config.data.prefetch),
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+        ("pool.capacity", config.pool.capacity),
+        ("sample.capacity", config.sample.capacity),
+    )
 
 
 def _check_experts(config: Config) -> None:
     num_experts, expert = config.model.num_experts, config.parallel.expert
     if num_experts % expert:
-        raise ConfigError(f"model.num_experts {num_experts} is not a multiple of parallel.expert {expert}; "
-                          f"parallel.expert that divides it: {_divisors(num_experts)}")
+        raise ConfigError(
+            f"model.num_experts {num_experts} is not a multiple of parallel.expert {expert}; "
+            f"parallel.expert that divides it: {_divisors(num_experts)}"
+        )
     if not config.model.interleave or config.model.blocks > 1:
         pool, tokens = pool_samples(config), num_tokens(config.model)
         tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity")
     micro = config.train.batch // config.train.accumulation
     if isinstance(config.pool.span, int) and (config.pool.span < 1 or micro % config.pool.span):
-        raise ConfigError(f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
-                          f"(train.batch / train.accumulation); spans that do: {_divisors(micro)}")
+        raise ConfigError(
+            f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
+            f"(train.batch / train.accumulation); spans that do: {_divisors(micro)}"
+        )
 
 
 def check_world(config: Config, world: int) -> None:
     """Check what follows from the number of ranks W; raises ConfigError."""
     expert, micro = config.parallel.expert, config.train.batch // config.train.accumulation
     if world < expert:
-        raise ConfigError(f"parallel.expert is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
-                          f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} -m diffmoe_ep ...) "
-                          f"or set parallel.expert={world}")
+        raise ConfigError(
+            f"parallel.expert is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
+            f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} -m diffmoe_ep ...) "
+            f"or set parallel.expert={world}"
+        )
     if world % expert:
-        raise ConfigError(f"the number of ranks {world} is not a multiple of parallel.expert {expert}; "
-                          f"parallel.expert that divides it: {_divisors(world)}")
+        raise ConfigError(
+            f"the number of ranks {world} is not a multiple of parallel.expert {expert}; "
+            f"parallel.expert that divides it: {_divisors(world)}"
+        )
     if micro % world:
-        raise ConfigError(f"train.batch {config.train.batch} / train.accumulation {config.train.accumulation} = {micro} samples of a micro-step do not "
-                          f"divide over {world} ranks; make train.batch a multiple of {world * config.train.accumulation}")
+        raise ConfigError(
+            f"train.batch {config.train.batch} / train.accumulation {config.train.accumulation} = {micro} samples of a micro-step do not "
+            f"divide over {world} ranks; make train.batch a multiple of {world * config.train.accumulation}"
+        )
     span, local = pool_samples(config), micro // world
     if config.model.family == "diffmoe" and local % span and span % local:
         fits = [size for size in range(1, micro + 1) if micro % size == 0 and (local % size == 0 or size % local == 0)]
-        raise ConfigError(f"pool.span {span} neither lies inside a rank's {local} samples nor covers whole ranks; spans that fit: "
-                          f"{', '.join(map(str, fits))}, all")
+        raise ConfigError(
+            f"pool.span {span} neither lies inside a rank's {local} samples nor covers whole ranks; spans that fit: "
+            f"{', '.join(map(str, fits))}, all"
+        )
 
 
 def num_tokens(model: ModelConfig) -> int:
@@ -429,8 +469,11 @@ def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "
     """Tokens k = floor(P * C / N) that one expert takes from a pool of P; raises ConfigError when that is none, or more than the pool."""
     taken = int(pool * capacity / num_experts)
     if taken < 1 or capacity > num_experts:
-        raise ConfigError(f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take floor({pool} * {capacity:g} / "
-                          f"{num_experts}) = {taken} tokens; it must be at least 1 and at most the pool: change {key}, the pool's size or model.num_experts")
+        raise ConfigError(
+            f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "
+            f"floor({pool} * {capacity:g} / {num_experts}) = {taken} tokens; it must be at least 1 and at most the pool: change {key}, "
+            "the pool's size or model.num_experts"
+        )
     return taken
 
 

@@ -131,7 +131,7 @@ install() {
     fi
     touch "$venv/unfinished"
     say "installing torch, the largest part"
-    pip torch
+    pip "$(grep '^torch==' "$root/constraints.txt")"
     say "installing what DeepSpeed is built with"
     pip ninja numpy packaging setuptools wheel
     say "installing DeepSpeed, Megatron-core and the rest"

@@ -11,8 +11,8 @@ from diffmoe_ep.cli import main
 from ranks import run
 
 TINY = [
-    "data.workers=0", "model.hidden=16", "model.blocks=2", "model.heads=2", "train.batch=8", "train.steps=2", "log.every=1", "sample.grid_every=0",
-    "sample.steps=2", "sample.chunk=4", "parallel.expert=1",
+    "data.workers=0", "model.hidden=16", "model.blocks=2", "model.heads=2", "train.batch=8", "train.steps=2", "log.every=1",
+    "sample.grid_every=0", "sample.steps=2", "sample.chunk=4", "parallel.expert=1",
 ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_mistakes_end_every_rank_with_one_message(digits: Path, tmp_path: Path, 
     told = results[0][2].strip().splitlines()[-1]
     assert told.startswith("diffmoe: error: ")
     assert message in told
-    assert "error:" not in results[1][2]                     # said once for all
+    assert "error:" not in results[1][2]  # said once for all
     assert all("Traceback" not in err for _, _, err in results)
 
 
@@ -128,7 +128,16 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
     for world, expert in ((1, 1), (2, 1), (2, 2), (4, 2)):
         for selection in ("threshold", "count", "topk"):
             out = tmp_path / f"{world}{expert}{selection}"
-            arguments = ("sample", str(tmp_path / "run"), "--out", str(out), "--num", "18", f"sample.selection={selection}", f"parallel.expert={expert}")
+            arguments = (
+                "sample",
+                str(tmp_path / "run"),
+                "--out",
+                str(out),
+                "--num",
+                "18",
+                f"sample.selection={selection}",
+                f"parallel.expert={expert}",
+            )
             code, printed, err = run(world, call, *arguments)[0]
             assert code == 0, err
             assert "C_infer^avg" in printed

@@ -77,10 +77,18 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "world", "message"),
     [
-        ({"parallel": {"expert": 4}}, 2, "parallel.expert is 4 but only 2 processes were started; start at least 4 .* or set parallel.expert=2"),
+        (
+            {"parallel": {"expert": 4}},
+            2,
+            "parallel.expert is 4 but only 2 processes were started; start at least 4 .* or set parallel.expert=2",
+        ),
         ({"parallel": {"expert": 4}}, 6, "number of ranks 6 is not a multiple of parallel.expert 4; .* 1, 2, 3, 6"),
         ({"train": {"batch": 10}}, 4, "= 10 samples of a micro-step do not divide over 4 ranks; make train.batch a multiple of 4"),
-        ({"train": {"batch": 24}, "pool": {"span": 8}}, 2, "neither lies inside a rank's 12 samples nor covers whole ranks; spans that fit: 1, 2, 3, 4, 6, 12, 24, all"),
+        (
+            {"train": {"batch": 24}, "pool": {"span": 8}},
+            2,
+            "neither lies inside a rank's 12 samples nor covers whole ranks; spans that fit: 1, 2, 3, 4, 6, 12, 24, all",
+        ),
     ],
 )
 def test_worlds_that_do_not_fit_are_named(tree: Any, world: int, message: str) -> None:
@@ -92,7 +100,10 @@ def test_worked_identity_of_the_capacity() -> None:
     assert tokens_per_expert(100, 1.0, 16) == 6
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "a config is a mapping of keys"), ("a: [", "is not YAML"), ("a: !!python/object:os.system {}", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, 2]", "a config is a mapping of keys"), ("a: [", "is not YAML"), ("a: !!python/object:os.system {}", "is not YAML")],
+)
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)

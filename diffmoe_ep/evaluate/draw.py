@@ -19,9 +19,9 @@ from diffmoe_ep.parallel.mesh import Mesh
 class Drawn:
     """Samples of all ranks, on every rank."""
 
-    latents: Tensor                # (n, C, H, W) float32
-    labels: Tensor                 # (n,) the classes asked for
-    capacity: CapacityRecord       # over all ranks
+    latents: Tensor  # (n, C, H, W) float32
+    labels: Tensor  # (n,) the classes asked for
+    capacity: CapacityRecord  # over all ranks
 
 
 def classes_in_turn(num: int, classes: list[int]) -> Tensor:
@@ -30,17 +30,24 @@ def classes_in_turn(num: int, classes: list[int]) -> Tensor:
 
 
 def draw(
-    module: DiT, labels: Tensor, sample: SampleConfig, mesh: Mesh, *, seed: int, weights: Model | None = None,
+    module: DiT,
+    labels: Tensor,
+    sample: SampleConfig,
+    mesh: Mesh,
+    *,
+    seed: int,
+    weights: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drawn:
-    """Draw one sample for each label. `weights` runs the module with other weights (the averaged ones); it is left in the mode it was in."""
+    """Draw one sample for each label. `weights` runs the module with other weights (the averaged ones); its mode is restored."""
     was_training = module.training
     module.eval()
     module.set_inference(InferenceRule(sample.selection, sample.threshold, sample.capacity))
     model = module.config
     part = generate(
-        weights or module, labels, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk, null_condition=model.num_classes,
-        shape=(model.in_channels, model.input_size, model.input_size), rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
+        weights or module, labels, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk,
+        null_condition=model.num_classes, shape=(model.in_channels, model.input_size, model.input_size),
+        rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
     module.train(was_training)
     parts: list[Generated] = gather_objects(part, mesh.world)
@@ -58,6 +65,8 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
 def pixels_of(latents: Tensor, facts: Mapping[str, Any]) -> Tensor:
     """Turn final latents into stored pixels, uint8 (n, C, H, W); raises ConfigError for latents of a VAE, which need its decoder."""
     if facts["kind"] != "pixels":
-        raise ConfigError(f"the data {facts['name']} are latents of a VAE, and this version has no decoder: set sample.grid_every=0 and use the "
-                          "saved latents")
+        raise ConfigError(
+            f"the data {facts['name']} are latents of a VAE, and this version has no decoder: set sample.grid_every=0 and use the "
+            "saved latents"
+        )
     return to_pixels(latents, facts["scale"], facts["shift"])

@@ -16,7 +16,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch, count, hidden = x.shape
-        qkv = self.qkv(x).view(batch, count, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)     # (3, B, H, T, D/H)
+        qkv = self.qkv(x).view(batch, count, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         out: Tensor = self.projection(mixed.transpose(1, 2).reshape(batch, count, hidden))
         return out

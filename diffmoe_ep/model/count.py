@@ -10,14 +10,14 @@ from diffmoe_ep.model.dit import is_moe
 class Count:
     """Trainable parameters of each kind of module; positions are fixed and not counted."""
 
-    dense_ffn: int       # feed-forward networks of the dense blocks
-    experts: int         # all experts of all MoE layers
+    dense_ffn: int  # feed-forward networks of the dense blocks
+    experts: int  # all experts of all MoE layers
     router: int
     predictor: int
     attention: int
-    modulation: int      # adaLN of the blocks
-    other: int           # patches, time, labels, head
-    num_experts: int     # experts N of an MoE layer
+    modulation: int  # adaLN of the blocks
+    other: int  # patches, time, labels, head
+    num_experts: int  # experts N of an MoE layer
 
     @property
     def total(self) -> int:

@@ -22,9 +22,9 @@ from diffmoe_ep.moe.layer import LayerReport, MoELayer
 class Output:
     """What a forward gives."""
 
-    prediction: Tensor                     # (B, out_channels, H, W) at least float32; under flow eps - x_0
-    auxiliary: Tensor                      # scalar to add to the objective's loss: the predictors' weighted loss; 0 in eval mode
-    layers: tuple[LayerReport, ...]        # what each MoE layer did
+    prediction: Tensor  # (B, out_channels, H, W) at least float32; under flow eps - x_0
+    auxiliary: Tensor  # scalar to add to the objective's loss: the predictors' weighted loss; 0 in eval mode
+    layers: tuple[LayerReport, ...]  # what each MoE layer did
 
 
 def is_moe(model: ModelConfig, block: int) -> bool:
@@ -53,15 +53,15 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
         """Images x (B, C, H, W) at times t (B,) with labels condition (B,) int64 (num_classes: the null class) -> Output."""
         with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
-            tokens = self.patches(x)                                            # (B, T, D)
+            tokens = self.patches(x)  # (B, T, D)
             tokens = tokens + self.positions.to(tokens.dtype)
-            c = self.time(t) + self.label(condition)                            # (B, D)
+            c = self.time(t) + self.label(condition)  # (B, D)
             reports = []
             for block in self.blocks:
-                tokens, report = block(tokens, c)                               # (B, T, D)
+                tokens, report = block(tokens, c)  # (B, T, D)
                 if report is not None:
                     reports.append(report)
-            patches = self.head(tokens, c)                                      # (B, T, patch * patch * channels)
+            patches = self.head(tokens, c)  # (B, T, patch * patch * channels)
         wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
         prediction = unpatchify(wide, self.config.patch, self.config.out_channels)
         return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
@@ -75,7 +75,7 @@ class DiT(nn.Module):
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""
-        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]  # type: ignore[union-attr, misc]
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
     def set_inference(self, rule: InferenceRule) -> None:
         """Set how experts choose tokens in eval mode."""

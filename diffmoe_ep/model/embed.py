@@ -19,15 +19,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D)."""
-        tokens: Tensor = self.projection(x)                     # (B, D, H/p, W/p)
-        return tokens.flatten(2).transpose(1, 2)                # (B, T, D)
+        tokens: Tensor = self.projection(x)  # (B, D, H/p, W/p)
+        return tokens.flatten(2).transpose(1, 2)  # (B, T, D)
 
 
 def sine_positions(hidden: int, side: int) -> Tensor:
     """Fixed 2-D sine-cosine positions (side * side, D): the first half of D codes the column, the second the row."""
-    frequency = 10000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))     # (D/4,)
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency                         # (side, D/4)
-    half = torch.cat([angle.sin(), angle.cos()], dim=1)                                          # (side, D/2)
+    frequency = 10000.0 ** (-torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))  # (D/4,)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  # (side, D/4)
+    half = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
     rows, columns = half[:, None].expand(-1, side, -1), half[None].expand(side, -1, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
@@ -45,7 +45,7 @@ class TimeEmbed(nn.Module):
         """(B,) -> (B, D)."""
         half = self.features // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
-        angle = t[:, None] * frequency                                                           # (B, 128)
+        angle = t[:, None] * frequency  # (B, 128)
         embedded: Tensor = self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
         return embedded
 

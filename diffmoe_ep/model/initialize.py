@@ -41,8 +41,8 @@ def initialize(model: DiT, seed: int) -> DiT:
 def _fill(weight: Tensor, rule: str, generator: torch.Generator) -> None:
     if rule == ZERO:
         weight.zero_()
-    elif rule == XAVIER:                                   # uniform; a convolution counts as a map from its flattened patch
-        ins, outs = weight[0].numel(), weight.shape[0]     # an expert's (in, out) matrix gives the same bound
+    elif rule == XAVIER:  # uniform; a convolution counts as a map from its flattened patch
+        ins, outs = weight[0].numel(), weight.shape[0]  # an expert's (in, out) matrix gives the same bound
         bound = math.sqrt(6.0 / (ins + outs))
         weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
     else:

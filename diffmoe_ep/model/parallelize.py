@@ -50,13 +50,13 @@ def mark_for_deepspeed(model: DiT, mesh: Mesh) -> DiT:
 
     group_name = f"ep_size_{mesh.expert.size}"
 
-    class ExpertMark(MoE):  # type: ignore[misc]
+    class ExpertMark(MoE):
         def __init__(self, num_experts: int) -> None:
             nn.Module.__init__(self)
             self.num_experts, self.ep_size = num_experts, mesh.expert.size
             self.num_local_experts, self.expert_group_name = num_experts // mesh.expert.size, group_name
 
-        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        def set_deepspeed_parallelism(self, *_: Any) -> None:
             """Hand over the mesh's groups, so that DeepSpeed makes none of its own."""
             groups._get_expert_parallel_group_dict()[group_name] = mesh.expert.handle
             groups._get_expert_data_parallel_group_dict()[group_name] = mesh.replicas.handle

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 class InferenceRule:
     """How experts choose tokens at inference."""
 
-    selection: Literal["threshold", "count", "topk"] = "threshold"   # Eq. 14; Algorithm 4; the training rule
-    threshold: float | Literal["dynamic", "raw"] = "dynamic"         # moving average (bias-corrected or raw), or one constant
-    capacity: float = 1.0                                            # capacity factor of `topk`
+    selection: Literal["threshold", "count", "topk"] = "threshold"  # Eq. 14; Algorithm 4; the training rule
+    threshold: float | Literal["dynamic", "raw"] = "dynamic"  # moving average (bias-corrected or raw), or one constant
+    capacity: float = 1.0  # capacity factor of `topk`
 
 
 class CapacityPredictor(nn.Module):
@@ -31,8 +31,8 @@ class CapacityPredictor(nn.Module):
         self.fc1 = nn.Linear(hidden, hidden)
         self.fc2 = nn.Linear(hidden, num_experts)
         self.decay = decay
-        self.register_buffer("threshold", torch.zeros(num_experts))                      # (N,) moving average tau, starts at 0
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))              # how often it was moved
+        self.register_buffer("threshold", torch.zeros(num_experts))  # (N,) moving average tau, starts at 0
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # how often it was moved
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (S, D), detached here so that the predictor cannot steer the network, to logits (S, N) in at least float32."""

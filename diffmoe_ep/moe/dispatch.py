@@ -22,15 +22,15 @@ from diffmoe_ep.parallel.collectives import Group, all_to_all, all_to_all_even
 class Handle:
     """What combine must know of a dispatch; frozen, so that a recomputed forward uses the same."""
 
-    counts: Sequence[int]          # rows of each local expert, (E,) on the host
-    processed: Tensor              # (N,) rows that each expert of the layer takes from this rank's tokens
-    token: Tensor                  # (R,) token of each of this rank's chosen pairs, ordered by (expert, token)
-    weight: Tensor                 # (R,) weight of each pair, with gradient
-    num_tokens: int                # S
-    send: Sequence[int] = ()       # rows that go to each rank of the expert group
-    receive: Sequence[int] = ()    # rows that come from each rank
-    order: Tensor | None = None    # received rows are ordered by (rank, expert): rows[order] is ordered by (expert, rank)
-    back: Tensor | None = None     # the inverse of order
+    counts: Sequence[int]  # rows of each local expert, (E,) on the host
+    processed: Tensor  # (N,) rows that each expert of the layer takes from this rank's tokens
+    token: Tensor  # (R,) token of each of this rank's chosen pairs, ordered by (expert, token)
+    weight: Tensor  # (R,) weight of each pair, with gradient
+    num_tokens: int  # S
+    send: Sequence[int] = ()  # rows that go to each rank of the expert group
+    receive: Sequence[int] = ()  # rows that come from each rank
+    order: Tensor | None = None  # received rows are ordered by (rank, expert): rows[order] is ordered by (expert, rank)
+    back: Tensor | None = None  # the inverse of order
 
 
 class Dispatch(Protocol):
@@ -48,7 +48,7 @@ class LocalDispatch:
 
     def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
         """See `Dispatch.dispatch`."""
-        processed = assignment.chosen.sum(0)                                    # (N,)
+        processed = assignment.chosen.sum(0)  # (N,)
         counts = processed.tolist()
         token, weight = _pairs(assignment, sum(counts))
         return take_rows(tokens, token), Handle(counts, processed, token, weight, tokens.shape[0])
@@ -67,9 +67,9 @@ class AllToAllDispatch:
     def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
         """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
         ranks = self.group.size
-        processed = assignment.chosen.sum(0)                                    # (N,)
-        arriving = all_to_all_even(processed, self.group)                       # (N,) as (EP, E): from each rank, for each local expert
-        numbers = torch.cat([processed, arriving]).tolist()                     # the layer's one host synchronisation
+        processed = assignment.chosen.sum(0)  # (N,)
+        arriving = all_to_all_even(processed, self.group)  # (N,) as (EP, E): from each rank, for each local expert
+        numbers = torch.cat([processed, arriving]).tolist()  # the layer's one host synchronisation
         here = len(processed) // ranks
         send = [sum(numbers[rank * here : (rank + 1) * here]) for rank in range(ranks)]
         by_rank = [numbers[(ranks + rank) * here : (ranks + rank + 1) * here] for rank in range(ranks)]
@@ -107,8 +107,8 @@ def permute_rows(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
 
 def _pairs(assignment: Assignment, total: int) -> tuple[Tensor, Tensor]:
     """Token and weight of each chosen pair, ordered by (expert, token), without asking the device how many there are."""
-    chosen = assignment.chosen.T.flatten()                                      # (N * S,) expert-major
-    place = torch.where(chosen, chosen.cumsum(0) - 1, total)                    # the rest goes to one slot behind the end
+    chosen = assignment.chosen.T.flatten()  # (N * S,) expert-major
+    place = torch.where(chosen, chosen.cumsum(0) - 1, total)  # the rest goes to one slot behind the end
     flat = chosen.new_empty(total + 1, dtype=torch.int64).scatter_(0, place, torch.arange(len(chosen), device=chosen.device))[:total]
     tokens = assignment.chosen.shape[0]
     token = flat % max(tokens, 1)
@@ -117,7 +117,7 @@ def _pairs(assignment: Assignment, total: int) -> tuple[Tensor, Tensor]:
 
 def _expert_major(counts: Tensor, total: int) -> Tensor:
     """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank)."""
-    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()       # where each run lies now
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()  # where each run lies now
     lengths = counts.T.flatten()
     shift = starts - (lengths.cumsum(0) - lengths)
     return torch.arange(total, device=counts.device) + shift.repeat_interleave(lengths, output_size=total)

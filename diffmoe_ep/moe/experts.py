@@ -25,10 +25,10 @@ class Experts(nn.Module):
         width = 4 * hidden
         self.kernel: Kernel = kernel
         self.first = 0
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, width))     # (N, D, F)
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, width))               # (N, F)
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, width, hidden))     # (N, F, D)
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden))              # (N, D)
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, width))  # (N, D, F)
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, width))  # (N, F)
+        self.fc2_weight = nn.Parameter(torch.empty(num_experts, width, hidden))  # (N, F, D)
+        self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden))  # (N, D)
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and zero."""
@@ -48,7 +48,7 @@ class Experts(nn.Module):
 
     def _batched(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """One batched matmul for all experts, when each has equally many rows."""
-        stacked = rows.view(len(counts), counts[0], rows.shape[1])                  # (E, R/E, D)
+        stacked = rows.view(len(counts), counts[0], rows.shape[1])  # (E, R/E, D)
         hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], stacked, self.fc1_weight), approximate="tanh")
         return torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight).flatten(0, 1)
 
@@ -57,6 +57,6 @@ class Experts(nn.Module):
         count = torch.tensor(counts, device=rows.device)
         longest = max(counts)
         gap = torch.arange(len(counts), device=rows.device) * longest - (count.cumsum(0) - count)
-        place = torch.arange(rows.shape[0], device=rows.device) + gap.repeat_interleave(count, output_size=rows.shape[0])   # (R,)
+        place = torch.arange(rows.shape[0], device=rows.device) + gap.repeat_interleave(count, output_size=rows.shape[0])  # (R,)
         padded = rows.new_zeros(len(counts) * longest, rows.shape[1]).index_copy(0, place, rows)
         return self._batched(padded, [longest] * len(counts)).index_select(0, place)

@@ -23,11 +23,11 @@ from diffmoe_ep.moe.routing import Assignment, Router, choose_by_pool
 class LayerReport:
     """What one layer did in one forward, for the loss, the thresholds and the logs; no gradient but in `loss`."""
 
-    processed: Tensor              # (N,) how many of this rank's tokens each expert took
-    num_tokens: int                # this rank's tokens S
-    wanted: Tensor                 # (N,) how many it would take by the dynamic thresholds; in inference the same as processed
-    quantile: Tensor | None        # (N,) k-th largest prediction, mean over this rank's pools; training only
-    loss: Tensor | None            # the predictor's loss; training only
+    processed: Tensor  # (N,) how many of this rank's tokens each expert took
+    num_tokens: int  # this rank's tokens S
+    wanted: Tensor  # (N,) how many it would take by the dynamic thresholds; in inference the same as processed
+    quantile: Tensor | None  # (N,) k-th largest prediction, mean over this rank's pools; training only
+    loss: Tensor | None  # the predictor's loss; training only
 
 
 class MoELayer(nn.Module):
@@ -46,12 +46,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, LayerReport]:
         """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did."""
-        tokens = x.flatten(0, 1)                                               # (S, D)
-        scores = self.router(tokens)                                           # (S, N)
-        logits = self.predictor(tokens)                                        # (S, N)
+        tokens = x.flatten(0, 1)  # (S, D)
+        scores = self.router(tokens)  # (S, N)
+        logits = self.predictor(tokens)  # (S, N)
         assignment, report = self._train(scores, logits) if self.training else self._infer(scores, logits)
-        rows, handle = self.dispatcher.dispatch(tokens, assignment)            # (R, D), grouped by local expert
-        mixed = self.dispatcher.combine(self.experts(rows, handle.counts), handle)   # (S, D)
+        rows, handle = self.dispatcher.dispatch(tokens, assignment)  # (R, D), grouped by local expert
+        mixed = self.dispatcher.combine(self.experts(rows, handle.counts), handle)  # (S, D)
         return mixed.view_as(x), report
 
     def _train(self, scores: Tensor, logits: Tensor) -> tuple[Assignment, LayerReport]:
@@ -62,12 +62,14 @@ class MoELayer(nn.Module):
         with torch.no_grad():
             wanted = self.predictor.wanted(logits, InferenceRule()).sum(0)
             quantile = torch.sigmoid(selection.kth).mean(0)
-        return assignment, LayerReport(selection.chosen.sum(0), len(scores), wanted, quantile, self.predictor.loss(logits, selection.chosen))
+        return assignment, LayerReport(
+            selection.chosen.sum(0), len(scores), wanted, quantile, self.predictor.loss(logits, selection.chosen)
+        )
 
     def _infer(self, scores: Tensor, logits: Tensor) -> tuple[Assignment, LayerReport]:
         """Tokens over the threshold (Eq. 14), as many by score (Algorithm 4), or the training rule; the call's tokens are one pool."""
         wanted = self.predictor.wanted(logits, self.rule)
-        if self.rule.selection == "threshold" or not len(scores):              # a rank without samples still takes part
+        if self.rule.selection == "threshold" or not len(scores):  # a rank without samples still takes part
             assignment = Assignment(wanted, scores)
         elif self.rule.selection == "count":
             assignment, _ = choose_by_pool(scores, wanted.sum(0), Pools())

@@ -19,8 +19,8 @@ from diffmoe_ep.parallel.collectives import ALONE, Group, all_gather
 class Pools:
     """How a rank's tokens are cut into pools."""
 
-    tokens: int | None = None      # tokens P of a pool; None: all tokens of the call, over the group's ranks, are one pool
-    group: Group = ALONE           # the ranks that one pool covers; this rank alone when pools lie inside it
+    tokens: int | None = None  # tokens P of a pool; None: all tokens of the call, over the group's ranks, are one pool
+    group: Group = ALONE  # the ranks that one pool covers; this rank alone when pools lie inside it
 
     def size(self, local: int) -> int:
         """Tokens of one pool when this rank has `local` tokens."""
@@ -31,8 +31,8 @@ class Pools:
 class Selection:
     """What the experts chose of this rank's tokens."""
 
-    chosen: Tensor                 # (S, N) bool
-    kth: Tensor | None             # (pools that this rank is part of, M): k-th largest value of each column of `also`
+    chosen: Tensor  # (S, N) bool
+    kth: Tensor | None  # (pools that this rank is part of, M): k-th largest value of each column of `also`
 
 
 def select(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = None) -> Selection:
@@ -44,14 +44,14 @@ def select(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = 
     """
     local, num_experts = scores.shape
     columns = scores.detach() if also is None else torch.cat([scores.detach(), also.detach().to(scores.dtype)], dim=1)
-    pooled = all_gather(columns, pools.group)                                  # (S * ranks, N + M)
-    pooled = pooled.view(-1, pools.size(local), columns.shape[1])              # (pools, P, N + M)
-    kth = _kth_largest(pooled, k)                                              # (pools, N + M)
+    pooled = all_gather(columns, pools.group)  # (S * ranks, N + M)
+    pooled = pooled.view(-1, pools.size(local), columns.shape[1])  # (pools, P, N + M)
+    kth = _kth_largest(pooled, k)  # (pools, N + M)
 
     mine, bound = pooled[:, :, :num_experts], kth[:, None, :num_experts]
     above, tied = mine > bound, mine == bound
-    quota = k - above.sum(1, keepdim=True)                                     # (pools, 1, N) ties that are still taken
-    chosen = above | (tied & (tied.cumsum(1) <= quota))                        # earlier tokens win ties
+    quota = k - above.sum(1, keepdim=True)  # (pools, 1, N) ties that are still taken
+    chosen = above | (tied & (tied.cumsum(1) <= quota))  # earlier tokens win ties
     chosen = chosen.view(-1, num_experts)
     first = pools.group.rank * local
     return Selection(chosen[first : first + local], None if also is None else kth[:, num_experts:])
@@ -63,7 +63,7 @@ def _kth_largest(pooled: Tensor, k: int | Tensor) -> Tensor:
         if k == 0:
             return pooled.new_full((pooled.shape[0], pooled.shape[2]), float("inf"))
         return pooled.topk(k, dim=1).values[:, -1]
-    k = k.repeat(pooled.shape[2] // k.shape[0])                                # the columns of `also` are ranked like the experts'
+    k = k.repeat(pooled.shape[2] // k.shape[0])  # the columns of `also` are ranked like the experts'
     ordered = pooled.sort(dim=1, descending=True).values
     index = (k - 1).clamp(min=0).expand(pooled.shape[0], 1, -1)
     return ordered.gather(1, index).squeeze(1).masked_fill(k == 0, float("inf"))

@@ -15,8 +15,8 @@ from diffmoe_ep.moe.pool import Pools, Selection, select
 class Assignment:
     """Which expert takes which of this rank's tokens, and the weight of its answer."""
 
-    chosen: Tensor                 # (S, N) bool
-    weight: Tensor                 # (S, N) at least float32; carries the gradient to the router; only chosen entries are used
+    chosen: Tensor  # (S, N) bool
+    weight: Tensor  # (S, N) at least float32; carries the gradient to the router; only chosen entries are used
 
 
 class Router(nn.Module):
@@ -24,7 +24,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden: int, num_experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden))           # (N, D)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden))  # (N, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (S, D) to scores (S, N) that sum to one over experts."""

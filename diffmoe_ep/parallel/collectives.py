@@ -13,9 +13,9 @@ from torch import Tensor
 class Group:
     """Ranks that communicate with each other, and this rank's place among them."""
 
-    size: int = 1                                   # ranks in the group
-    rank: int = 0                                   # this rank's number in the group
-    handle: dist.ProcessGroup | None = None         # None only when the group is this rank alone
+    size: int = 1  # ranks in the group
+    rank: int = 0  # this rank's number in the group
+    handle: dist.ProcessGroup | None = None  # None only when the group is this rank alone
 
 
 ALONE = Group()
@@ -27,7 +27,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
         return x.detach()
     x = x.detach().contiguous()
     out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor      # torch 2.13 renamed it
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     gather(out, x, group=group.handle)
     return out
 

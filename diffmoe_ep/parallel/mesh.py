@@ -21,12 +21,12 @@ from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
 class Mesh:
     """Where this process stands: its rank, its device and the groups that it talks to."""
 
-    world: Group = ALONE                            # all W ranks
-    expert: Group = ALONE                           # the EP ranks that share one copy of the experts
-    replicas: Group = ALONE                         # the EDP = W / EP ranks that hold the same experts as this one
-    pool: Group = ALONE                             # the ranks that one training pool spans (this rank alone if pools lie inside ranks)
+    world: Group = ALONE  # all W ranks
+    expert: Group = ALONE  # the EP ranks that share one copy of the experts
+    replicas: Group = ALONE  # the EDP = W / EP ranks that hold the same experts as this one
+    pool: Group = ALONE  # the ranks that one training pool spans (this rank alone if pools lie inside ranks)
     device: torch.device = field(default=torch.device("cpu"))
-    host: str = ""                                  # this machine's name, for reports
+    host: str = ""  # this machine's name, for reports
 
     @property
     def rank(self) -> int:
@@ -84,10 +84,12 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU")
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU"
+            )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))     # DeepSpeed insists on it, also for a process that is alone
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"
     if not dist.is_initialized():
@@ -99,9 +101,9 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
                 raise ConfigError(f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun")
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
 
-    with warnings.catch_warnings():                 # its wishes for optional packages are no news to our users
+    with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
         warnings.simplefilter("ignore")
-        from megatron.core import parallel_state    # seconds to import: only where ranks are set up
+        from megatron.core import parallel_state  # seconds to import: only where ranks are set up
 
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(

@@ -13,7 +13,7 @@ class Ema:
 
     def __init__(self, model: DiT, config: EmaConfig) -> None:
         self.model, self.config = model, config
-        self.live = dict(model.named_parameters())
+        self.live: dict[str, Tensor] = dict(model.named_parameters())
         if config.thresholds == "averaged":
             self.live |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("predictor.threshold")}
         self.tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self.live.items()}

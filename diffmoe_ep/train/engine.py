@@ -23,18 +23,29 @@ from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 
-DECIDED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
-           "bf16", "fp16", "torch_autocast", "data_types", "steps_per_print")
+DECIDED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "steps_per_print",
+)
 
 
 @dataclass(frozen=True)
 class Held:
     """An interval of a parameter whose optimiser state this rank holds, and where that state lies."""
 
-    name: str              # the parameter's name
-    start: int             # first element within this rank's own parameter
-    owner: Tensor          # the tensor that the optimiser knows: the parameter itself, or a flat partition
-    at: int                # first element within the owner
+    name: str  # the parameter's name
+    start: int  # first element within this rank's own parameter
+    owner: Tensor  # the tensor that the optimiser knows: the parameter itself, or a flat partition
+    at: int  # first element within the owner
     numel: int
 
 
@@ -51,7 +62,9 @@ class Engine:
         self._clip = config.train.clip or math.inf
         self._norm: Tensor | float = 0.0
         optimizer = _optimizer(self.named, config.train.optimizer)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False
+        )
         self.basic = self.optimizer.optimizer if config.parallel.zero else self.optimizer
         if config.parallel.zero == 0:
             # DeepSpeed's own clipping at stage 0 leaves the other ranks' experts out of the norm.
@@ -78,6 +91,12 @@ class Engine:
         if self.config.parallel.zero:
             self._norm = self.optimizer._global_grad_norm
 
+    def tell(self, values: dict[str, Any]) -> None:
+        """Hand measurements to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples seen."""
+        if self.mesh.is_first and self.engine.monitor.enabled:
+            events = [(f"train/{name}", value, values["samples"]) for name, value in values.items() if isinstance(value, float)]
+            self.engine.monitor.write_events(events)
+
     @property
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradients over all parameters and ranks, before clipping; synchronises with the device."""
@@ -89,7 +108,7 @@ class Engine:
         experts = [p.grad for name, p in self.named.items() if p.grad is not None and is_expert(name)]
         square = all_sum(_square(experts, self.mesh.device), self.mesh.expert) + _square(dense, self.mesh.device)
         self._norm = square.sqrt()
-        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)           # the same formula as DeepSpeed's at stages 1 and 2
+        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)  # the same formula as DeepSpeed's at stages 1 and 2
         torch._foreach_mul_(dense + experts, scale.float())
 
     # -- state --------------------------------------------------------------------------------------------------------------------
@@ -127,8 +146,10 @@ class Engine:
     def continue_from(self, step: int) -> None:
         """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""
         if self.config.parallel.zero:
-            for held in self._held:                                             # the flat float32 copies follow the loaded weights
-                held.owner.data[held.at : held.at + held.numel].copy_(self.named[held.name].data.view(-1)[held.start : held.start + held.numel])
+            for held in self._held:  # the flat float32 copies follow the loaded weights
+                held.owner.data[held.at : held.at + held.numel].copy_(
+                    self.named[held.name].data.view(-1)[held.start : held.start + held.numel]
+                )
         if self.config.train.optimizer.kind == "adamw":
             for owner in {id(held.owner): held.owner for held in self._held}.values():
                 self.basic.state[owner]["step"].fill_(step)
@@ -150,7 +171,7 @@ class Engine:
         held = []
         for name, parameter in self.named.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:                                             # None: other replicas hold all of it
+            if mapping is not None:  # None: other replicas hold all of it
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 owner = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
                 held.append(Held(name, here.start, owner, there.start, there.numel))
@@ -167,7 +188,9 @@ class Engine:
             numel = torch.stack([(over_replicas if is_expert(name) else over_world)[index] for name, index in order.items()])
         for (name, parameter), found in zip(self.named.items(), numel.tolist(), strict=True):
             if found != parameter.numel():
-                raise RuntimeError(f"the optimiser holds {found} of the {parameter.numel()} elements of {name}; this is a fault of the engine")
+                raise RuntimeError(
+                    f"the optimiser holds {found} of the {parameter.numel()} elements of {name}; this is a fault of the engine"
+                )
 
 
 def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -177,7 +200,7 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
         "train_batch_size": config.train.batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.train.clip if config.parallel.zero else (config.train.clip or 1e30),    # at stage 0 it calls our norm
+        "gradient_clipping": config.train.clip if config.parallel.zero else (config.train.clip or 1e30),  # at stage 0 it calls our norm
         "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -205,11 +228,15 @@ def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[
             raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets {key}, which this config decides; remove it there")
     zero = user.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero) != config.parallel.zero:
-        raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization to {zero!r}, but parallel.zero is "
-                          f"{config.parallel.zero}; set the stage with parallel.zero")
+        raise ConfigError(
+            f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization to {zero!r}, but parallel.zero is "
+            f"{config.parallel.zero}; set the stage with parallel.zero"
+        )
     for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
         if zero.get(key):
-            raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization.{key}, which checkpoints cannot read; remove it")
+            raise ConfigError(
+                f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization.{key}, which checkpoints cannot read; remove it"
+            )
     return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
 
 

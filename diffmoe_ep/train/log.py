@@ -60,7 +60,9 @@ class RunFolder:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": {name: _version(name) for name in PACKAGES},
-            "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank",
+            "device": torch.cuda.get_device_name(mesh.device)
+            if mesh.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads a rank",
             "ranks": mesh.size,
             "expert_parallel": mesh.expert.size,
             "hosts": sorted({host for host, _ in where}),

@@ -50,7 +50,10 @@ def train(config: Config) -> None:
         step = read_meta(checkpoint)["step"] if checkpoint else 0
         if step >= config.train.steps:
             if mesh.is_first:
-                print(f"{config.folder} is finished: step {step} of {config.train.steps}. To go on, raise train.steps; to start anew, give another folder.")
+                print(
+                    f"{config.folder} is finished: step {step} of {config.train.steps}. "
+                    "To go on, raise train.steps; to start anew, give another folder."
+                )
             return
         Trainer(config, mesh, dataset, checkpoint).run()
     finally:
@@ -76,10 +79,12 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Dataset, Path | None]:
         dataset = Dataset.open(config.data.folder)
         check_data(config, dataset)
         if checkpoint is not None and config.resume == "never":
-            raise ConfigError(f"{config.folder} holds the checkpoint {checkpoint.name} and resume is never; set resume=auto or give another folder")
+            raise ConfigError(
+                f"{config.folder} holds the checkpoint {checkpoint.name} and resume is never; set resume=auto or give another folder"
+            )
         if checkpoint is not None:
             check_continues(checkpoint, config, dataset.fingerprint)
-    except ValueError as error:                                                 # ConfigError, DataError, CheckpointError: told on all ranks
+    except ValueError as error:  # ConfigError, DataError, CheckpointError: told on all ranks
         problem = str(error)
     mesh.agree(problem)
     assert dataset is not None
@@ -90,17 +95,25 @@ def check_data(config: Config, dataset: Dataset) -> None:
     """Raise ConfigError unless the data fit the model."""
     facts, model = dataset.manifest, config.model
     if facts.shape != (model.in_channels, model.input_size, model.input_size):
-        raise ConfigError(f"the data in {config.data.folder} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
-                          f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}")
+        raise ConfigError(
+            f"the data in {config.data.folder} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
+            f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}"
+        )
     if facts.num_classes != model.num_classes:
-        raise ConfigError(f"the data in {config.data.folder} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
-                          f"set model.num_classes={facts.num_classes}")
+        raise ConfigError(
+            f"the data in {config.data.folder} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
+            f"set model.num_classes={facts.num_classes}"
+        )
     if config.sample.grid_every and find_spec("PIL") is None:
-        raise ConfigError(f"sample.grid_every is {config.sample.grid_every}, but grids need Pillow: pip install 'diffmoe_ep[sample]', or set "
-                          "sample.grid_every=0")
+        raise ConfigError(
+            f"sample.grid_every is {config.sample.grid_every}, but grids need Pillow: pip install 'diffmoe_ep[sample]', or set "
+            "sample.grid_every=0"
+        )
     if config.sample.grid_every and facts.kind != "pixels":
-        raise ConfigError(f"sample.grid_every is {config.sample.grid_every}, but {config.data.folder} holds latents of a VAE, which this version cannot "
-                          "decode; set sample.grid_every=0")
+        raise ConfigError(
+            f"sample.grid_every is {config.sample.grid_every}, but {config.data.folder} holds latents of a VAE, which this version cannot "
+            "decode; set sample.grid_every=0"
+        )
 
 
 class Trainer:
@@ -140,8 +153,11 @@ class Trainer:
         clock = Clock()
         while self.step < config.train.steps:
             told = self.train_step(clock)
+            if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
+                values = self.measure(told)
             if self.due(config.log.every):
-                values = self.measure(told, clock)
+                values |= clock.lap(self.step, config.train.batch)
+                self.engine.tell(values)
                 if metrics is not None and progress is not None:
                     metrics.write(values)
                     progress.show(self.step, values["loss"], values.get("capacity"), values["samples_per_second"])
@@ -173,12 +189,12 @@ class Trainer:
         return {"losses": torch.stack(losses).mean(0), **wanted_capacity(reports)}
 
     def move_thresholds(self, reports: list[tuple[LayerReport, ...]]) -> None:
-        """Move each expert's threshold once, towards the mean k-th largest prediction of all pools of the step, over ranks and micro-steps."""
+        """Move each expert's threshold once, towards the mean k-th largest prediction of all the step's pools (ranks, micro-steps)."""
         layers = self.model.moe_layers()
         if not layers:
             return
         quantiles = torch.stack([torch.stack([_given(report.quantile) for report in micro_step]) for micro_step in reports])
-        mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size                         # (layers, N)
+        mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size  # (layers, N)
         for layer, quantile in zip(layers, mean, strict=True):
             layer.predictor.move(quantile)
 
@@ -188,33 +204,43 @@ class Trainer:
 
     # -- telling ------------------------------------------------------------------------------------------------------------------
 
-    def measure(self, told: dict[str, Tensor], clock: "Clock") -> dict[str, Any]:
+    def measure(self, told: dict[str, Tensor]) -> dict[str, Any]:
         """Bring a step's measurements to the host, over all ranks; stops the run when the loss is no number any more."""
         losses = (all_sum(told["losses"], self.mesh.world) / self.mesh.size).tolist()
         norm = self.engine.gradient_norm
         if not math.isfinite(sum(losses)) or not math.isfinite(norm):
-            raise ConfigError(f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and is not saved. Resume from "
-                              "the last checkpoint with a lower train.optimizer.rate, or with train.clip=1")
+            raise ConfigError(
+                f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and is not saved. "
+                "Resume from the last checkpoint with a lower train.optimizer.rate, or with train.clip=1"
+            )
         values: dict[str, Any] = {
             "step": self.step, "samples": self.step * self.config.train.batch, "loss": sum(losses), "diffusion_loss": losses[0],
             "predictor_loss": losses[1], "grad_norm": norm, "rate": rate(self.config.train, self.step - 1),
         }  # fmt: skip
         if "capacity" in told:
-            experts = all_sum(told["capacity"], self.mesh.world) / self.mesh.size                   # (layers, N)
-            values |= {"capacity": float(experts.mean()), "capacity_per_layer": experts.mean(1).tolist(), "capacity_per_expert": experts.tolist()}
-        return values | clock.lap(self.step, self.config.train.batch)
+            experts = all_sum(told["capacity"], self.mesh.world) / self.mesh.size  # (layers, N)
+            values |= {
+                "capacity": float(experts.mean()),
+                "capacity_per_layer": experts.mean(1).tolist(),
+                "capacity_per_expert": experts.tolist(),
+            }
+        return values
 
     def greeting(self) -> str:
         """A few lines on what is about to happen."""
         config, mesh, sizes = self.config, self.mesh, count(self.config.model)
         begun = f"continues at step {self.step}" if self.step else "starts"
-        lines = [f"{config.folder} {begun}: {config.train.steps} steps of {config.train.batch} samples, {config.model.family}, "
-                 f"{sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"]
+        lines = [
+            f"{config.folder} {begun}: {config.train.steps} steps of {config.train.batch} samples, {config.model.family}, "
+            f"{sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"
+        ]
         layout = f"{mesh.size} rank{'s' * (mesh.size > 1)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
         if config.model.family == "diffmoe":
             span = pool_samples(config)
-            layout += (f", {config.model.num_experts} experts over {mesh.expert.size} rank{'s' * (mesh.expert.size > 1)}, pools of {span} samples "
-                       f"({span * num_tokens(config.model)} tokens) over {mesh.pool.size} rank{'s' * (mesh.pool.size > 1)}")
+            layout += (
+                f", {config.model.num_experts} experts over {mesh.expert.size} rank{'s' * (mesh.expert.size > 1)}, pools of {span} samples "
+                f"({span * num_tokens(config.model)} tokens) over {mesh.pool.size} rank{'s' * (mesh.pool.size > 1)}"
+            )
         return "\n".join([*lines, layout])
 
     def sample_grid(self) -> None:
@@ -226,7 +252,12 @@ class Trainer:
             facts = asdict(self.dataset.manifest)
             pixels = pixels_of(drawn.latents, facts)
             columns = min(self.config.model.num_classes, 10)
-            grid(pixels, self.folder.samples / f"step-{self.step:07d}.png", columns=columns, highest=round((1 - facts["shift"]) / facts["scale"]))
+            grid(
+                pixels,
+                self.folder.samples / f"step-{self.step:07d}.png",
+                columns=columns,
+                highest=round((1 - facts["shift"]) / facts["scale"]),
+            )
             self.draw_curves()
 
     def draw_curves(self) -> None:
@@ -243,9 +274,23 @@ class Trainer:
         pieces = [self.engine.my_share(fragment, is_expert(fragment.name)) for fragment in replicated] + self.engine.moments_to_save()
         facts = asdict(self.dataset.manifest)
         facts.pop("shards")
-        meta = {"config": to_tree(config), "samples_consumed": self.step * config.train.batch, "data": facts, "fingerprint": self.dataset.fingerprint}
-        save(self.folder.checkpoints, self.step, pieces, meta, group=mesh.world.handle, rank=mesh.rank, world=mesh.size,
-             keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+        meta = {
+            "config": to_tree(config),
+            "samples_consumed": self.step * config.train.batch,
+            "data": facts,
+            "fingerprint": self.dataset.fingerprint,
+        }
+        save(
+            self.folder.checkpoints,
+            self.step,
+            pieces,
+            meta,
+            group=mesh.world.handle,
+            rank=mesh.rank,
+            world=mesh.size,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        )
 
     def load(self, checkpoint: Path) -> None:
         """Take up a checkpoint's state; the stream is made afterwards, at the position that follows from the step."""
@@ -301,8 +346,12 @@ def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]
 
 def providers(mesh: Mesh) -> dict[str, str]:
     """Which implementation does the heavy parts, for the environment report."""
-    return {"attention": "torch scaled_dot_product_attention", "optimizer": "torch fused AdamW or SGD under DeepSpeed ZeRO",
-            "dispatch": "torch all_to_all, " + ("nccl" if mesh.device.type == "cuda" else "gloo"), "python": sys.version.split()[0]}
+    return {
+        "attention": "torch scaled_dot_product_attention",
+        "optimizer": "torch fused AdamW or SGD under DeepSpeed ZeRO",
+        "dispatch": "torch all_to_all, " + ("nccl" if mesh.device.type == "cuda" else "gloo"),
+        "python": sys.version.split()[0],
+    }
 
 
 def _given(quantile: Tensor | None) -> Tensor:

@@ -30,7 +30,11 @@ def busy(model: ModelConfig, seed: int = 0) -> DiT:
 def inputs(model: ModelConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(batch, model.in_channels, model.input_size, model.input_size, generator=generator, dtype=torch.float64)
-    return x, torch.rand(batch, generator=generator, dtype=torch.float64), torch.randint(0, model.num_classes + 1, (batch,), generator=generator)
+    return (
+        x,
+        torch.rand(batch, generator=generator, dtype=torch.float64),
+        torch.randint(0, model.num_classes + 1, (batch,), generator=generator),
+    )
 
 
 def norm(x: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def test_the_dense_forward_is_the_formula() -> None:
 
 
 def test_positions_are_sines_then_cosines_of_each_coordinate() -> None:
-    table = sine_positions(8, 3)                             # D/4 = 2 frequencies: 1 and 1/100
+    table = sine_positions(8, 3)  # D/4 = 2 frequencies: 1 and 1/100
     row, column = 2, 1
     expected = [f(coordinate * omega) for coordinate in (column, row) for f in (math.sin, math.cos) for omega in (1.0, 0.01)]
     assert table[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
@@ -104,7 +108,9 @@ def test_the_start_is_the_identity(interleave: bool) -> None:
     assert output.prediction.abs().max() == 0
     ((output.prediction - 1).square().mean() + output.auxiliary).backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.abs().max() > 0}
-    assert moved == {"head.projection.weight", "head.projection.bias"} | {name for name, _ in model.named_parameters() if "predictor" in name}
+    assert moved == {"head.projection.weight", "head.projection.bias"} | {
+        name for name, _ in model.named_parameters() if "predictor" in name
+    }
     assert len(output.layers) == (2 if interleave else 4)
 
 
@@ -122,12 +128,17 @@ def test_initial_weights_have_their_distributions() -> None:
     for name, parameter in weights.items():
         if name.endswith("bias") or "modulation" in name or name == "head.projection.weight":
             assert parameter.abs().max() == 0, name
-    for name, std in {"label.table.weight": 0.02, "time.fc1.weight": 0.02, "time.fc2.weight": 0.02, "blocks.1.ffn.router.weight": 0.006}.items():
+    for name, std in {
+        "label.table.weight": 0.02,
+        "time.fc1.weight": 0.02,
+        "time.fc2.weight": 0.02,
+        "blocks.1.ffn.router.weight": 0.006,
+    }.items():
         assert weights[name].std().item() == pytest.approx(std, rel=0.1), name
     bounds = {"blocks.0.ffn.fc1.weight": 64 + 256, "blocks.0.attention.qkv.weight": 64 + 192, "patches.projection.weight": 16 + 64}
     for name, fans in bounds.items():
         assert weights[name].abs().max().item() == pytest.approx(math.sqrt(6 / fans), rel=0.05), name
-    for expert in weights["blocks.1.ffn.experts.fc1_weight"]:      # each expert by itself, not the stack
+    for expert in weights["blocks.1.ffn.experts.fc1_weight"]:  # each expert by itself, not the stack
         assert expert.abs().max().item() == pytest.approx(math.sqrt(6 / 320), rel=0.05)
 
 
@@ -154,7 +165,7 @@ def test_counts_are_the_papers(shape: tuple[str, int, int, int, int]) -> None:
         built = DiT(config)
     assert count(config).total == sum(parameter.numel() for parameter in built.parameters()) == PAPER[shape]
     if shape == ("diffmoe", 1024, 24, 16, 16):
-        assert round(count(config).activated() / 1e5) == 4708      # 470.8M: router and predictor always run
+        assert round(count(config).activated() / 1e5) == 4708  # 470.8M: router and predictor always run
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].joinpath("configs").rglob("*.yaml")), ids=lambda path: path.name)

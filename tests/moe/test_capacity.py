@@ -43,5 +43,5 @@ def test_the_first_update_is_unbiased() -> None:
 
 def test_a_token_at_the_threshold_is_not_taken() -> None:
     predictor = CapacityPredictor(4, 1, 0.95)
-    logits = torch.tensor([[0.0], [1e-3], [-1e-3]])        # sigmoid(0) is exactly one half
+    logits = torch.tensor([[0.0], [1e-3], [-1e-3]])  # sigmoid(0) is exactly one half
     assert predictor.wanted(logits, InferenceRule(threshold=0.5))[:, 0].tolist() == [False, True, False]

@@ -43,4 +43,6 @@ def test_gelu_is_the_tanh_form() -> None:
         parameter.data = torch.zeros_like(parameter) if "bias" in name else torch.ones_like(parameter)
     x = torch.tensor([[0.7]], dtype=torch.float64)
     inner = 0.7978845608028654 * (0.7 + 0.044715 * 0.7**3)
-    assert module(x, [1]).item() == pytest.approx(4 * 0.5 * 0.7 * (1 + torch.tanh(torch.tensor(inner, dtype=torch.float64)).item()), abs=1e-12)
+    assert module(x, [1]).item() == pytest.approx(
+        4 * 0.5 * 0.7 * (1 + torch.tanh(torch.tensor(inner, dtype=torch.float64)).item()), abs=1e-12
+    )

@@ -20,8 +20,10 @@ from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import Group
 from ranks import run
 
-MODEL = ModelConfig(input_size=4, in_channels=1, out_channels=1, hidden=8, heads=2, blocks=2, num_classes=3, num_experts=4, interleave=False)
-TOKENS = 4                                                  # of a sample
+MODEL = ModelConfig(
+    input_size=4, in_channels=1, out_channels=1, hidden=8, heads=2, blocks=2, num_classes=3, num_experts=4, interleave=False
+)
+TOKENS = 4  # of a sample
 
 
 def make_layer(pool: PoolConfig, model: ModelConfig = MODEL) -> MoELayer:
@@ -106,7 +108,7 @@ def test_inference_is_algorithm_four(selection: Any, threshold: Any) -> None:
     torch.testing.assert_close(y, expected["y"], rtol=0, atol=1e-12)
     assert report.processed.tolist() == expected["chosen"].sum(0).tolist()
     if threshold == 1.1 and selection != "topk":
-        assert y.abs().max() == 0                           # nobody is over it: only the residual is left
+        assert y.abs().max() == 0  # nobody is over it: only the residual is left
 
 
 def test_threshold_does_not_depend_on_the_batch() -> None:
@@ -126,7 +128,7 @@ def test_a_batch_of_nothing(selection: Any) -> None:
 
 def test_ties_go_to_the_earlier_token() -> None:
     layer = make_layer(PoolConfig(capacity=0.5))
-    x = inputs(1).expand(8, -1, -1)                         # every sample the same: each score stands eight times
+    x = inputs(1).expand(8, -1, -1)  # every sample the same: each score stands eight times
     tokens = x.reshape(-1, 8)
     p = torch.softmax(tokens @ layer.router.weight.T, dim=-1)
     taken = torch.zeros(32, 4, dtype=torch.bool)
@@ -147,6 +149,7 @@ def test_too_small_a_capacity_is_named() -> None:
 
 # -- dispatch and combine ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dispatcher", [LocalDispatch(), AllToAllDispatch(Group())])
 def test_identity_experts_give_the_gate_sum(density: float, dispatcher: Any) -> None:
@@ -160,11 +163,16 @@ def test_identity_experts_give_the_gate_sum(density: float, dispatcher: Any) -> 
     expected = tokens * (weight * chosen).sum(1, keepdim=True)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-13)
     assert list(handle.counts) == chosen.sum(0).tolist()
-    for one, other in zip(torch.autograd.grad(mixed.square().sum(), [tokens, weight]), torch.autograd.grad(expected.square().sum(), [tokens, weight]), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(mixed.square().sum(), [tokens, weight]),
+        torch.autograd.grad(expected.square().sum(), [tokens, weight]),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 # -- law 1 on ranks ---------------------------------------------------------------------------------------------------------------------
+
 
 def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     """This rank's part of the layer: outputs, gradients of its tokens, of the shared weights and of its experts, and what was chosen."""
@@ -185,7 +193,14 @@ def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     found = torch.autograd.grad((y * weight).sum() + loss / world, [x, *layer.parameters()], allow_unused=True)
     names = ["x", *[name for name, _ in layer.named_parameters()]]
     grads = {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
-    return {"y": y.detach(), "processed": report.processed, "quantile": report.quantile, "grads": grads, "expert_rank": mesh.expert.rank, "loss": loss.detach()}
+    return {
+        "y": y.detach(),
+        "processed": report.processed,
+        "quantile": report.quantile,
+        "grads": grads,
+        "expert_rank": mesh.expert.rank,
+        "loss": loss.detach(),
+    }
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])

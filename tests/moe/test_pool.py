@@ -39,7 +39,7 @@ def test_selection_is_the_sort(pools: int, pool: int, experts: int, levels: int,
     selection = select(torch.from_numpy(scores), torch.tensor(k), Pools(pool), also=torch.from_numpy(scores))
     assert np.array_equal(selection.chosen.numpy(), chosen)
     assert np.array_equal(selection.kth.numpy(), kth)
-    if len(set(k)) == 1:                                   # one number for all takes another path
+    if len(set(k)) == 1:  # one number for all takes another path
         same = select(torch.from_numpy(scores), k[0], Pools(pool), also=torch.from_numpy(scores))
         assert np.array_equal(same.chosen.numpy(), chosen)
         assert np.array_equal(same.kth.numpy(), kth)
@@ -58,7 +58,7 @@ def test_worked_identity() -> None:
 
 def on_ranks(rank: int, scores: np.ndarray, also: np.ndarray, k: int, pool: int) -> tuple[np.ndarray, np.ndarray]:
     """Select with this rank's consecutive part of the tokens."""
-    world, local = meshes.launched_world(), len(scores) // meshes.launched_world()
+    local = len(scores) // meshes.launched_world()
     mesh = meshes.start(1, max(1, pool // local), 1.0)
     mine = slice(rank * local, (rank + 1) * local)
     group = mesh.pool if pool > local else Group()

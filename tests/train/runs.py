@@ -27,7 +27,16 @@ def config(data: Path, folder: Path, *overrides: str) -> Config:
     tree = {
         "folder": str(folder),
         "data": {"folder": str(data), "workers": 0, "flip": False},
-        "model": {"input_size": 8, "in_channels": 1, "out_channels": 1, "hidden": 32, "blocks": 4, "heads": 2, "num_classes": 10, "num_experts": 8},
+        "model": {
+            "input_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "hidden": 32,
+            "blocks": 4,
+            "heads": 2,
+            "num_classes": 10,
+            "num_experts": 8,
+        },
         "train": {"steps": STEPS, "batch": 24, "precision": "float32", "clip": 0.3, "optimizer": {"rate": 1e-3}, "ema": {"decay": 0.9}},
         "log": {"every": 1},
         "checkpoint": {"every": 1000},
@@ -62,7 +71,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
         trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
         clock = training.Clock()
         for _ in range(given.train.steps):
-            values = trainer.measure(trainer.train_step(clock), clock)
+            values = trainer.measure(trainer.train_step(clock))
             told["loss"].append(values["loss"])
             told["grad_norm"].append(values["grad_norm"])
             told["thresholds"].append(torch.stack([layer.predictor.threshold.clone() for layer in trainer.model.moe_layers()]))
@@ -72,6 +81,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
 
 
 # -- faults that law 3 must see -----------------------------------------------------------------------------------------------------------
+
 
 def _pool_of_one_rank() -> Any:
     def narrow(model: DiT, mesh: Any) -> DiT:

@@ -37,7 +37,7 @@ def test_which_thresholds_it_carries(thresholds: str) -> None:
     if thresholds == "live":
         assert torch.equal(carried, predictor.threshold)
     else:
-        assert (carried < predictor.threshold / 2).all()         # an average of an average: far too low early on
+        assert (carried < predictor.threshold / 2).all()  # an average of an average: far too low early on
 
 
 def test_the_forward_uses_the_average_and_leaves_the_weights() -> None:

@@ -34,9 +34,9 @@ def test_user_settings_are_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        ({"gradient_clipping": 1.0}, "sets gradient_clipping, which this config decides"),
-        ({"zero_optimization": {"stage": 2}}, "but parallel.zero is 1"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer"),
+        ({"gradient_clipping": 1.0}, r"sets gradient_clipping, which this config decides"),
+        ({"zero_optimization": {"stage": 2}}, r"but parallel\.zero is 1"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"zero_optimization\.offload_optimizer"),
         ("{not json", "cannot be read as JSON"),
         ([1], "holds a list"),
     ],
@@ -47,5 +47,5 @@ def test_contradictions_are_named(tmp_path: Path, user: Any, message: str) -> No
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.json cannot be read"):
         settings(from_tree({"parallel": {"deepspeed": str(tmp_path / "nowhere.json")}}), Mesh())

@@ -62,7 +62,9 @@ def test_a_resumed_run_is_the_uncut_run(digits: Path, tmp_path: Path, shape: tup
     final, other = (store.resolve(tmp_path / name) for name in ("uncut", "cut"))
     names = sorted(store.tensors(final))
     first, second = store.read(final, names), store.read(other, names)
-    assert sum(name.startswith("optimizer.") for name in names) == (2 if kind == "adamw" else 1) * sum(name.startswith("ema.") for name in names)
+    assert sum(name.startswith("optimizer.") for name in names) == (2 if kind == "adamw" else 1) * sum(
+        name.startswith("ema.") for name in names
+    )
     for name in names:
         assert torch.equal(first[name], second[name]), name
 
@@ -113,7 +115,7 @@ def test_a_loaded_model_trains(trained: Path) -> None:
     (output.prediction.square().mean() + output.auxiliary).backward()
     assert output.auxiliary.item() > 0
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert output.layers[0].processed.tolist() == [8] * 8         # 64 tokens, 8 experts
+    assert output.layers[0].processed.tolist() == [8] * 8  # 64 tokens, 8 experts
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,11 @@ def test_a_checkpoint_of_another_run_is_refused(trained: Path, digits: Path, ove
 
 def test_other_data_are_refused(trained: Path, digits: Path) -> None:
     with pytest.raises(store.CheckpointError, match="trained on other data"):
-        check_continues(store.resolve(trained), config(digits / "heldout", trained, "train.accumulation=2"), Dataset.open(digits / "heldout").fingerprint)
+        check_continues(
+            store.resolve(trained),
+            config(digits / "heldout", trained, "train.accumulation=2"),
+            Dataset.open(digits / "heldout").fingerprint,
+        )
 
 
 def test_more_steps_and_another_rate_are_allowed(trained: Path, digits: Path) -> None:

@@ -10,7 +10,7 @@ from diffmoe_ep.config import Config
 from ranks import run
 from train.runs import config, layout, trace
 
-LAYOUTS = [(1, 1, 0), (2, 1, 1), (2, 2, 2), (4, 2, 1), (4, 4, 2), (4, 2, 0)]           # (W, EP, ZeRO)
+LAYOUTS = [(1, 1, 0), (2, 1, 1), (2, 2, 2), (4, 2, 1), (4, 4, 2), (4, 2, 0)]  # (W, EP, ZeRO)
 KINDS = {"adamw": ["train.optimizer.kind=adamw"], "sgd": ["train.optimizer.kind=sgd", "train.optimizer.rate=0.05"]}
 
 _traces: dict[Any, list[dict[str, Any]]] = {}
@@ -47,7 +47,7 @@ def holds(found: dict[str, float]) -> bool:
 def test_every_layout_is_the_same_run(digits: Path, kind: str, accumulation: int) -> None:
     given = config(digits / "train", Path("unused"), f"train.accumulation={accumulation}", *KINDS[kind])
     single = traced(given, *LAYOUTS[0])[0]
-    assert max(single["grad_norm"]) > 0.3                   # clipping is active
+    assert max(single["grad_norm"]) > 0.3  # clipping is active
     assert single["loss"][-1] < single["loss"][0]
     for layout_ in LAYOUTS[1:]:
         found = differences(traced(given, *layout_), single)
@@ -56,7 +56,8 @@ def test_every_layout_is_the_same_run(digits: Path, kind: str, accumulation: int
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("fault", "layout_"), [("a pool of one rank", (2, 2, 2)), ("expert gradients times the replicas", (4, 2, 1)), ("thresholds moved twice", (2, 1, 1))]
+    ("fault", "layout_"),
+    [("a pool of one rank", (2, 2, 2)), ("expert gradients times the replicas", (4, 2, 1)), ("thresholds moved twice", (2, 1, 1))],
 )
 def test_planted_faults_break_the_law(digits: Path, fault: str, layout_: tuple[int, int, int]) -> None:
     for kind in KINDS:
@@ -92,5 +93,5 @@ def test_bf16_trains_the_same_weights_closely(digits: Path) -> None:
     full = traced(config(digits / "train", Path("unused"), "train.accumulation=1", *KINDS["adamw"]), 1, 1, 0)[0]
     assert differences(traces, single)["loss"] < 5e-3
     assert differences([single], full)["loss"] < 5e-2
-    assert differences([single], full)["loss"] > 0           # it did compute in bf16
+    assert differences([single], full)["loss"] > 0  # it did compute in bf16
     assert all(tensor.dtype == torch.float32 for tensor in traces[0]["ema"].values())

@@ -1,0 +1,68 @@
+"""The order of work in quickstart.sh and test.sh, seen by a stand-in for Python that writes down what it is asked to do."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+STAND_IN = """#!/usr/bin/env bash
+case "$1 $2" in
+    "- "*) exit 0 ;;  # the check of an environment
+    "-c "*) echo 1; exit 0 ;;  # the number of GPUs, a free port
+esac
+echo "$PWD|$DS_ACCELERATOR|$OMP_NUM_THREADS|${*:2}" >>"$ASKED"
+if [[ "$2" == deepspeed.launcher.runner ]]; then mkdir -p "$RUN/checkpoints"; echo step-7 >"$RUN/checkpoints/latest"; fi
+for module in $FAIL; do if [[ "$2" == "$module" ]]; then echo "$module complains" >&2; exit 7; fi; done
+"""
+
+
+def start(script: str, folder: Path, *arguments: str, fail: str = "") -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Runs a script with the stand-in; gives what it did and, for each call of Python, [folder, accelerator, threads, arguments]."""
+    stand_in = folder / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    asked = folder / "asked"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
+    places = {"DIFFMOE_PYTHON": str(stand_in), "ASKED": str(asked), "FAIL": fail, "RUN": str(folder / "run"), "DATA": str(folder / "data")}
+    done = subprocess.run([ROOT / "launch" / script, *arguments], cwd=folder, env=kept | places, capture_output=True, text=True, timeout=60)
+    return done, [line.split("|") for line in asked.read_text().splitlines()]
+
+
+def test_quickstart_goes_from_data_to_scores(tmp_path: Path) -> None:
+    done, asked = start("quickstart.sh", tmp_path, "train.steps=3", "pool.span=1")
+    assert done.returncode == 0, done.stderr
+    assert {(folder, threads) for folder, _, threads, _ in asked[1:]} == {(str(ROOT), "1")}
+    data, train, sample, evaluate = (arguments for *_, arguments in asked)
+    assert data == f"data_prep digits --out {tmp_path}/data"
+    assert train.startswith("deepspeed.launcher.runner --quiet --hostfile  --num_gpus 2 --master_port 1 ")
+    assert train.endswith(f" train configs/digits.yaml folder={tmp_path}/run data.folder={tmp_path}/data/train train.steps=3 pool.span=1")
+    assert asked[1][1] == "cpu"  # one GPU is too few for two ranks
+    assert sample.startswith(f"diffmoe_ep sample {tmp_path}/run --out ")
+    assert evaluate.startswith(f"diffmoe_ep evaluate {tmp_path}/run --reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout ")
+    assert "step-7 is the newest" in done.stdout
+
+
+@pytest.mark.parametrize(("module", "calls"), [("data_prep", 1), ("deepspeed.launcher.runner", 2), ("diffmoe_ep", 3)])
+def test_quickstart_stops_at_the_first_failure(tmp_path: Path, module: str, calls: int) -> None:
+    done, asked = start("quickstart.sh", tmp_path, fail=module)
+    assert (done.returncode, len(asked)) == (7, calls)
+    assert done.stderr.endswith(f"{module} complains\n")
+    assert "where to look" not in done.stdout
+
+
+def test_all_checks_run_and_pass_arguments_to_pytest(tmp_path: Path) -> None:
+    done, asked = start("test.sh", tmp_path, "-x", "tests/moe")
+    assert done.returncode == 0
+    assert [arguments for *_, arguments in asked] == ["ruff check .", "mypy", "pytest -q -x tests/moe"]
+    assert {folder for folder, *_ in asked} == {str(ROOT)}
+    assert done.stdout.endswith("all passed\n")
+
+
+@pytest.mark.parametrize("fail", ["ruff", "mypy", "pytest", "ruff pytest"])
+def test_all_checks_run_whichever_fails(tmp_path: Path, fail: str) -> None:
+    done, asked = start("test.sh", tmp_path, fail=fail)
+    assert (done.returncode, len(asked)) == (1, 3)
+    assert done.stdout.endswith(f"\nfailed: {fail}\n")
