@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from diffmoe_ep.parallel.mesh import Mesh
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb. A user's mistake ends every rank with exit code 2 and one message; anything else is ours and keeps its traceback."""
+def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
+    """Run a verb. A user's mistake ends every rank with exit code 2 and one message; anything else is ours and keeps its traceback.
+
+    Launchers end all ranks once one has stopped, so ranks that leave the message to rank 0 stay for `patience` seconds.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if not all("=" in word and not word.startswith("-") and hasattr(options, "overrides") for word in rest):
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if not _is_told(error):
             raise
-        _tell(str(error))
+        _tell(str(error), patience)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -38,12 +42,14 @@ def _is_told(error: ValueError) -> bool:
     return isinstance(error, ConfigError) or type(error).__name__ in ("DataError", "CheckpointError")
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, patience: float) -> None:
     """Print an error once for all ranks: those that the mesh agreed on, and those of the config, are the same everywhere."""
     from diffmoe_ep.parallel.mesh import launched_rank
 
     if launched_rank() == 0:
         print(f"diffmoe: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(patience)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -81,7 +81,8 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
     Raises ConfigError when the launcher's variables are incomplete.
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wants_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch; its launcher shows GPUs to the ranks all the same
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"))
     if where.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
