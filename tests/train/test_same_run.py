@@ -77,6 +77,15 @@ def test_spans_are_the_same_run(digits: Path, span: int) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_a_dense_model_is_the_same_run(digits: Path) -> None:
+    given = config(digits / "train", Path("unused"), "model.family=dense", "train.accumulation=3", *KINDS["sgd"])
+    single, traces = traced(given, 1, 1, 0)[0], traced(given, 2, 1, 2)
+    assert single["thresholds"] == []
+    assert max(abs(a - b) for a, b in zip(traces[1]["loss"], single["loss"], strict=True)) <= 1e-6
+    assert max(abs(a / b - 1) for a, b in zip(traces[1]["grad_norm"], single["grad_norm"], strict=True)) <= 1e-5
+
+
+@pytest.mark.timeout(600)
 def test_averaged_weights_are_the_same(digits: Path) -> None:
     given = config(digits / "train", Path("unused"), "train.accumulation=1", *KINDS["sgd"])
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 4, 2, 1)
