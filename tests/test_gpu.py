@@ -1,0 +1,86 @@
+"""What can only be seen on a CUDA device; every test here skips itself without one."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffmoe_ep.config import ModelConfig, PoolConfig
+from diffmoe_ep.moe.capacity import InferenceRule
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.pool import Pools, select
+from train.runs import config, trace
+
+pytestmark = pytest.mark.gpu
+MODEL = ModelConfig(hidden=32, heads=2, num_experts=8)
+
+
+def layer(dtype: torch.dtype) -> MoELayer:
+    made = MoELayer(MODEL, PoolConfig())
+    generator = torch.Generator().manual_seed(3)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    made.predictor.move(torch.linspace(0.3, 0.8, 8))
+    return made.to(dtype)
+
+
+def passed(made: MoELayer, device: str) -> list[torch.Tensor]:
+    """Output and all gradients of one forward and backward."""
+    made = made.to(device)
+    x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(5)).to(device, made.router.weight.dtype).requires_grad_()
+    y, report = made(x)
+    loss = y.square().sum() + (report.loss if report.loss is not None else 0.0)
+    return [y.detach(), *torch.autograd.grad(loss, [x, *made.parameters()], allow_unused=not made.training)]
+
+
+def test_selection_is_the_cpus() -> None:
+    scores = torch.randint(0, 9, (4096, 16), generator=torch.Generator().manual_seed(0)).float() / 9
+    expected, found = select(scores, 256, Pools(), also=scores), select(scores.cuda(), 256, Pools(), also=scores.cuda())
+    assert torch.equal(found.chosen.cpu(), expected.chosen)
+    assert found.kth is not None
+    assert expected.kth is not None
+    assert torch.equal(found.kth.cpu(), expected.kth)
+
+
+@pytest.mark.parametrize("mode", ["train", "threshold", "count", "topk"])
+def test_the_layer_is_the_cpus(mode: Any) -> None:
+    made = layer(torch.float64).train(mode == "train")
+    made.rule = InferenceRule("count" if mode == "train" else mode)
+    expected = passed(made, "cpu")
+    for found, wanted in zip(passed(made, "cuda"), expected, strict=True):
+        assert found is None if wanted is None else torch.allclose(found.cpu(), wanted, rtol=0, atol=1e-9)
+
+
+def test_the_same_run_gives_the_same_bits() -> None:
+    made = layer(torch.float32).train()
+    first, second = passed(made, "cuda"), passed(made, "cuda")
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_one_host_synchronisation_a_layer() -> None:
+    made, x = layer(torch.float32).train().cuda(), torch.randn(4, 64, 32, device="cuda")
+    made(x)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            made(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in seen if "synchroniz" in str(warning.message)]) <= 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_training_follows_the_cpu(digits: Path, precision: str, tmp_path: Path) -> None:
+    """The same run as on the CPU: to float32's rounding in float32, closely in bf16."""
+    from ranks import run
+
+    cpu = run(1, trace, config(digits / "train", tmp_path, "train.precision=float32"))[0]
+    gpu = trace(0, config(digits / "train", tmp_path, f"train.precision={precision}", "parallel.zero=0"))
+    torch.distributed.destroy_process_group()
+    worst = max(abs(one - other) for one, other in zip(gpu["loss"], cpu["loss"], strict=True))
+    print(json.dumps({"precision": precision, "largest loss difference": worst}))
+    assert worst < (1e-4 if precision == "float32" else 5e-2)
