@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -94,9 +95,11 @@ class Metrics:
 class Progress:
     """A bar on a terminal, a line now and then in a file: step, samples/s, loss, capacity, time left."""
 
-    def __init__(self, step: int, steps: int, batch: int) -> None:
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty(), smoothing=0.1)
-        self.batch, self.steps, self.first = batch, steps, step
+    def __init__(self, greeting: str, step: int, steps: int) -> None:
+        print(greeting, file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size((110, 24)).columns  # some terminals say 0, which would draw nothing
+        self.bar = tqdm(total=steps, initial=step, unit="step", ncols=width, disable=not sys.stderr.isatty(), smoothing=0.1)
+        self.steps, self.first = steps, step
         self.loss: float | None = None
         self.started = self.spoken = time.monotonic()
 
@@ -115,12 +118,7 @@ class Progress:
             self.spoken = now
             left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
             told = "  ".join(f"{name} {value}" for name, value in facts.items())
-            self.say(f"step {step}/{self.steps}  {told}  {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+            print(f"step {step}/{self.steps}  {told}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -147,9 +147,7 @@ class Trainer:
         config = self.config
         self.folder.describe(config, self.mesh, providers(self.mesh))
         metrics = Metrics(self.folder.metrics, self.step) if self.mesh.is_first else None
-        progress = Progress(self.step, config.train.steps, config.train.batch) if self.mesh.is_first else None
-        if progress is not None:
-            progress.say(self.greeting())
+        progress = Progress(self.greeting(), self.step, config.train.steps) if self.mesh.is_first else None
         clock = Clock()
         while self.step < config.train.steps:
             told = self.train_step(clock)
