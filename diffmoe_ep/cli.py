@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
     except ValueError as error:
         if not _is_told(error):
             raise
-        _tell(str(error), patience)
+        _tell(error, patience)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -42,12 +42,14 @@ def _is_told(error: ValueError) -> bool:
     return isinstance(error, ConfigError) or type(error).__name__ in ("DataError", "CheckpointError")
 
 
-def _tell(message: str, patience: float) -> None:
-    """Print an error once for all ranks: those that the mesh agreed on, and those of the config, are the same everywhere."""
-    from diffmoe_ep.parallel.mesh import launched_rank
+def _tell(error: ValueError, patience: float) -> None:
+    """Print an error once for all ranks if it is the same on all: of the config, or agreed upon; a bad sample is one rank's alone."""
+    from diffmoe_ep.parallel.mesh import launched_rank, launched_world
 
-    if launched_rank() == 0:
-        print(f"diffmoe: error: {message}", file=sys.stderr, flush=True)
+    if type(error).__name__ == "DataError" and launched_world() > 1:
+        print(f"diffmoe: error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+    elif launched_rank() == 0:
+        print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(patience)
 
