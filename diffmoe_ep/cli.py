@@ -5,14 +5,29 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe_ep.config import Config, ConfigError, check_world, dump, keys, load, num_tokens, override, pool_samples, tokens_per_expert
+from diffmoe_ep.config import (
+    Config,
+    ConfigError,
+    UserError,
+    check_world,
+    dump,
+    keys,
+    load,
+    num_tokens,
+    override,
+    pool_samples,
+    to_tree,
+    tokens_per_expert,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffmoe_ep.evaluate.draw import Drawn
-    from diffmoe_ep.parallel.mesh import Mesh
 
 
 def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
@@ -28,27 +43,21 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
         options.overrides = [*options.overrides, *rest]
     try:
         options.run(options)
-    except ValueError as error:
-        if not _is_told(error):
-            raise
+    except UserError as error:
         _tell(error, patience)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _is_told(error: ValueError) -> bool:
-    """Whether an error is meant for the user: the three kinds that the package raises for mistakes."""
-    return isinstance(error, ConfigError) or type(error).__name__ in ("DataError", "CheckpointError")
+def _tell(error: UserError, patience: float) -> None:
+    """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or one agreed upon."""
+    from diffmoe_ep.parallel import mesh as meshes
 
-
-def _tell(error: ValueError, patience: float) -> None:
-    """Print an error once for all ranks if it is the same on all: of the config, or agreed upon; a bad sample is one rank's alone."""
-    from diffmoe_ep.parallel.mesh import launched_rank, launched_world
-
-    if type(error).__name__ == "DataError" and launched_world() > 1:
-        print(f"diffmoe: error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
-    elif launched_rank() == 0:
+    world, rank = meshes.launched_world(strict=False), meshes.launched_rank(strict=False)
+    if world > 1 and meshes.joined() and not error.everywhere:
+        print(f"diffmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif rank == 0:
         print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(patience)
@@ -83,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
         )
-        verb.add_argument("--num", type=int, default=num, help=f"number of samples (default {num})")
+        verb.add_argument("--samples", type=int, default=num, help=f"number of samples (default {num})")
         verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
 
     every = verbs.add_parser("keys", help="print every config key with its type, default and meaning")
@@ -165,51 +174,56 @@ def _dry_run(config: Config) -> None:
 # -- sample and evaluate ----------------------------------------------------------------------------------------------------------------
 
 
-def _draw(options: argparse.Namespace, classes: list[int] | None) -> "tuple[Drawn, dict[str, Any], Config, Mesh]":
-    """Load a checkpoint over all launched ranks and draw samples; parallel.expert is 1 unless an override says otherwise."""
+@dataclass(frozen=True)
+class Source:
+    """What samples are drawn from."""
+
+    checkpoint: Path
+    config: Config  # the run's, with the command's overrides
+    facts: dict[str, Any]  # of the data that it was trained on
+    seed: int  # of the samples' first noise
+
+
+def _source(options: argparse.Namespace) -> Source:
+    """Find the checkpoint and check everything that follows from it; parallel.expert is 1 unless an override says otherwise."""
+    from diffmoe_ep.checkpoint.exchange import config_of, facts_of
+    from diffmoe_ep.checkpoint.store import resolve
+    from diffmoe_ep.evaluate.draw import check_sampling
+    from diffmoe_ep.parallel.mesh import launched_world
+
+    checkpoint = resolve(options.path)
+    config = override(config_of(checkpoint), ["parallel.expert=1", *options.overrides])
+    world, expert = launched_world(), config.parallel.expert
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; it must be at least 1")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed is {options.seed}; it must be at least 0 and less than 2^63")
+    if world % expert:
+        started = f"{world} process{'es were' if world > 1 else ' was'} started"
+        raise ConfigError(f"parallel.expert is {expert} and {started}; start a multiple of parallel.expert, or leave it at 1")
+    check_sampling(config, options.samples)
+    return Source(checkpoint, config, facts_of(checkpoint), config.seed if options.seed is None else options.seed)
+
+
+def _draw(source: Source, labels: "Tensor") -> "Drawn | None":
+    """Load the checkpoint over all launched ranks and draw a sample for each label; the first rank gets them."""
     from tqdm import tqdm
 
-    from diffmoe_ep.checkpoint.exchange import config_of, facts_of, load_sharded
-    from diffmoe_ep.checkpoint.store import resolve
-    from diffmoe_ep.evaluate.draw import check_labels, classes_in_turn, draw
+    from diffmoe_ep.checkpoint.exchange import load_sharded
+    from diffmoe_ep.evaluate.draw import draw
     from diffmoe_ep.parallel import mesh as meshes
 
-    if options.num < 1:
-        raise ConfigError(f"--num is {options.num}; it must be at least 1")
-    folder = resolve(options.path)
-    config = override(config_of(folder), ["parallel.expert=1", *options.overrides])
-    classes = classes if classes is not None else list(range(config.model.num_classes))
-    check_labels(classes, config.model)
-    world = meshes.launched_world()
-    if world % config.parallel.expert:
-        raise ConfigError(
-            f"parallel.expert is {config.parallel.expert} and {world} process{'es were' if world > 1 else ' was'} started; "
-            "start a multiple of parallel.expert, or leave it at 1"
-        )
+    config = source.config
     mesh = meshes.start(config.parallel.expert, 1, config.parallel.timeout_minutes)
-    model = load_sharded(folder, config.sample.weights, config, mesh)
-    seed = config.seed if options.seed is None else options.seed
-    with tqdm(
-        total=config.sample.steps, unit="step", desc=f"{options.num} samples", disable=not (mesh.is_first and sys.stderr.isatty())
-    ) as bar:
+    model = load_sharded(source.checkpoint, config.sample.weights, config, mesh)
+    hidden = not (mesh.is_first and sys.stderr.isatty())
+    with tqdm(total=config.sample.steps, unit="step", desc=f"{len(labels)} samples", disable=hidden) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        drawn = draw(model, classes_in_turn(options.num, classes), config.sample, mesh, seed=seed, progress=show)
-    return drawn, facts_of(folder) | {"checkpoint": str(folder), "seed": seed}, config, mesh
-
-
-def _save_grid(drawn: "Drawn", facts: dict[str, Any], path: Path, most: int = 200) -> Any:
-    """Write the first samples as a grid; gives all of them as stored pixels."""
-    from diffmoe_ep.evaluate.draw import pixels_of
-    from diffmoe_ep.evaluate.picture import grid
-
-    pixels = pixels_of(drawn.latents, facts)
-    columns = min(10, len(pixels))
-    grid(pixels[:most], path, columns=columns, highest=round((1 - facts["shift"]) / facts["scale"]))
-    return pixels
+        return draw(model, labels, config.sample, mesh, seed=source.seed, progress=show)
 
 
 def _folder(path: Path) -> Path:
@@ -223,51 +237,51 @@ def _folder(path: Path) -> Path:
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
+    from diffmoe_ep.evaluate.draw import check_labels, check_pictures, classes_in_turn, pixels_of, write_grid
     from diffmoe_ep.parallel import mesh as meshes
 
-    out = _folder(options.out)
-    try:
-        drawn, facts, config, mesh = _draw(options, options.classes)
-        if mesh.is_first:
-            pixels = _save_grid(drawn, facts, out / "grid.png") if facts["kind"] == "pixels" else None
-            arrays = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()} | (
-                {} if pixels is None else {"pixels": pixels.numpy()}
-            )
-            np.savez(out / "samples.npz", **arrays)
-            print(
-                f"{len(drawn.labels)} samples of {facts['checkpoint']}: seed {facts['seed']}, {config.sample.steps} Euler steps, guidance "
-                f"{config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
-            )
-            print(f"written to {out}: samples.npz" + (", grid.png" if pixels is not None else ""))
-    finally:
-        meshes.stop()
+    source, out = _source(options), _folder(options.out)
+    config, pictures = source.config, source.facts["kind"] == "pixels"
+    classes = options.classes if options.classes is not None else list(range(config.model.num_classes))
+    check_labels(classes, config.model)
+    if pictures:
+        check_pictures(source.facts)
+    drawn = _draw(source, classes_in_turn(options.samples, classes))
+    if drawn is not None:
+        arrays: dict[str, Any] = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()}
+        if pictures:
+            arrays["pixels"] = pixels_of(drawn, source.facts).numpy()
+        np.savez(out / "samples.npz", **arrays)
+        if pictures:
+            write_grid(drawn, source.facts, out / "grid.png")
+        print(
+            f"{len(drawn.labels)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.steps} Euler steps, guidance "
+            f"{config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
+        )
+        print(f"written to {out}: samples.npz" + (", grid.png" if pictures else ""))
+    meshes.stop()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.pipeline import load_images, score
+    from diffmoe_ep.evaluate.draw import check_pictures, classes_in_turn, pixels_of, write_grid
+    from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel import mesh as meshes
 
     train, heldout = load_images(options.reference), load_images(options.heldout)
+    source = _source(options)
+    check_pictures(source.facts)
+    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else _folder(options.out)
-    try:
-        drawn, facts, config, mesh = _draw(options, None)
-        if mesh.is_first:
-            from diffmoe_ep.evaluate.draw import pixels_of
-
-            pixels = pixels_of(drawn.latents, facts)
-            scores = score(pixels, drawn.labels, train, heldout, drawn.capacity)
-            print("\n".join(scores.lines()))
-            if out is not None:
-                _save_grid(drawn, facts, out / "grid.png")
-                protocol = {
-                    "checkpoint": facts["checkpoint"],
-                    "seed": facts["seed"],
-                    "sample": dump(config).partition("sample:\n")[2].partition("log:\n")[0],
-                }
-                (out / "scores.json").write_text(json.dumps({**scores.as_dict(), "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
-                print(f"written to {out}: scores.json, grid.png")
-    finally:
-        meshes.stop()
+    drawn = _draw(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
+    if drawn is not None:
+        scores = score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity)
+        print("\n".join(scores.lines()))
+        if out is not None:
+            protocol = {"checkpoint": str(source.checkpoint), "seed": source.seed, "sample": to_tree(source.config.sample)}
+            (out / "scores.json").write_text(json.dumps({**scores.as_dict(), "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
+            write_grid(drawn, source.facts, out / "grid.png")
+            print(f"written to {out}: scores.json, grid.png")
+    meshes.stop()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Every knob of a run, typed and documented: defaults <- YAML <- dotted overrides, strict, with the cross-checks that need no device.
 
-One YAML file describes a run. Each section below is a frozen dataclass; each field's `doc` is its manual (`diffmoe train --keys` prints
-them all). An unknown key, a wrong type or numbers that cannot work together raise `ConfigError`, whose message names key, value and remedy.
+One YAML file describes a run. Each section below is a frozen dataclass; each field's `doc` is its manual (`diffmoe keys` prints them
+all). An unknown key, a wrong type or numbers that cannot work together raise `ConfigError`, whose message names key, value and remedy.
 """
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,8 +19,17 @@ import yaml
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A mistake in a run's configuration; the message names key, value and remedy and is shown to the user as it is."""
+class UserError(ValueError):
+    """A mistake that the user can mend: its message names key or file, value and remedy, and is shown as it is, without a traceback."""
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        """everywhere: all ranks raise it alike, so that telling it once is enough."""
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class ConfigError(UserError):
+    """A mistake in a run's configuration."""
 
 
 def knob(default: Any, doc: str) -> Any:
@@ -58,7 +69,7 @@ class ModelConfig:
     num_classes: int = knob(1000, "classes; the label table has one row more, the null class")
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
     num_experts: int = knob(16, "experts N of an MoE layer")
-    kernel: Literal["auto", "loop", "batched"] = knob("auto", "experts in a loop, in one batched matmul, or in the better of them")
+    kernel: Literal["auto", "loop"] = knob("auto", "auto: one batched matmul where experts have equally many rows; loop: one by one")
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
     threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)")
@@ -124,7 +135,7 @@ class ParallelConfig:
 
     expert: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded")
     zero: int = knob(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
-    timeout_minutes: float = knob(10.0, "longest wait for a peer in any collective")
+    timeout_minutes: int = knob(10, "longest wait for a peer in any collective")
     deepspeed: str | None = knob(None, "a DeepSpeed JSON file whose settings are merged in (not those that this config decides)")
 
 
@@ -201,7 +212,10 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
     """Build a config from a plain tree of dictionaries and dotted overrides; see `load`."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"a config is a mapping of keys, got {_show(tree)}")
-    merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
+    try:
+        merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config holds a value that is no plain text, number or list ({error}); put it in quotes") from error
     for override in overrides:
         _lay_over(merged, override)
     config = _build(Config, merged, "")
@@ -308,6 +322,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             except ValueError:
                 raise ConfigError(f"{key}: expected a number, got {_show(value)}") from None
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key}: expected a finite number, got {value}")
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
@@ -384,6 +400,11 @@ def check(config: Config) -> None:
             f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
             f"accumulation that divides it: {_divisors(train.batch)}"
         )
+    betas, eps = train.optimizer.betas, train.optimizer.eps
+    if not all(0 <= beta < 1 for beta in betas) or eps <= 0:
+        raise ConfigError(f"train.optimizer.betas are {list(betas)} and eps is {eps:g}; betas lie in [0, 1), eps is greater than 0")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if model.family == "diffmoe":
         _check_experts(config)
 
@@ -416,15 +437,15 @@ def _check_experts(config: Config) -> None:
             f"model.num_experts {num_experts} is not a multiple of parallel.expert {expert}; "
             f"parallel.expert that divides it: {_divisors(num_experts)}"
         )
-    if not config.model.interleave or config.model.blocks > 1:
-        pool, tokens = pool_samples(config), num_tokens(config.model)
-        tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity")
     micro = config.train.batch // config.train.accumulation
     if isinstance(config.pool.span, int) and (config.pool.span < 1 or micro % config.pool.span):
         raise ConfigError(
             f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
             f"(train.batch / train.accumulation); spans that do: {_divisors(micro)}"
         )
+    if not config.model.interleave or config.model.blocks > 1:
+        pool, tokens = pool_samples(config), num_tokens(config.model)
+        tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity")
 
 
 def check_world(config: Config, world: int) -> None:
@@ -467,7 +488,7 @@ def pool_samples(config: Config) -> int:
 
 def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity") -> int:
     """Tokens k = floor(P * C / N) that one expert takes from a pool of P; raises ConfigError when that is none, or more than the pool."""
-    taken = int(pool * capacity / num_experts)
+    taken = int(Fraction(str(capacity)) * pool / num_experts)  # exact: in floats, 100 * 0.58 / 2 falls below 29
     if taken < 1 or capacity > num_experts:
         raise ConfigError(
             f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "

@@ -31,7 +31,6 @@ else
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export PYTHONWARNINGS="ignore::FutureWarning:torch.distributed.c10d_logger"  # about a name that DeepSpeed calls
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 title "training: two ranks on $place; the first step comes after about 20 s"
 # This module is the command `deepspeed`. An empty hostfile name keeps a cluster's own /job/hostfile out of it.
@@ -39,10 +38,10 @@ title "training: two ranks on $place; the first step comes after about 20 s"
     --module diffmoe_ep train configs/digits.yaml "folder=$run" "data.folder=$data/train" "$@"
 
 title "samples"
-"$python" -m diffmoe_ep sample "$run" --out "$run/drawn" --num 100
+"$python" -m diffmoe_ep sample "$run" --out "$run/drawn" --samples 100
 
 title "scores"
-"$python" -m diffmoe_ep evaluate "$run" --reference "$data/train" --heldout "$data/heldout" --num 500 --out "$run/scores"
+"$python" -m diffmoe_ep evaluate "$run" --reference "$data/train" --heldout "$data/heldout" --samples 500 --out "$run/scores"
 
 diffmoe="$python -m diffmoe_ep"
 if [[ "$python" == "$venv"/* ]]; then diffmoe=".venv/bin/diffmoe"; fi

@@ -62,7 +62,9 @@ class Pool:
         self.processes: list[Any] = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, theirs, self._stacks(rank)), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world, theirs, self._stacks(rank)), name=f"rank {rank} of {world}", daemon=True
+            )
             process.start()
             theirs.close()  # or the end of this rank would go unnoticed here
             self.pipes.append(ours)
@@ -177,7 +179,7 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
             finally:
                 faulthandler.cancel_dump_traceback_later()
         try:
-            _take_down()
+            take_down()
         except Exception:
             failure = failure or (time.monotonic(), traceback.format_exc())
         torch.set_default_dtype(torch.float32)
@@ -212,7 +214,7 @@ def _function(module: str, file: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def _take_down() -> None:
+def take_down() -> None:
     """Leaves torch, megatron-core and DeepSpeed as if nothing had been initialised, so that the next call can."""
     loaded: dict[str, ModuleType] = sys.modules
     if "megatron.core.parallel_state" in loaded:

@@ -4,11 +4,15 @@ import contextlib
 import io
 import shutil
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from diffmoe_ep.cli import main
+from diffmoe_ep.train import trainer as training
 from ranks import run
+from train.runs import busy
 
 TINY = [
     "data.workers=0", "model.hidden=16", "model.blocks=2", "model.heads=2", "train.batch=8", "train.steps=2", "log.every=1",
@@ -119,35 +123,66 @@ def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
         assert (folder / name).stat().st_size > 0
 
 
-def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> None:
-    """Law 7: the same bits for any number of ranks at EP 1; at EP 2 within rounding."""
-    import numpy as np
+def train_busy(rank: int, *arguments: str) -> tuple[int, str, str]:
+    """Train from weights that all take part at once: from the zero start two steps would leave the experts without a say."""
+    with mock.patch.object(training, "initialize", busy(0.3)):
+        return call(rank, *arguments)
 
-    assert run(1, call, *train(digits, tmp_path / "run"))[0][0] == 0
+
+def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> None:
+    """Law 7: the same bits for any number of ranks at EP 1, in every selection mode; at EP 2 within rounding."""
+    code, _, err = run(1, train_busy, *train(digits, tmp_path / "run", "train.steps=6"))[0]
+    assert code == 0, err
     drawn = {}
     for world, expert in ((1, 1), (2, 1), (2, 2), (4, 2)):
         for selection in ("threshold", "count", "topk"):
             out = tmp_path / f"{world}{expert}{selection}"
-            arguments = (
-                "sample",
-                str(tmp_path / "run"),
-                "--out",
-                str(out),
-                "--num",
-                "18",
-                f"sample.selection={selection}",
-                f"parallel.expert={expert}",
-            )
-            code, printed, err = run(world, call, *arguments)[0]
+            chosen = (f"sample.selection={selection}", f"parallel.expert={expert}")
+            code, printed, err = run(world, call, "sample", str(tmp_path / "run"), "--out", str(out), "--samples", "18", *chosen)[0]
             assert code == 0, err
             assert "C_infer^avg" in printed
             with np.load(out / "samples.npz") as arrays:
                 drawn[world, expert, selection] = arrays["latents"]
             assert (out / "grid.png").stat().st_size > 0
+    assert np.abs(drawn[1, 1, "threshold"] - drawn[1, 1, "count"]).max() > 1e-2  # the experts' choice is seen in the samples
+    assert np.abs(drawn[1, 1, "topk"] - drawn[1, 1, "count"]).max() > 1e-2
     for (world, expert, selection), latents in drawn.items():
         single = drawn[1, 1, selection]
         assert latents.shape == (18, 1, 8, 8)
         assert np.array_equal(latents, single) if expert == 1 else np.abs(latents - single).max() < 1e-4, (world, expert, selection)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", "0"), "--samples is 0"),
+        (("--seed", "-1"), "--seed is -1"),
+        (("--classes", "3,10"), "class 10 does not exist: the model has classes 0 to 9"),
+        (("sample.guidance=.nan",), "sample.guidance: expected a finite number"),
+        (("sample.selection=topk", "sample.capacity=0.01"), "sample.capacity 0.01 with a pool of"),
+        (("parallel.expert=2",), "parallel.expert is 2 and 1 process was started"),
+    ],
+)
+def test_mistakes_in_sampling_are_named(trained: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = call(0, "sample", str(trained), "--out", str(tmp_path / "out"), *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_scores_need_fitting_images(trained: Path, digits: Path, tmp_path: Path) -> None:
+    folders = ("--reference", str(digits / "train"), "--heldout", str(digits / "heldout"))
+    code, _, err = call(0, "evaluate", str(trained), *folders, "--samples", "1")
+    assert code == 2
+    assert "--samples is 1; scores need at least 2" in err
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    code, _, err = run(1, call, *train(digits, folder))[0]
+    assert code == 0, err
+    return folder
 
 
 @pytest.mark.parametrize(

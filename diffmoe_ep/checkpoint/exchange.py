@@ -15,6 +15,7 @@ from diffmoe_ep.model.parallelize import is_expert, shard_experts
 from diffmoe_ep.parallel.mesh import Mesh
 
 Weights = Literal["ema", "model"]
+HOW = ("model.kernel", "pool.select")  # these change how a model is computed, not what it is
 
 
 def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Mesh) -> list[Fragment]:
@@ -50,7 +51,7 @@ def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> 
         if own != weights and isinstance(tensor, torch.nn.Parameter):
             raise CheckpointError(f'{folder} has no averaged weights for {name}; load it with weights="model"')
         wanted += fragments({name: tensor}, own, model, mesh)
-    load(folder, wanted, allow_extra=True)
+    load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
     return model.to(mesh.device).eval()
 
 
@@ -73,8 +74,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
     """Raise CheckpointError, naming the first differing key, unless a run with this config and data continues what the checkpoint began."""
     meta = _meta(folder)
-    for key, here, there in _differences(to_tree(config), meta["config"]):
-        if key.startswith(("model.", "pool.")):
+    for key, here, there in _differences(to_tree(config), to_tree(from_tree(meta["config"]))):
+        if key.startswith(("model.", "pool.")) and key not in HOW:
             raise CheckpointError(
                 f"{folder} is a checkpoint of another model: {key} is {there} there and {here} here; give this run another "
                 f"folder, or set {key}={there}"

@@ -16,7 +16,7 @@ class Fragment:
     """An interval of one logical tensor that this rank holds."""
 
     name: str
-    """Canonical name, the same for every layout: `model.blocks.1.mlp.experts.fc1`, `optimizer.exp_avg.blocks...`."""
+    """Canonical name, the same for every layout: `model.blocks.1.ffn.experts.fc1_weight`, `optimizer.exp_avg.blocks...`."""
     shape: tuple[int, ...]
     """Logical shape of the whole tensor, over all experts."""
     start: int

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from diffmoe_ep.checkpoint.chunks import ChunkReader, ChunkWriter, FragmentLoadPlanner, FragmentSavePlanner, kinds, read_metadata
 from diffmoe_ep.checkpoint.layout import Fragment, whole
+from diffmoe_ep.config import UserError
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ STEP = re.compile(r"step-(\d{7,})")
 REMEDY = "Use the configuration that saved it (config.yaml in its run folder), or another folder for this run"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, found, trusted, or loaded into this model."""
 
 
@@ -323,7 +324,7 @@ class _Ranks:
             dist.all_gather_object(everyone, (message, result), group=self.group)
         for failure, _ in everyone:
             if failure is not None:
-                raise CheckpointError(failure) from cause
+                raise CheckpointError(failure, everywhere=True) from cause
         return [value for _, value in everyone]  # type: ignore[misc]  # None only where T allows it
 
     @contextmanager
@@ -337,7 +338,7 @@ class _Ranks:
             cause = failure.failures[min(failure.failures)][0]
             if not isinstance(cause, Exception):  # an interrupt is no fault of the checkpoint
                 raise cause from None
-            raise CheckpointError(self._message(cause)) from failure
+            raise CheckpointError(self._message(cause), everywhere=True) from failure
 
     def _message(self, error: Exception) -> str:
         if isinstance(error, CheckpointError):

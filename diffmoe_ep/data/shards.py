@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffmoe_ep.config import UserError
 from diffmoe_ep.data.keyed import keyed, permutation
 
 FORMAT = 1
@@ -31,7 +32,7 @@ REMEDY = "prepare the dataset (again), for the digits: python -m data_prep digit
 DTYPES = {"pixels": ("uint8", "float16", "float32"), "moments": ("float16", "float32")}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A dataset that cannot be used as it lies there; the message names file, finding and remedy and is shown to the user as it is."""
 
 

@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig
+from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, num_tokens, tokens_per_expert
 from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, generate, join, to_pixels
+from diffmoe_ep.evaluate.picture import grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.parallel.collectives import gather_objects
+from diffmoe_ep.parallel.collectives import collect_objects
 from diffmoe_ep.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of all ranks, on every rank."""
+    """The samples of all ranks; they come together on the first."""
 
     latents: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) the classes asked for
@@ -38,8 +41,11 @@ def draw(
     seed: int,
     weights: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Drawn:
-    """Draw one sample for each label. `weights` runs the module with other weights (the averaged ones); its mode is restored."""
+) -> Drawn | None:
+    """Draw one sample for each label; the first rank gets them all, the others None.
+
+    `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
+    """
     was_training = module.training
     module.eval()
     module.set_inference(InferenceRule(sample.selection, sample.threshold, sample.capacity))
@@ -50,7 +56,9 @@ def draw(
         rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
     module.train(was_training)
-    parts: list[Generated] = gather_objects(part, mesh.world)
+    parts: list[Generated] | None = collect_objects(part, mesh.world)
+    if parts is None:
+        return None
     latents, capacity = join(parts)
     return Drawn(latents, labels, capacity)
 
@@ -62,11 +70,44 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
             raise ConfigError(f"class {label} does not exist: the model has classes 0 to {model.num_classes - 1}")
 
 
-def pixels_of(latents: Tensor, facts: Mapping[str, Any]) -> Tensor:
-    """Turn final latents into stored pixels, uint8 (n, C, H, W); raises ConfigError for latents of a VAE, which need its decoder."""
+def check_sampling(config: Config, num: int) -> None:
+    """Raise ConfigError if the chunks of `num` samples cannot be drawn: `topk` needs whole pools, and a token for every expert."""
+    sample, pool = config.sample, config.pool
+    if sample.selection != "topk" or config.model.family == "dense":
+        return
+    for size in {min(num, sample.chunk), num % sample.chunk} - {0}:
+        if pool.span != "all" and size % pool.span:
+            raise ConfigError(
+                f"sample.selection is topk and pool.span is {pool.span}, which does not divide a chunk of {size} samples ({num} samples, "
+                f"sample.chunk {sample.chunk}); make both multiples of {pool.span}, or choose sample.selection=threshold or count"
+            )
+        span = size if pool.span == "all" else pool.span
+        tokens_per_expert(span * num_tokens(config.model), sample.capacity, config.model.num_experts, "sample.capacity")
+
+
+def check_pictures(facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError, before anything is drawn, if these data cannot be shown as a grid here."""
+    if find_spec("PIL") is None:
+        raise ConfigError("grids need Pillow: pip install 'diffmoe_ep[sample]', or set sample.grid_every=0")
     if facts["kind"] != "pixels":
+        raise ConfigError(f"the data {facts['name']} are latents of a VAE, which this version cannot decode; set sample.grid_every=0")
+    if facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255:
         raise ConfigError(
-            f"the data {facts['name']} are latents of a VAE, and this version has no decoder: set sample.grid_every=0 and use the "
-            "saved latents"
+            f"the data {facts['name']} (shape {tuple(facts['shape'])}, scale {facts['scale']}, shift {facts['shift']}) are no pictures "
+            "of 1 or 3 channels with values up to 255; set sample.grid_every=0"
         )
-    return to_pixels(latents, facts["scale"], facts["shift"])
+
+
+def highest(facts: Mapping[str, Any]) -> int:
+    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs."""
+    return round((1 - facts["shift"]) / facts["scale"])
+
+
+def pixels_of(drawn: Drawn, facts: Mapping[str, Any]) -> Tensor:
+    """The samples as stored pixels, uint8 (n, C, H, W)."""
+    return to_pixels(drawn.latents, facts["scale"], facts["shift"], highest(facts))
+
+
+def write_grid(drawn: Drawn, facts: Mapping[str, Any], path: Path, most: int = 200) -> None:
+    """Write the first `most` samples as a PNG, in rows of up to ten."""
+    grid(pixels_of(drawn, facts)[:most], path, columns=min(10, len(drawn.labels)), highest=highest(facts))

@@ -1,12 +1,14 @@
 """From samples to a table of scores, each beside the same score of held-out real data."""
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.sample import read_sample
 from diffmoe_ep.data.shards import DataError, Dataset
 from diffmoe_ep.evaluate.features import Features, pixel_features
@@ -106,6 +108,21 @@ def score(samples: Tensor, labels: Tensor, train: Images, heldout: Images, capac
 def _subset(features: Features, count: int) -> Features:
     """`count` of the rows, spread evenly by chance whatever their order by class; always the same ones."""
     return features[np.sort(np.random.default_rng(0).permutation(len(features))[:count])]
+
+
+def check_real(num_samples: int, shape: tuple[int, ...], sides: dict[str, Images]) -> None:
+    """Raise ConfigError, before anything is drawn, unless samples of this number and shape can be scored against these real images."""
+    if find_spec("sklearn") is None:
+        raise ConfigError("scores need scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'")
+    for name, (images, _) in sides.items():
+        if tuple(images.shape[1:]) != shape:
+            raise ConfigError(
+                f"{name} holds images of shape {tuple(images.shape[1:])}, the model draws {shape}; name the data it was trained on"
+            )
+        if len(images) < 2:
+            raise ConfigError(f"{name} holds {len(images)} images; scores need at least 2")
+    if num_samples < 2:
+        raise ConfigError(f"--samples is {num_samples}; scores need at least 2")
 
 
 def _check(samples: Tensor, labels: Tensor, train: Images, heldout: Images) -> None:

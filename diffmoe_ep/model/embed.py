@@ -11,16 +11,23 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and map each to a token, row by row."""
+    """Cut an image into patches and map each to a token, row by row: a convolution, computed as the matmul that it is.
+
+    (A GPU's convolutions may use TF32, and their backward adds in no fixed order.)
+    """
 
     def __init__(self, in_channels: int, hidden: int, patch: int) -> None:
         super().__init__()
+        self.patch = patch
         self.projection = nn.Conv2d(in_channels, hidden, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D)."""
-        tokens: Tensor = self.projection(x)  # (B, D, H/p, W/p)
-        return tokens.flatten(2).transpose(1, 2)  # (B, T, D)
+        batch, channels, height, width = x.shape
+        patch, rows, columns = self.patch, height // self.patch, width // self.patch
+        cut = x.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)
+        flat = cut.reshape(batch, rows * columns, channels * patch * patch)
+        return F.linear(flat, self.projection.weight.flatten(1), self.projection.bias)  # (B, T, D)
 
 
 def sine_positions(hidden: int, side: int) -> Tensor:

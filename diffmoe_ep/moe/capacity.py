@@ -45,7 +45,7 @@ class CapacityPredictor(nn.Module):
 
     def bound(self, rule: InferenceRule) -> Tensor:
         """The threshold tau (N,) that a rule compares with. The moving average starts at 0, so `dynamic` divides by 1 - decay^updates."""
-        if isinstance(rule.threshold, float):
+        if not isinstance(rule.threshold, str):
             return torch.full_like(self.threshold, rule.threshold)
         if rule.threshold == "raw":
             return self.threshold

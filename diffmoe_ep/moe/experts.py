@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kernel = Literal["auto", "loop", "batched"]
+Kernel = Literal["auto", "loop"]
 
 
 class Experts(nn.Module):
@@ -32,10 +32,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and zero."""
-        even = len(set(counts)) == 1
-        if self.kernel == "loop" or (self.kernel == "auto" and not even):
-            return self._loop(rows, counts)
-        return self._batched(rows, counts) if even else self._padded(rows, counts)
+        even = len(set(counts)) == 1  # as in training, where every expert takes k tokens
+        return self._batched(rows, counts) if even and self.kernel == "auto" else self._loop(rows, counts)
 
     def _loop(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The reference: one expert after the other. `unbind` has one backward for all; slices W[e] would each fill a whole gradient."""
@@ -51,12 +49,3 @@ class Experts(nn.Module):
         stacked = rows.view(len(counts), counts[0], rows.shape[1])  # (E, R/E, D)
         hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], stacked, self.fc1_weight), approximate="tanh")
         return torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight).flatten(0, 1)
-
-    def _padded(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """The batched matmul for ragged experts: each expert's rows padded with zeros to the longest."""
-        count = torch.tensor(counts, device=rows.device)
-        longest = max(counts)
-        gap = torch.arange(len(counts), device=rows.device) * longest - (count.cumsum(0) - count)
-        place = torch.arange(rows.shape[0], device=rows.device) + gap.repeat_interleave(count, output_size=rows.shape[0])  # (R,)
-        padded = rows.new_zeros(len(counts) * longest, rows.shape[1]).index_copy(0, place, rows)
-        return self._batched(padded, [longest] * len(counts)).index_select(0, place)

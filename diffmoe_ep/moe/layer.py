@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ep.config import ModelConfig, PoolConfig, num_tokens, tokens_per_expert
+from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, num_tokens, tokens_per_expert
 from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
 from diffmoe_ep.moe.dispatch import Dispatch, LocalDispatch
 from diffmoe_ep.moe.experts import Experts
@@ -49,32 +49,38 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # (S, D)
         scores = self.router(tokens)  # (S, N)
         logits = self.predictor(tokens)  # (S, N)
-        assignment, report = self._train(scores, logits) if self.training else self._infer(scores, logits)
+        assignment, kth = self._by_pool(scores, logits) if self.training else (self._by_rule(scores, logits), None)
         rows, handle = self.dispatcher.dispatch(tokens, assignment)  # (R, D), grouped by local expert
         mixed = self.dispatcher.combine(self.experts(rows, handle.counts), handle)  # (S, D)
-        return mixed.view_as(x), report
+        return mixed.view_as(x), self._report(logits, assignment, handle.processed, kth)
 
-    def _train(self, scores: Tensor, logits: Tensor) -> tuple[Assignment, LayerReport]:
-        """Every expert takes the k best tokens of its pool (Eq. 6)."""
+    def _by_pool(self, scores: Tensor, logits: Tensor) -> tuple[Assignment, Tensor]:
+        """In training every expert takes the k best tokens of its pool (Eq. 6); gives the k-th largest logits (pools, N) too."""
         k = tokens_per_expert(self.pools.size(len(scores)), self.capacity, self.num_experts, "pool.capacity")
         assignment, selection = choose_by_pool(scores, k, self.pools, also=logits)
         assert selection.kth is not None
-        with torch.no_grad():
-            wanted = self.predictor.wanted(logits, InferenceRule()).sum(0)
-            quantile = torch.sigmoid(selection.kth).mean(0)
-        return assignment, LayerReport(
-            selection.chosen.sum(0), len(scores), wanted, quantile, self.predictor.loss(logits, selection.chosen)
-        )
+        return assignment, selection.kth
 
-    def _infer(self, scores: Tensor, logits: Tensor) -> tuple[Assignment, LayerReport]:
-        """Tokens over the threshold (Eq. 14), as many by score (Algorithm 4), or the training rule; the call's tokens are one pool."""
+    def _by_rule(self, scores: Tensor, logits: Tensor) -> Assignment:
+        """At inference: tokens over the threshold (Eq. 14), as many of the call by score (Algorithm 4), or the training rule."""
         wanted = self.predictor.wanted(logits, self.rule)
         if self.rule.selection == "threshold" or not len(scores):  # a rank without samples still takes part
-            assignment = Assignment(wanted, scores)
-        elif self.rule.selection == "count":
-            assignment, _ = choose_by_pool(scores, wanted.sum(0), Pools())
-        else:
-            k = tokens_per_expert(len(scores), self.rule.capacity, self.num_experts, "sample.capacity")
-            assignment, _ = choose_by_pool(scores, k, Pools())
-        processed = assignment.chosen.sum(0)
-        return assignment, LayerReport(processed, len(scores), processed, None, None)
+            return Assignment(wanted, scores)
+        if self.rule.selection == "count":
+            return choose_by_pool(scores, wanted.sum(0), Pools())[0]
+        pools = Pools(self.pools.tokens)  # the training spans; `all` is the call
+        if len(scores) % pools.size(len(scores)):
+            raise ConfigError(
+                f"selection topk: the call's {len(scores)} tokens are no multiple of a pool's {pools.tokens} (pool.span); give a "
+                "multiple of pool.span samples (sample.chunk), or choose threshold or count"
+            )
+        k = tokens_per_expert(pools.size(len(scores)), self.rule.capacity, self.num_experts, "sample.capacity")
+        return choose_by_pool(scores, k, pools)[0]
+
+    def _report(self, logits: Tensor, assignment: Assignment, processed: Tensor, kth: Tensor | None) -> LayerReport:
+        if kth is None:
+            return LayerReport(processed, len(logits), processed, None, None)
+        with torch.no_grad():
+            wanted = self.predictor.wanted(logits, InferenceRule()).sum(0)
+            quantile = torch.sigmoid(kth).mean(0)
+        return LayerReport(processed, len(logits), wanted, quantile, self.predictor.loss(logits, assignment.chosen))

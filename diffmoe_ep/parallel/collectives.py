@@ -69,6 +69,15 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     return values
 
 
+def collect_objects(value: Any, group: Group) -> list[Any] | None:
+    """Give the first rank the list of all ranks' values, the others None; for results, never in a training step."""
+    if group.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * group.size if group.rank == 0 else None
+    dist.gather_object(value, values, group=group.handle, group_dst=0)
+    return values
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:

@@ -5,6 +5,7 @@ groups hold copies of the same experts. Groups are made once, eagerly, all with 
 """
 
 import datetime
+import math
 import os
 import socket
 import warnings
@@ -51,33 +52,33 @@ class Mesh:
             return
         texts = {text for _, text in found}
         if len(texts) == 1 and len(found) == len(problems):
-            raise ConfigError(found[0][1])
-        raise ConfigError("; ".join(f"rank {rank}: {text}" for rank, text in found[:4]))
+            raise ConfigError(found[0][1], everywhere=True)
+        raise ConfigError("; ".join(f"rank {rank}: {text}" for rank, text in found[:4]), everywhere=True)
 
     def same(self, value: object) -> object:
         """Give every rank rank 0's value (a path found on disk, a step), so that all act on one view of the world."""
         return gather_objects(value if self.is_first else None, self.world)[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            gather_objects(None, self.world)
+
+def launched_world(strict: bool = True) -> int:
+    """The number of processes that the launcher (deepspeed, torchrun) started; 1 without one, and, if not strict, for nonsense."""
+    return _integer("WORLD_SIZE", 1, strict)
 
 
-def launched_world() -> int:
-    """The number of processes that the launcher (deepspeed, torchrun, srun with its variables) started; 1 without one."""
-    return _integer("WORLD_SIZE", 1)
+def launched_rank(strict: bool = True) -> int:
+    """This process's rank as the launcher tells it; 0 without one, and, if not strict, for nonsense."""
+    return _integer("RANK", 0, strict)
 
 
-def launched_rank() -> int:
-    """This process's rank as the launcher tells it; 0 without one."""
-    return _integer("RANK", 0)
+def joined() -> bool:
+    """Whether this process has joined the others in a process group."""
+    return dist.is_initialized()
 
 
 def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
     """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks` ranks.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as every launcher sets them; without them the process is alone.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the process is alone.
     Raises ConfigError when the launcher's variables are incomplete.
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
@@ -86,21 +87,23 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
     if where.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU"
+                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU, "
+                "or set DS_ACCELERATOR=cpu to run on the CPU"
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"
+    bound = where if where.type == "cuda" else None  # a bound device makes NCCL's communicators now, not at the first step
     if not dist.is_initialized():
         if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
         else:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
                 raise ConfigError(f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun")
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout, device_id=bound)
 
     with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
         warnings.simplefilter("ignore")
@@ -110,7 +113,7 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
             parallel_state.initialize_model_parallel(
                 expert_model_parallel_size=expert,
                 expert_tensor_parallel_size=1,
-                distributed_timeout_minutes=max(1, round(timeout_minutes)),
+                distributed_timeout_minutes=math.ceil(timeout_minutes),
                 create_gloo_process_groups=False,
             )
     everyone = Group(world, rank, dist.group.WORLD)
@@ -151,8 +154,10 @@ def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> Group:
     return _group(mine)
 
 
-def _integer(name: str, default: int) -> int:
+def _integer(name: str, default: int, strict: bool = True) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
+        if not strict:
+            return default
         raise ConfigError(f"the environment variable {name} is {text!r}, which is no whole number; start with deepspeed or torchrun")
     return int(text)

@@ -7,6 +7,7 @@ are reduced in float32, and the stages differ only in who holds the optimiser's 
 import json
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,10 @@ from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 
-DECIDED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "data_types",
-    "steps_per_print",
-)
+# What a user's own DeepSpeed file may set: how a step is communicated and watched, never what it computes.
+OPEN = ("zero_optimization", "tensorboard", "wandb", "comet", "csv_monitor", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+        "flops_profiler", "dump_state")  # fmt: skip
+OPEN_ZERO = ("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "overlap_comm")
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Engine:
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)  # DeepSpeed calls it
         # On CPU, DeepSpeed would compile a shared-memory operator at first use (minutes, and a stale lock hangs every later start).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.mesh = config, mesh
@@ -96,6 +89,11 @@ class Engine:
         if self.mesh.is_first and self.engine.monitor.enabled:
             events = [(f"train/{name}", value, values["samples"]) for name, value in values.items() if isinstance(value, float)]
             self.engine.monitor.write_events(events)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that DeepSpeed passed over because their gradients were not finite."""
+        return int(self.engine.skipped_steps)
 
     @property
     def gradient_norm(self) -> float:
@@ -223,20 +221,18 @@ def _user_settings(path: str | None) -> dict[str, Any]:
 
 
 def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
-    for key in user:
-        if key in DECIDED:
-            raise ConfigError(f"parallel.deepspeed {config.parallel.deepspeed} sets {key}, which this config decides; remove it there")
+    where = f"parallel.deepspeed {config.parallel.deepspeed}"
     zero = user.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero) != config.parallel.zero:
         raise ConfigError(
-            f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization to {zero!r}, but parallel.zero is "
-            f"{config.parallel.zero}; set the stage with parallel.zero"
+            f"{where} sets zero_optimization to {zero!r}, but parallel.zero is {config.parallel.zero}; set the stage with parallel.zero"
         )
-    for key in ("offload_optimizer", "offload_param", "round_robin_gradients"):
-        if zero.get(key):
-            raise ConfigError(
-                f"parallel.deepspeed {config.parallel.deepspeed} sets zero_optimization.{key}, which checkpoints cannot read; remove it"
-            )
+    closed = [key for key in user if key not in OPEN] + [f"zero_optimization.{key}" for key in zero if key not in OPEN_ZERO]
+    if closed:
+        raise ConfigError(
+            f"{where} sets {closed[0]}, which this config decides or checkpoints cannot follow; remove it there. "
+            f"Open are {', '.join(OPEN)}, and in zero_optimization {', '.join(OPEN_ZERO)}"
+        )
     return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
 
 

@@ -5,18 +5,21 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from diffmoe_ep.config import Config, dump
+from diffmoe_ep.config import Config, ConfigError, dump, num_tokens, pool_samples
+from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
 
+T = TypeVar("T")
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")
 
 
@@ -52,7 +55,7 @@ class RunFolder:
             return f"folder {self.path} cannot be written ({error.strerror}); give another with folder=... or change its permissions"
         return None
 
-    def describe(self, config: Config, mesh: Mesh, providers: dict[str, str]) -> None:
+    def describe(self, config: Config, mesh: Mesh) -> None:
         """Write the resolved config and the environment report (rank 0); every rank takes part."""
         where = gather_objects((mesh.host, str(mesh.device)), mesh.world)
         if not mesh.is_first:
@@ -68,11 +71,9 @@ class RunFolder:
             "expert_parallel": mesh.expert.size,
             "hosts": sorted({host for host, _ in where}),
             "rank_devices": [device for _, device in where],
-            "providers": providers,
-            "config": asdict(config),
         }
-        (self.path / "config.yaml").write_text(dump(config), encoding="utf-8")
-        (self.path / "environment.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _replace(self.path / "config.yaml", dump(config))
+        _replace(self.path / "environment.json", json.dumps(report, indent=2) + "\n")
 
 
 class Metrics:
@@ -80,12 +81,18 @@ class Metrics:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in _lines(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.path = path
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line."""
-        self.file.write(json.dumps(values) + "\n")
+        """Append a line; raises ConfigError when the disk takes no more."""
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written ({error.strerror}); make room, then run the same command to resume"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -123,6 +130,62 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
+
+
+class Clock:
+    """Where the time goes between two logged lines."""
+
+    def __init__(self, step: int) -> None:
+        self.started = self.mark = time.monotonic()
+        self.paused = self.waited = 0.0
+        self.step = step
+
+    def wait(self, get: Callable[[], T]) -> T:
+        """Call `get` and count its time as waiting for data."""
+        begin = time.monotonic()
+        value = get()
+        self.waited += time.monotonic() - begin
+        return value
+
+    def pause(self, work: Callable[[], None]) -> None:
+        """Call `work` and leave its time out of the speed."""
+        begin = time.monotonic()
+        work()
+        self.paused += time.monotonic() - begin
+
+    def lap(self, step: int, batch: int) -> dict[str, float]:
+        """Speed since the last lap, and start anew."""
+        now = time.monotonic()
+        spent = max(now - self.mark - self.paused, 1e-9)
+        result = {"samples_per_second": (step - self.step) * batch / spent, "data_wait": self.waited / spent, "seconds": now - self.started}
+        self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
+        return result
+
+
+def greeting(config: Config, mesh: Mesh, step: int) -> str:
+    """Two lines on what is about to happen: what is trained, and how it is laid out."""
+    sizes, span = count(config.model), pool_samples(config)
+    what = (
+        f"{config.folder} {f'continues at step {step}' if step else 'starts'}: {config.train.steps} steps of {config.train.batch} samples, "
+        f"{config.model.family}, {sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"
+    )
+    layout = f"{_ranks(mesh.size)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
+    if config.model.family == "diffmoe":
+        tokens = span * num_tokens(config.model)
+        layout += f", {config.model.num_experts} experts over {_ranks(mesh.expert.size)}"
+        layout += f", pools of {span} samples ({tokens} tokens) over {_ranks(mesh.pool.size)}"
+    return f"{what}\n{layout}"
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

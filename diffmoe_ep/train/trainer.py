@@ -6,7 +6,7 @@ tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO s
 
 import math
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,23 +18,23 @@ from torch import Tensor
 from diffmoe_ep.checkpoint.exchange import check_continues, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.layout import Fragment
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
-from diffmoe_ep.config import Config, ConfigError, check_world, num_tokens, pool_samples, to_tree
+from diffmoe_ep.config import Config, ConfigError, check_world, pool_samples, to_tree
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
-from diffmoe_ep.evaluate.draw import classes_in_turn, draw, pixels_of
-from diffmoe_ep.evaluate.picture import curves, grid
-from diffmoe_ep.model.count import count
+from diffmoe_ep.evaluate.draw import check_pictures, check_sampling, classes_in_turn, draw, write_grid
+from diffmoe_ep.evaluate.picture import curves
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import is_expert, shard_experts, widen_pools
+from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import LayerReport
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine
-from diffmoe_ep.train.log import Metrics, Progress, RunFolder
+from diffmoe_ep.train.log import Clock, Metrics, Progress, RunFolder, greeting
 from diffmoe_ep.train.schedule import rate
 
 
@@ -45,19 +45,16 @@ def train(config: Config) -> None:
     """
     check_world(config, meshes.launched_world())
     mesh = start_mesh(config)
-    try:
-        dataset, checkpoint = prepare(config, mesh)
-        step = read_meta(checkpoint)["step"] if checkpoint else 0
-        if step >= config.train.steps:
-            if mesh.is_first:
-                print(
-                    f"{config.folder} is finished: step {step} of {config.train.steps}. "
-                    "To go on, raise train.steps; to start anew, give another folder."
-                )
-            return
+    dataset, checkpoint = prepare(config, mesh)
+    step = read_meta(checkpoint)["step"] if checkpoint else 0
+    if step < config.train.steps:
         Trainer(config, mesh, dataset, checkpoint).run()
-    finally:
-        meshes.stop()
+    elif mesh.is_first:
+        print(
+            f"{config.folder} is finished: step {step} of {config.train.steps}. "
+            "To go on, raise train.steps; to start anew, give another folder."
+        )
+    meshes.stop()  # not when something failed: leaving a group can wait for peers that wait for this rank
 
 
 def start_mesh(config: Config) -> Mesh:
@@ -104,16 +101,9 @@ def check_data(config: Config, dataset: Dataset) -> None:
             f"the data in {config.data.folder} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
             f"set model.num_classes={facts.num_classes}"
         )
-    if config.sample.grid_every and find_spec("PIL") is None:
-        raise ConfigError(
-            f"sample.grid_every is {config.sample.grid_every}, but grids need Pillow: pip install 'diffmoe_ep[sample]', or set "
-            "sample.grid_every=0"
-        )
-    if config.sample.grid_every and facts.kind != "pixels":
-        raise ConfigError(
-            f"sample.grid_every is {config.sample.grid_every}, but {config.data.folder} holds latents of a VAE, which this version cannot "
-            "decode; set sample.grid_every=0"
-        )
+    if config.sample.grid_every:
+        check_pictures(asdict(facts))
+        check_sampling(config, config.sample.grid_size)
 
 
 class Trainer:
@@ -122,7 +112,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, dataset: Dataset, checkpoint: Path | None = None) -> None:
         self.config, self.mesh, self.dataset = config, mesh, dataset
         self.folder = RunFolder(Path(config.folder))
-        self.model = widen_pools(shard_experts(self.build_model(), mesh), mesh)
+        self.model = self.build_model()
         self.engine = Engine(self.model, config, mesh)
         self.ema = Ema(self.model, config.train.ema)
         self.objective = objective_of(config.train.objective)
@@ -136,19 +126,20 @@ class Trainer:
         )  # fmt: skip
 
     def build_model(self) -> DiT:
-        """The single-device model with its initial weights."""
+        """This rank's part of the model, with its initial weights."""
         compute_type = torch.bfloat16 if self.config.train.precision == "bf16" else None
-        return initialize(DiT(self.config.model, self.config.pool, compute_type), self.config.seed)
+        model = shard_experts(DiT(self.config.model, self.config.pool, compute_type), self.mesh)
+        return initialize(widen_pools(model, self.mesh), self.config.seed)
 
     # -- the loop -----------------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the last step, telling, sampling and saving on the way."""
         config = self.config
-        self.folder.describe(config, self.mesh, providers(self.mesh))
+        self.folder.describe(config, self.mesh)
         metrics = Metrics(self.folder.metrics, self.step) if self.mesh.is_first else None
-        progress = Progress(self.greeting(), self.step, config.train.steps) if self.mesh.is_first else None
-        clock = Clock()
+        progress = Progress(greeting(config, self.mesh, self.step), self.step, config.train.steps) if self.mesh.is_first else None
+        clock = Clock(self.step)
         while self.step < config.train.steps:
             told = self.train_step(clock)
             if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
@@ -159,21 +150,21 @@ class Trainer:
                 if metrics is not None and progress is not None:
                     metrics.write(values)
                     progress.show(self.step, values["loss"], values.get("capacity"), values["samples_per_second"])
-            if config.sample.grid_every and self.due(config.sample.grid_every):
-                clock.pause(self.sample_grid)
             if self.due(config.checkpoint.every):
                 clock.pause(self.save)
+            if config.sample.grid_every and self.due(config.sample.grid_every):
+                clock.pause(self.sample_grid)
         self.stream.close()
         if metrics is not None and progress is not None:
             metrics.close()
             progress.close()
             self.draw_curves()
 
-    def train_step(self, clock: "Clock") -> dict[str, Tensor]:
+    def train_step(self, clock: Clock) -> dict[str, Tensor]:
         """One optimiser step over `accumulation` micro-steps; gives what it measured, still on the device."""
         accumulation, losses, reports = self.config.train.accumulation, [], []
         for _ in range(accumulation):
-            batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device, non_blocking=True)
+            batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device)
             noised = self.objective.noised(batch.latent, batch.noise, batch.u)
             output = self.engine.forward(noised.x, noised.t, batch.condition)
             diffusion = self.objective.loss(output.prediction, noised)
@@ -182,8 +173,8 @@ class Trainer:
             losses.append(torch.stack([diffusion.detach(), output.auxiliary.detach()]))
             reports.append(output.layers)
         self.step += 1
-        self.ema.update(self.step)
         self.move_thresholds(reports)
+        self.ema.update(self.step)
         return {"losses": torch.stack(losses).mean(0), **wanted_capacity(reports)}
 
     def move_thresholds(self, reports: list[tuple[LayerReport, ...]]) -> None:
@@ -206,10 +197,12 @@ class Trainer:
         """Bring a step's measurements to the host, over all ranks; stops the run when the loss is no number any more."""
         losses = (all_sum(told["losses"], self.mesh.world) / self.mesh.size).tolist()
         norm = self.engine.gradient_norm
-        if not math.isfinite(sum(losses)) or not math.isfinite(norm):
+        skipped = self.engine.skipped  # ZeRO 1 and 2 pass over a step whose gradients are no numbers
+        if not math.isfinite(sum(losses)) or not math.isfinite(norm) or skipped:
             raise ConfigError(
                 f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and is not saved. "
-                "Resume from the last checkpoint with a lower train.optimizer.rate, or with train.clip=1"
+                "Resume from the last checkpoint with a lower train.optimizer.rate, or with train.clip=1",
+                everywhere=True,
             )
         values: dict[str, Any] = {
             "step": self.step, "samples": self.step * self.config.train.batch, "loss": sum(losses), "diffusion_loss": losses[0],
@@ -221,47 +214,32 @@ class Trainer:
                 "capacity": float(experts.mean()),
                 "capacity_per_layer": experts.mean(1).tolist(),
                 "capacity_per_expert": experts.tolist(),
+                "threshold": float(
+                    torch.stack([layer.predictor.bound(InferenceRule()).mean() for layer in self.model.moe_layers()]).mean()
+                ),
             }
         return values
-
-    def greeting(self) -> str:
-        """A few lines on what is about to happen."""
-        config, mesh, sizes = self.config, self.mesh, count(self.config.model)
-        begun = f"continues at step {self.step}" if self.step else "starts"
-        lines = [
-            f"{config.folder} {begun}: {config.train.steps} steps of {config.train.batch} samples, {config.model.family}, "
-            f"{sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"
-        ]
-        layout = f"{mesh.size} rank{'s' * (mesh.size > 1)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
-        if config.model.family == "diffmoe":
-            span = pool_samples(config)
-            layout += (
-                f", {config.model.num_experts} experts over {mesh.expert.size} rank{'s' * (mesh.expert.size > 1)}, pools of {span} samples "
-                f"({span * num_tokens(config.model)} tokens) over {mesh.pool.size} rank{'s' * (mesh.pool.size > 1)}"
-            )
-        return "\n".join([*lines, layout])
 
     def sample_grid(self) -> None:
         """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""
         config = self.config.sample
         labels = classes_in_turn(config.grid_size, list(range(self.config.model.num_classes)))
         drawn = draw(self.model, labels, config, self.mesh, seed=self.config.seed, weights=self.ema if config.weights == "ema" else None)
-        if self.mesh.is_first:
-            facts = asdict(self.dataset.manifest)
-            pixels = pixels_of(drawn.latents, facts)
-            columns = min(self.config.model.num_classes, 10)
-            grid(
-                pixels,
-                self.folder.samples / f"step-{self.step:07d}.png",
-                columns=columns,
-                highest=round((1 - facts["shift"]) / facts["scale"]),
-            )
+        if drawn is not None:
+            self.picture(lambda: write_grid(drawn, asdict(self.dataset.manifest), self.folder.samples / f"step-{self.step:07d}.png"))
             self.draw_curves()
 
     def draw_curves(self) -> None:
         """Draw loss, capacity, rate and speed so far; a core installation has no plots, and trains without them."""
         if find_spec("matplotlib") is not None:
-            curves(self.folder.metrics, self.folder.path / "curves.png")
+            self.picture(lambda: curves(self.folder.metrics, self.folder.path / "curves.png"))
+
+    def picture(self, make: Callable[[], None]) -> None:
+        """Make a picture; a full disk is said, and does not end a run that others wait in."""
+        try:
+            make()
+        except OSError as error:
+            print(f"a picture of step {self.step} could not be written ({error}); the run goes on", file=sys.stderr, flush=True)
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
@@ -303,53 +281,12 @@ class Trainer:
         return fragments(named, "model", self.model, self.mesh) + fragments(self.ema.tensors, "ema", self.model, self.mesh)
 
 
-class Clock:
-    """Where the time goes between two logged lines."""
-
-    def __init__(self) -> None:
-        self.started = self.mark = time.monotonic()
-        self.paused = self.waited = 0.0
-        self.step: int | None = None
-
-    def wait(self, get: Any) -> Any:
-        """Call `get` and count its time as waiting for data."""
-        begin = time.monotonic()
-        value = get()
-        self.waited += time.monotonic() - begin
-        return value
-
-    def pause(self, work: Any) -> None:
-        """Call `work` and leave its time out of the speed."""
-        begin = time.monotonic()
-        work()
-        self.paused += time.monotonic() - begin
-
-    def lap(self, step: int, batch: int) -> dict[str, float]:
-        """Speed since the last lap (since the start at first), and start anew."""
-        now = time.monotonic()
-        spent = max(now - self.mark - self.paused, 1e-9)
-        done = step - self.step if self.step is not None else 1
-        result = {"samples_per_second": done * batch / spent, "data_wait": self.waited / spent, "seconds": now - self.started}
-        self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
-        return result
-
-
 def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]:
     """Capacity (layers, N) that the dynamic thresholds would spend on this step's tokens (Eq. 8); empty for a dense model."""
     if not reports[0]:
         return {}
     wanted = torch.stack([torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]).mean(0)
     return {"capacity": wanted * wanted.shape[1] / reports[0][0].num_tokens}
-
-
-def providers(mesh: Mesh) -> dict[str, str]:
-    """Which implementation does the heavy parts, for the environment report."""
-    return {
-        "attention": "torch scaled_dot_product_attention",
-        "optimizer": "torch fused AdamW or SGD under DeepSpeed ZeRO",
-        "dispatch": "torch all_to_all, " + ("nccl" if mesh.device.type == "cuda" else "gloo"),
-        "python": sys.version.split()[0],
-    }
 
 
 def _given(quantile: Tensor | None) -> Tensor:

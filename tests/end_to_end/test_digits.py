@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -94,7 +96,7 @@ def test_from_images_to_samples(tmp_path: Path) -> None:
     assert "is finished: step 20 of 20" in finish(deepspeed("train", *settings, f"folder={cut}"))
 
     out = finish(
-        [sys.executable, "-m", "diffmoe_ep", "sample", str(cut), "--out", str(tmp_path / "drawn"), "--num", "20", "--classes", "3,8"]
+        [sys.executable, "-m", "diffmoe_ep", "sample", str(cut), "--out", str(tmp_path / "drawn"), "--samples", "20", "--classes", "3,8"]
     )
     assert "20 samples of" in out
     assert (tmp_path / "drawn/grid.png").stat().st_size > 0
@@ -105,7 +107,7 @@ def test_from_images_to_samples(tmp_path: Path) -> None:
         str(data / "train"),
         "--heldout",
         str(data / "heldout"),
-        "--num",
+        "--samples",
         "50",
         "--out",
         str(tmp_path),
@@ -130,3 +132,21 @@ def test_a_mistake_ends_the_launcher_quickly(tmp_path: Path, launcher: Any) -> N
     assert told.count("diffmoe: error: ") == 1
     assert f"{tmp_path / 'nothing'}" in told
     assert "diffmoe_ep/cli.py" not in told
+
+
+@pytest.mark.timeout(300)
+def test_a_bad_sample_is_told_by_its_rank(digits: Path, tmp_path: Path) -> None:
+    """Damage that the quick check at the start cannot see: only the rank that reads the sample knows, says so, and all end."""
+    data = tmp_path / "train"
+    shutil.copytree(digits / "train", data)
+    for shard in data.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[1536 + 128 + 10] ^= 1  # inside the pixels of each shard's first sample: behind two headers, the label and npy's own header
+        shard.write_bytes(bytes(content))
+    settings = [*SMALL, "train.steps=200", "log.every=100", "checkpoint.every=1000", f"data.folder={data}", f"folder={tmp_path / 'run'}"]
+    done = subprocess.run(
+        torchrun("train", "configs/digits.yaml", *settings), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode != 0
+    told = done.stdout + done.stderr
+    assert re.search(r"diffmoe: error: rank [01]: .*digits-train-00000\d\.tar, key \S+: .*damaged \(crc32 differs\)", told), told

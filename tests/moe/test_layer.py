@@ -111,6 +111,18 @@ def test_inference_is_algorithm_four(selection: Any, threshold: Any) -> None:
         assert y.abs().max() == 0  # nobody is over it: only the residual is left
 
 
+@pytest.mark.parametrize("span", [1, 2, "all"])
+def test_topk_is_the_training_rule(span: Any) -> None:
+    """In eval mode `topk` chooses what training chooses, pools included; a call of half a pool is refused by name."""
+    layer, x = make_layer(PoolConfig(span=span)), inputs()
+    trained = layer(x)[0]
+    layer.eval().rule = InferenceRule("topk")
+    torch.testing.assert_close(layer(x)[0], trained, rtol=0, atol=1e-12)
+    if span == 2:
+        with pytest.raises(ConfigError, match=r"12 tokens are no multiple of a pool's 8 \(pool.span\)"):
+            layer(x[:3])
+
+
 def test_threshold_does_not_depend_on_the_batch() -> None:
     layer, x = make_layer(PoolConfig()).eval(), inputs()
     layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))

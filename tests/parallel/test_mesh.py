@@ -14,7 +14,6 @@ from ranks import RankError, run
 def members(rank: int, expert: int, pool: int) -> dict[str, list[int]]:
     """Which ranks each of this rank's groups holds, found by talking in it."""
     mesh = meshes.start(expert, pool, 1.0)
-    mesh.barrier()
     return {name: gather_objects(rank, getattr(mesh, name)) for name in ("world", "expert", "replicas", "pool")}
 
 

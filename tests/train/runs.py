@@ -69,7 +69,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
     with FAULTS[fault](), mock.patch.object(training, "initialize", start):
         mesh = training.start_mesh(given)
         trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
-        clock = training.Clock()
+        clock = training.Clock(0)
         for _ in range(given.train.steps):
             values = trainer.measure(trainer.train_step(clock))
             told["loss"].append(values["loss"])

@@ -67,12 +67,27 @@ def test_planted_faults_break_the_law(digits: Path, fault: str, layout_: tuple[i
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("span", [4, 1])
-def test_spans_are_the_same_run(digits: Path, span: int) -> None:
-    """Pools inside ranks, and a rank of a larger span, are cut by samples and not by ranks."""
+@pytest.mark.parametrize(("span", "layout_"), [(4, (2, 2, 1)), (1, (2, 2, 1)), (12, (4, 4, 1))])
+def test_spans_are_the_same_run(digits: Path, span: int, layout_: tuple[int, int, int]) -> None:
+    """Pools are cut by samples and not by ranks: some inside a rank, of one sample, and over two of four ranks."""
     given = config(digits / "train", Path("unused"), f"pool.span={span}", *KINDS["sgd"])
     single = traced(given, 1, 1, 0)[0]
-    found = differences(traced(given, 2, 2, 1), single)
+    found = differences(traced(given, *layout_), single)
+    assert holds(found), found
+
+
+VARIANTS = {
+    "every block": ["model.interleave=false", "model.blocks=2", *KINDS["sgd"]],
+    "weight decay": ["train.optimizer.weight_decay=0.1", *KINDS["adamw"]],
+    "no clipping": ["train.clip=0", "train.schedule={kind: cosine, warmup: 3}", *KINDS["sgd"]],
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_the_same_run(digits: Path, variant: str) -> None:
+    given = config(digits / "train", Path("unused"), "train.steps=8", *VARIANTS[variant])
+    found = differences(traced(given, 2, 2, 2), traced(given, 1, 1, 0)[0])
     assert holds(found), found
 
 

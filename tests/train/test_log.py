@@ -1,0 +1,111 @@
+"""What a run tells: metrics that survive a kill, speeds that are right, and a stop when the loss is no number."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.train import log
+from diffmoe_ep.train import trainer as training
+from diffmoe_ep.train.log import Clock, Metrics, Progress, RunFolder
+from ranks import run
+from train.runs import config
+
+
+def test_metrics_keep_what_a_resume_does_not_repeat(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    for step in range(1, 6):
+        metrics.write({"step": step, "loss": step / 2})
+    metrics.close()
+    path.write_text(path.read_text() + '{"step": 6, "lo')  # torn by a kill
+    again = Metrics(path, 3)
+    again.write({"step": 4, "loss": 7.0})
+    again.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 4, "loss": 7.0},
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    full = mock.Mock(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
+    told = r"metrics\.jsonl cannot be written \(No space left on device\)"
+    with mock.patch.object(metrics, "file", full), pytest.raises(ConfigError, match=told):
+        metrics.write({"step": 1})
+
+
+def test_speed_leaves_out_what_is_no_training() -> None:
+    now = iter([100.0, 110.0, 112.0, 120.0, 124.0, 130.0, 140.0])
+    with mock.patch.object(log.time, "monotonic", side_effect=now):
+        clock = Clock(40)  # at 100
+        assert clock.wait(lambda: "batch") == "batch"  # 110 to 112
+        clock.pause(lambda: None)  # 120 to 124
+        first = clock.lap(50, 8)  # at 130: 30 s less a pause of 4
+        second = clock.lap(60, 8)  # at 140
+    assert first == {"samples_per_second": pytest.approx(10 * 8 / 26), "data_wait": pytest.approx(2 / 26), "seconds": 30.0}
+    assert second == {"samples_per_second": pytest.approx(10 * 8 / 10), "data_wait": 0.0, "seconds": 40.0}
+
+
+def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("the run starts", 0, 20)
+    progress.show(10, 2.0, 0.98, 123.4)
+    progress.show(20, 1.0, None, 99.0)
+    progress.close()
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "the run starts"
+    assert told[-1].startswith("step 20/20  samples/s 99  loss 1.8000")
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert RunFolder(tmp_path / "run").problem() is None
+    assert "cannot be written (Not a directory)" in (RunFolder(tmp_path / "file/run").problem() or "")
+
+
+def diverges(rank: int, given: Config) -> tuple[str, bool, list[str]]:
+    """Train with a gradient that is infinite at step 3, on one rank; log and save at step 4."""
+    mesh = training.start_mesh(given)
+    trainer = training.Trainer(given, mesh, training.prepare(given, mesh)[0])
+    weight = trainer.model.blocks[0].attention.qkv.weight  # type: ignore[union-attr]
+    spoil = torch.tensor(float("inf"))
+    weight.register_hook(lambda gradient: gradient + spoil if trainer.step == 2 and rank == 0 else gradient)  # type: ignore[union-attr, operator]
+    try:
+        trainer.run()
+    except ConfigError as error:
+        return str(error), error.everywhere, [path.name for path in trainer.folder.checkpoints.glob("step-*")]
+    return "", False, []
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_diverged_run_stops_on_every_rank_and_is_not_saved(digits: Path, tmp_path: Path, zero: int) -> None:
+    given = config(digits / "train", tmp_path / "run", "log.every=4", "checkpoint.every=4", f"parallel.zero={zero}")
+    for told, everywhere, saved in run(2, diverges, given):
+        assert "the run has diverged and is not saved" in told
+        assert everywhere
+        assert saved == []
+
+
+def finishes(rank: int, given: Config) -> list[str]:
+    mesh = training.start_mesh(given)
+    training.Trainer(given, mesh, training.prepare(given, mesh)[0]).run()
+    return sorted(str(path.relative_to(given.folder)) for path in Path(given.folder).rglob("*") if path.is_file())
+
+
+def test_a_picture_that_fails_costs_no_run(digits: Path, tmp_path: Path) -> None:
+    """A folder stands where the grid should go: the run says so and saves its checkpoint all the same."""
+    (tmp_path / "run/samples/step-0000002.png").mkdir(parents=True)
+    given = config(digits / "train", tmp_path / "run", "train.steps=2", "sample.grid_every=2", "sample.steps=1", "parallel.expert=2")
+    files: list[Any] = run(2, finishes, given)
+    assert "checkpoints/step-0000002/meta.json" in files[0]
+    assert "curves.png" in files[0]
+
+
+def test_tensorboard_events_are_written(digits: Path, tmp_path: Path) -> None:
+    given = config(digits / "train", tmp_path / "run", "train.steps=2", "log.tensorboard=true")
+    files: list[Any] = run(1, finishes, given)
+    assert any("tensorboard" in name and "events" in name for name in files[0])
