@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,9 +32,14 @@ class ConfigError(UserError):
     """A mistake in a run's configuration."""
 
 
-def knob(default: Any, doc: str) -> Any:
-    """Declare a field with its default and its manual line."""
-    return field(default=default, metadata={"doc": doc})
+POSITIVE = (lambda value: value > 0, "greater than 0")
+NATURAL = (lambda value: value >= 0, "at least 0")
+SHARE = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def knob(default: Any, doc: str, limits: tuple[Callable[[Any], bool], str] | None = None) -> Any:
+    """Declare a field with its default, its manual line and the numbers that it may hold."""
+    return field(default=default, metadata={"doc": doc, "limits": limits})
 
 
 def section(kind: type) -> Any:
@@ -47,11 +52,13 @@ class DataConfig:
     """Where the samples come from and how they are drawn."""
 
     folder: str = knob("data", "dataset folder (manifest.json, webdataset shards and their indexes)")
-    workers: int = knob(2, "loader processes per rank; 0 reads in the training process; never changes what is read")
-    prefetch: int = knob(4, "micro-batches that each worker keeps ready")
+    workers: int = knob(2, "loader processes per rank; 0 reads in the training process; never changes what is read", NATURAL)
+    prefetch: int = knob(4, "micro-batches that each worker keeps ready", POSITIVE)
     flip: bool = knob(True, "mirror each sample with probability 0.5 (keyed by its position)")
-    drop_condition: float = knob(0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)")
-    shuffle_block: int = knob(8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order")
+    drop_condition: float = knob(0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)", SHARE)
+    shuffle_block: int = knob(
+        8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order", NATURAL
+    )
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,20 @@ class ModelConfig:
     """The network: a dense DiT, or a DiffMoE in which every second block's FFN is a pool of experts."""
 
     family: Literal["diffmoe", "dense"] = knob("diffmoe", "diffmoe: experts choose tokens from a pool; dense: a plain DiT")
-    input_size: int = knob(32, "height and width of the (latent) image")
-    in_channels: int = knob(4, "channels of the (latent) image")
-    out_channels: int = knob(8, "channels predicted; under flow those after in_channels (learned variance) are unused")
-    patch: int = knob(2, "height and width of a token in (latent) pixels")
-    hidden: int = knob(384, "width D of a token")
-    blocks: int = knob(12, "transformer blocks L")
-    heads: int = knob(6, "attention heads H; hidden must be a multiple")
-    num_classes: int = knob(1000, "classes; the label table has one row more, the null class")
+    input_size: int = knob(32, "height and width of the (latent) image", POSITIVE)
+    in_channels: int = knob(4, "channels of the (latent) image", POSITIVE)
+    out_channels: int = knob(8, "channels predicted; under flow those after in_channels (learned variance) are unused", POSITIVE)
+    patch: int = knob(2, "height and width of a token in (latent) pixels", POSITIVE)
+    hidden: int = knob(384, "width D of a token", POSITIVE)
+    blocks: int = knob(12, "transformer blocks L", POSITIVE)
+    heads: int = knob(6, "attention heads H; hidden must be a multiple", POSITIVE)
+    num_classes: int = knob(1000, "classes; the label table has one row more, the null class", POSITIVE)
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
-    num_experts: int = knob(16, "experts N of an MoE layer")
+    num_experts: int = knob(16, "experts N of an MoE layer", POSITIVE)
     kernel: Literal["auto", "loop"] = knob("auto", "auto: one batched matmul where experts have equally many rows; loop: one by one")
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
-    threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)")
+    threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)", SHARE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class PoolConfig:
 
     span: int | Literal["all"] = knob("all", "samples in one pool: all = the micro-step of all ranks; 1 = each sample by itself")
     select: Literal["gather"] = knob("gather", "how ranks find the exact top-k together: gather = all-gather the scores")
-    capacity: float = knob(1.0, "capacity factor C in training: each expert takes floor(P * C / N) of the P tokens of a pool")
+    capacity: float = knob(1.0, "capacity factor C in training: each expert takes floor(P * C / N) of the P tokens of a pool", POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,11 @@ class OptimizerConfig:
     """How the weights are moved."""
 
     kind: Literal["adamw", "sgd"] = knob("adamw", "adamw or sgd")
-    rate: float = knob(1e-4, "peak learning rate")
+    rate: float = knob(1e-4, "peak learning rate", POSITIVE)
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's decays of the two moments")
-    eps: float = knob(1e-8, "AdamW's epsilon")
-    weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd")
-    momentum: float = knob(0.0, "momentum of sgd")
+    eps: float = knob(1e-8, "AdamW's epsilon", POSITIVE)
+    weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd", NATURAL)
+    momentum: float = knob(0.0, "momentum of sgd", SHARE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class ScheduleConfig:
     """The learning rate over steps: a linear warm-up, then constant, or falling to `final` times the peak at the last step."""
 
     kind: Literal["constant", "linear", "cosine"] = knob("constant", "shape after the warm-up")
-    warmup: int = knob(0, "steps of linear warm-up from 0")
+    warmup: int = knob(0, "steps of linear warm-up from 0", NATURAL)
     final: float = knob(0.0, "last rate as a fraction of the peak (linear and cosine)")
 
 
@@ -109,7 +116,7 @@ class ScheduleConfig:
 class EmaConfig:
     """The averaged weights that are sampled from."""
 
-    decay: float = knob(0.9999, "decay of the average per step")
+    decay: float = knob(0.9999, "decay of the average per step", SHARE)
     ramp: bool = knob(False, "use min(decay, (1 + step) / (10 + step)), so that a short run is not held by its first weights")
     thresholds: Literal["live", "averaged"] = knob("live", "thresholds it carries: the live ones, or averaged too (too low early in a run)")
 
@@ -119,11 +126,11 @@ class TrainConfig:
     """How long, how many at a time, in which precision."""
 
     objective: Literal["flow"] = knob("flow", "flow: rectified flow, uniform time")
-    steps: int = knob(100_000, "optimiser steps of the whole run")
-    batch: int = knob(256, "samples of one optimiser step over all ranks")
-    accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step")
+    steps: int = knob(100_000, "optimiser steps of the whole run", POSITIVE)
+    batch: int = knob(256, "samples of one optimiser step over all ranks", POSITIVE)
+    accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step", POSITIVE)
     precision: Literal["bf16", "float32"] = knob("bf16", "compute type; weights, moments, router, thresholds and EMA are float32 in both")
-    clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping")
+    clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     ema: EmaConfig = section(EmaConfig)
@@ -133,9 +140,9 @@ class TrainConfig:
 class ParallelConfig:
     """How the run is laid over ranks. Nothing here changes what is computed."""
 
-    expert: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded")
+    expert: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded", POSITIVE)
     zero: int = knob(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
-    timeout_minutes: int = knob(10, "longest wait for a peer in any collective")
+    timeout_minutes: int = knob(10, "longest wait for a peer in any collective", POSITIVE)
     deepspeed: str | None = knob(None, "a DeepSpeed JSON file whose settings are merged in (not those that this config decides)")
 
 
@@ -143,22 +150,22 @@ class ParallelConfig:
 class SampleConfig:
     """How images are drawn, in training's sample grids, `diffmoe sample` and `diffmoe evaluate`."""
 
-    steps: int = knob(250, "Euler steps")
+    steps: int = knob(250, "Euler steps", POSITIVE)
     guidance: float = knob(1.5, "classifier-free guidance scale; 1 = none")
-    chunk: int = knob(64, "samples computed together; part of the protocol, so that results do not depend on the number of ranks")
+    chunk: int = knob(64, "samples computed together; part of the protocol, so that results do not depend on the number of ranks", POSITIVE)
     selection: Literal["threshold", "count", "topk"] = knob("threshold", "tokens over the threshold; as many, by score; the training rule")
     threshold: float | Literal["dynamic", "raw"] = knob("dynamic", "moving average, bias-corrected or raw; or one number for every expert")
-    capacity: float = knob(1.0, "capacity factor of `topk`")
+    capacity: float = knob(1.0, "capacity factor of `topk`", POSITIVE)
     weights: Literal["ema", "model"] = knob("ema", "averaged or live weights")
-    grid_every: int = knob(0, "steps between sample grids while training; 0 = none")
-    grid_size: int = knob(80, "samples in such a grid, classes in turn")
+    grid_every: int = knob(0, "steps between sample grids while training; 0 = none", NATURAL)
+    grid_size: int = knob(80, "samples in such a grid, classes in turn", POSITIVE)
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """What a run tells."""
 
-    every: int = knob(10, "steps between lines in metrics.jsonl (and updates of the progress bar)")
+    every: int = knob(10, "steps between lines in metrics.jsonl (and updates of the progress bar)", POSITIVE)
     tensorboard: bool = knob(False, "also write TensorBoard events to the run folder, through DeepSpeed's monitor")
 
 
@@ -166,9 +173,9 @@ class LogConfig:
 class CheckpointConfig:
     """What a run keeps."""
 
-    every: int = knob(1000, "steps between checkpoints; the last step is always saved")
-    keep_last: int = knob(2, "newest checkpoints that are kept")
-    keep_every: int = knob(0, "checkpoints at multiples of this many steps are kept for ever; 0 = none")
+    every: int = knob(1000, "steps between checkpoints; the last step is always saved", POSITIVE)
+    keep_last: int = knob(2, "newest checkpoints that are kept", POSITIVE)
+    keep_every: int = knob(0, "checkpoints at multiples of this many steps are kept for ever; 0 = none", NATURAL)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Config:
     """One run."""
 
     folder: str = knob("runs/run", "run folder: config, metrics, sample grids, checkpoints")
-    seed: int = knob(0, "seed of everything random; drawn per sample position, expert and step, never per rank")
+    seed: int = knob(0, "seed of everything random; drawn per sample position, expert and step, never per rank", NATURAL)
     resume: Literal["auto", "never"] = knob("auto", "auto: continue from the folder's newest checkpoint; never: refuse such a folder")
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
@@ -353,29 +360,7 @@ def _show(value: Any) -> str:
 def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
     model, train = config.model, config.train
-    for key, value in _numbers(config):
-        if value <= 0:
-            raise ConfigError(f"{key} is {value}; it must be greater than 0")
-    for key, value in (
-        ("data.workers", config.data.workers),
-        ("data.shuffle_block", config.data.shuffle_block),
-        ("train.clip", train.clip),
-        ("train.schedule.warmup", train.schedule.warmup),
-        ("sample.grid_every", config.sample.grid_every),
-        ("checkpoint.keep_every", config.checkpoint.keep_every),
-        ("train.optimizer.weight_decay", train.optimizer.weight_decay),
-        ("seed", config.seed),
-    ):
-        if value < 0:
-            raise ConfigError(f"{key} is {value}; it must not be negative")
-    for key, share in (
-        ("data.drop_condition", config.data.drop_condition),
-        ("train.ema.decay", train.ema.decay),
-        ("model.threshold_decay", model.threshold_decay),
-        ("train.optimizer.momentum", train.optimizer.momentum),
-    ):
-        if not 0 <= share < 1:
-            raise ConfigError(f"{key} is {share}; it must be at least 0 and less than 1")
+    _check_limits(config, "")
     if model.input_size % model.patch:
         raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
     if model.hidden % model.heads or model.hidden % 4:
@@ -389,8 +374,6 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"parallel.zero is {config.parallel.zero}: {reason if config.parallel.zero == 3 else 'the stages are 0, 1 and 2'}"
         )
-    if config.parallel.expert < 1:
-        raise ConfigError(f"parallel.expert is {config.parallel.expert}; it must be at least 1")
     if model.family == "dense" and config.parallel.expert != 1:
         raise ConfigError(
             f"parallel.expert is {config.parallel.expert}, but model.family dense has no experts to shard; set parallel.expert=1"
@@ -400,34 +383,21 @@ def check(config: Config) -> None:
             f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
             f"accumulation that divides it: {_divisors(train.batch)}"
         )
-    betas, eps = train.optimizer.betas, train.optimizer.eps
-    if not all(0 <= beta < 1 for beta in betas) or eps <= 0:
-        raise ConfigError(f"train.optimizer.betas are {list(betas)} and eps is {eps:g}; betas lie in [0, 1), eps is greater than 0")
+    if not all(0 <= beta < 1 for beta in train.optimizer.betas):
+        raise ConfigError(f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1")
     if config.seed >= 2**63:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if model.family == "diffmoe":
         _check_experts(config)
 
 
-def _numbers(config: Config) -> Iterator[tuple[str, float]]:
-    model, train = config.model, config.train
-    for name in ("input_size", "in_channels", "out_channels", "patch", "hidden", "blocks", "heads", "num_classes", "num_experts"):
-        yield f"model.{name}", getattr(model, name)
-    for name in ("steps", "batch", "accumulation"):
-        yield f"train.{name}", getattr(train, name)
-    yield from (
-        ("train.optimizer.rate", train.optimizer.rate),
-        ("sample.steps", config.sample.steps),
-        ("sample.chunk", config.sample.chunk),
-        ("sample.grid_size", config.sample.grid_size),
-        ("log.every", config.log.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("checkpoint.keep_last", config.checkpoint.keep_last),
-        ("data.prefetch", config.data.prefetch),
-        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
-        ("pool.capacity", config.pool.capacity),
-        ("sample.capacity", config.sample.capacity),
-    )
+def _check_limits(part: Any, prefix: str) -> None:
+    for entry in fields(part):
+        value, limits = getattr(part, entry.name), entry.metadata.get("limits")
+        if is_dataclass(value):
+            _check_limits(value, f"{prefix}{entry.name}.")
+        elif limits is not None and not limits[0](value):
+            raise ConfigError(f"{prefix}{entry.name} is {value}; it must be {limits[1]}")
 
 
 def _check_experts(config: Config) -> None:
