@@ -15,6 +15,7 @@ from diffmoe_ep.config import (
     UserError,
     check_world,
     dump,
+    has_experts,
     keys,
     load,
     num_tokens,
@@ -140,6 +141,7 @@ def _dry_run(config: Config) -> None:
     rows = [
         ("FFN of dense blocks", sizes.dense_ffn),
         ("experts", sizes.experts),
+        ("shared experts", sizes.shared),
         ("router", sizes.router),
         ("capacity predictor", sizes.predictor),
         ("attention", sizes.attention),
@@ -156,11 +158,15 @@ def _dry_run(config: Config) -> None:
         f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.batch // config.train.accumulation} samples of a micro-step, "
         f"{config.train.accumulation} micro-step{'s' * (config.train.accumulation > 1)} a step"
     )
-    if config.model.family == "diffmoe":
+    if has_experts(config.model):
         span, each = pool_samples(config), config.model.num_experts // expert
         pool = span * num_tokens(config.model)
-        k = tokens_per_expert(pool, config.pool.capacity, config.model.num_experts)
-        print(f"pool of {span} samples, {pool} tokens, over {max(1, span // local)} rank{'s' * (span > local)}; each expert takes {k}")
+        over = f"pool of {span} samples, {pool} tokens, over {max(1, span // local)} rank{'s' * (span > local)}"
+        if config.model.family == "tc":
+            print(f"{over}; each token takes {config.model.top_k} of {config.model.num_experts} experts")
+        else:
+            k = tokens_per_expert(pool, config.pool.capacity, config.model.num_experts, granularity=config.model.granularity)
+            print(f"{over}; each expert takes {k}")
         for rank in range(min(world, 64)):
             first = rank % expert * each
             print(f"  rank {rank}: experts {first} to {first + each - 1}, copy {rank // expert} of {world // expert}")

@@ -61,11 +61,26 @@ class DataConfig:
     )
 
 
+SIZES = {  # hidden, blocks, heads; the paper's Table 1, the two largest inferred from the parameter counts of its Table 5
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "XXL": (1280, 32, 16),
+    "XXXL": (1440, 36, 20),
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: a dense DiT, or a DiffMoE in which every second block's FFN is a pool of experts."""
+    """The network: a dense DiT, or one in which every second block's FFN is an MoE layer."""
 
-    family: Literal["diffmoe", "dense"] = knob("diffmoe", "diffmoe: experts choose tokens from a pool; dense: a plain DiT")
+    family: Literal["diffmoe", "ec", "tc", "dense"] = knob(
+        "diffmoe", "experts choose from a pool; from each sample; tokens choose; no experts"
+    )
+    size: Literal["S", "B", "L", "XL", "XXL", "XXXL"] | None = knob(
+        None, "the paper's hidden, blocks and heads by name; or give them yourself"
+    )
     input_size: int = knob(32, "height and width of the (latent) image", POSITIVE)
     in_channels: int = knob(4, "channels of the (latent) image", POSITIVE)
     out_channels: int = knob(8, "channels predicted; under flow those after in_channels (learned variance) are unused", POSITIVE)
@@ -76,6 +91,11 @@ class ModelConfig:
     num_classes: int = knob(1000, "classes; the label table has one row more, the null class", POSITIVE)
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
     num_experts: int = knob(16, "experts N of an MoE layer", POSITIVE)
+    granularity: int = knob(1, "m: experts are 4D/m wide, so N experts do the work of N/m", POSITIVE)
+    shared_experts: int = knob(0, "experts (4D/m wide) that every token passes besides", NATURAL)
+    top_k: int = knob(1, "experts that a token chooses (tc); times granularity for equal compute", POSITIVE)
+    balance_weight: float = knob(0.01, "weight of the balance loss (tc)", NATURAL)
+    predictor: bool | None = knob(None, "capacity predictor and dynamic thresholds; null: diffmoe has them, ec not; tc never")
     kernel: Literal["auto", "loop"] = knob("auto", "auto: one batched matmul where experts have equally many rows; loop: one by one")
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
@@ -153,7 +173,9 @@ class SampleConfig:
     steps: int = knob(250, "Euler steps", POSITIVE)
     guidance: float = knob(1.5, "classifier-free guidance scale; 1 = none")
     chunk: int = knob(64, "samples computed together; part of the protocol, so that results do not depend on the number of ranks", POSITIVE)
-    selection: Literal["threshold", "count", "topk"] = knob("threshold", "tokens over the threshold; as many, by score; the training rule")
+    selection: Literal["auto", "threshold", "count", "topk"] = knob(
+        "auto", "tokens over the threshold; as many, by score; the training rule; auto: threshold where there is a predictor, else topk"
+    )
     threshold: float | Literal["dynamic", "raw"] = knob("dynamic", "moving average, bias-corrected or raw; or one number for every expert")
     capacity: float = knob(1.0, "capacity factor of `topk`", POSITIVE)
     weights: Literal["ema", "model"] = knob("ema", "averaged or live weights")
@@ -225,6 +247,9 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"the config holds a value that is no plain text, number or list ({error}); put it in quotes") from error
     for override in overrides:
         _lay_over(merged, override)
+    model = merged.get("model")
+    if isinstance(model, dict) and model.get("size") in SIZES:  # a name stands for its three numbers
+        merged["model"] = dict(zip(("hidden", "blocks", "heads"), SIZES[model["size"]], strict=True)) | model
     config = _build(Config, merged, "")
     check(config)
     return config
@@ -361,6 +386,12 @@ def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
     model, train = config.model, config.train
     _check_limits(config, "")
+    if model.size is not None and (model.hidden, model.blocks, model.heads) != SIZES[model.size]:
+        hidden, blocks, heads = SIZES[model.size]
+        raise ConfigError(
+            f"model.size {model.size} means hidden {hidden}, blocks {blocks}, heads {heads}, but the config has {model.hidden}, "
+            f"{model.blocks}, {model.heads}; set model.size=null, or remove the others"
+        )
     if model.input_size % model.patch:
         raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
     if model.hidden % model.heads or model.hidden % 4:
@@ -387,7 +418,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1")
     if config.seed >= 2**63:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
-    if model.family == "diffmoe":
+    if has_experts(model):
         _check_experts(config)
 
 
@@ -415,7 +446,31 @@ def _check_experts(config: Config) -> None:
         )
     if not config.model.interleave or config.model.blocks > 1:
         pool, tokens = pool_samples(config), num_tokens(config.model)
-        tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity")
+        if config.model.family != "tc":
+            tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity", config.model.granularity)
+    _check_family(config)
+
+
+def _check_family(config: Config) -> None:
+    model = config.model
+    if 4 * model.hidden % model.granularity or model.num_experts % model.granularity:
+        raise ConfigError(
+            f"model.granularity {model.granularity} must divide 4 * model.hidden ({4 * model.hidden}) and model.num_experts "
+            f"({model.num_experts})"
+        )
+    if model.family == "tc" and model.top_k > model.num_experts:
+        raise ConfigError(f"model.top_k {model.top_k} is more than model.num_experts {model.num_experts}")
+    if model.family == "tc" and model.predictor:
+        raise ConfigError("model.predictor is true, but in family tc tokens choose and nothing is to predict; set model.predictor=null")
+    if model.family == "ec" and config.pool.span not in ("all", 1):
+        raise ConfigError(
+            f"pool.span is {config.pool.span}, but in family ec a pool is one sample; set pool.span=1, or model.family=diffmoe"
+        )
+    if config.sample.selection in ("threshold", "count") and not has_predictor(model):
+        raise ConfigError(
+            f"sample.selection {config.sample.selection} needs a capacity predictor, which family {model.family} has not here; "
+            "set sample.selection=auto" + ("" if model.family == "tc" else ", or train with model.predictor=true")
+        )
 
 
 def check_world(config: Config, world: int) -> None:
@@ -438,7 +493,7 @@ def check_world(config: Config, world: int) -> None:
             f"divide over {world} ranks; make train.batch a multiple of {world * config.train.accumulation}"
         )
     span, local = pool_samples(config), micro // world
-    if config.model.family == "diffmoe" and local % span and span % local:
+    if has_experts(config.model) and local % span and span % local:
         fits = [size for size in range(1, micro + 1) if micro % size == 0 and (local % size == 0 or size % local == 0)]
         raise ConfigError(
             f"pool.span {span} neither lies inside a rank's {local} samples nor covers whole ranks; spans that fit: "
@@ -451,15 +506,27 @@ def num_tokens(model: ModelConfig) -> int:
     return (model.input_size // model.patch) ** 2
 
 
+def has_experts(model: ModelConfig) -> bool:
+    """Whether there are MoE layers."""
+    return model.family != "dense"
+
+
+def has_predictor(model: ModelConfig) -> bool:
+    """Whether MoE layers have a capacity predictor."""
+    return model.family in ("diffmoe", "ec") and (model.family == "diffmoe" if model.predictor is None else model.predictor)
+
+
 def pool_samples(config: Config) -> int:
     """Samples in one training pool."""
+    if config.model.family == "ec":
+        return 1
     return config.train.batch // config.train.accumulation if config.pool.span == "all" else config.pool.span
 
 
-def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity") -> int:
-    """Tokens k = floor(P * C / N) that one expert takes from a pool of P; raises ConfigError when that is none, or more than the pool."""
-    taken = int(Fraction(str(capacity)) * pool / num_experts)  # exact: in floats, 100 * 0.58 / 2 falls below 29
-    if taken < 1 or capacity > num_experts:
+def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity", granularity: int = 1) -> int:
+    """Tokens k = floor(P * C * m / N) that an expert takes from a pool of P; raises ConfigError when that is none, or more than P."""
+    taken = int(Fraction(str(capacity)) * pool * granularity / num_experts)  # exact: in floats, 100 * 0.58 / 2 falls below 29
+    if taken < 1 or capacity * granularity > num_experts:
         raise ConfigError(
             f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "
             f"floor({pool} * {capacity:g} / {num_experts}) = {taken} tokens; it must be at least 1 and at most the pool: change {key}, "

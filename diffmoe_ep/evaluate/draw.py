@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, num_tokens, tokens_per_expert
+from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
 from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, generate, join, to_pixels
 from diffmoe_ep.evaluate.picture import grid
 from diffmoe_ep.model.dit import DiT
@@ -72,17 +72,19 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
 
 def check_sampling(config: Config, num: int) -> None:
     """Raise ConfigError if the chunks of `num` samples cannot be drawn: `topk` needs whole pools, and a token for every expert."""
-    sample, pool = config.sample, config.pool
-    if sample.selection != "topk" or config.model.family == "dense":
+    sample, model = config.sample, config.model
+    by_k = sample.selection == "topk" or (sample.selection == "auto" and not has_predictor(model))
+    if not by_k or model.family in ("dense", "tc"):
         return
+    pool = 1 if model.family == "ec" else config.pool.span
     for size in {min(num, sample.chunk), num % sample.chunk} - {0}:
-        if pool.span != "all" and size % pool.span:
+        if pool != "all" and size % pool:
             raise ConfigError(
-                f"sample.selection is topk and pool.span is {pool.span}, which does not divide a chunk of {size} samples ({num} samples, "
-                f"sample.chunk {sample.chunk}); make both multiples of {pool.span}, or choose sample.selection=threshold or count"
+                f"sample.selection is topk and pool.span is {pool}, which does not divide a chunk of {size} samples ({num} samples, "
+                f"sample.chunk {sample.chunk}); make both multiples of {pool}, or choose sample.selection=threshold or count"
             )
-        span = size if pool.span == "all" else pool.span
-        tokens_per_expert(span * num_tokens(config.model), sample.capacity, config.model.num_experts, "sample.capacity")
+        span = size if pool == "all" else pool
+        tokens_per_expert(span * num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity)
 
 
 def check_pictures(facts: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.model.attention import Attention
+from diffmoe_ep.moe.experts import FeedForward
 from diffmoe_ep.moe.layer import LayerReport, MoELayer
 
 
@@ -21,27 +22,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class FeedForward(nn.Module):
-    """The dense FFN: Linear(D, 4D), GELU (tanh form), Linear(4D, D)."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden, 4 * hidden)
-        self.fc2 = nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
-
-
 class Block(nn.Module):
     """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition."""
 
     def __init__(self, model: ModelConfig, pool: PoolConfig, is_moe: bool) -> None:
         super().__init__()
         self.attention = Attention(model.hidden, model.heads)
-        self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden)
+        self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden, 4 * model.hidden)
         self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, LayerReport | None]:

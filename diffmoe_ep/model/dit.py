@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ep.config import ModelConfig, PoolConfig
+from diffmoe_ep.config import ModelConfig, PoolConfig, has_experts
 from diffmoe_ep.model.block import Block, Head
 from diffmoe_ep.model.embed import LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
 from diffmoe_ep.moe.capacity import InferenceRule
@@ -23,13 +23,13 @@ class Output:
     """What a forward gives."""
 
     prediction: Tensor  # (B, out_channels, H, W) at least float32; under flow eps - x_0
-    auxiliary: Tensor  # scalar to add to the objective's loss: the predictors' weighted loss; 0 in eval mode
+    auxiliary: Tensor  # scalar to add to the objective's loss: the predictors' and the balance loss, weighted; 0 in eval mode
     layers: tuple[LayerReport, ...]  # what each MoE layer did
 
 
 def is_moe(model: ModelConfig, block: int) -> bool:
     """Whether block i (from 0) is an MoE block: every odd one, or all without interleaving."""
-    return model.family == "diffmoe" and (not model.interleave or block % 2 == 1)
+    return has_experts(model) and (not model.interleave or block % 2 == 1)
 
 
 class DiT(nn.Module):
@@ -67,11 +67,15 @@ class DiT(nn.Module):
         return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
 
     def _auxiliary(self, reports: list[LayerReport], like: Tensor) -> Tensor:
+        total = like.new_zeros(())
         losses = [report.loss for report in reports if report.loss is not None]
-        if not losses:
-            return like.new_zeros(())
-        total = torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
-        return total * self.config.predictor_weight
+        if losses:
+            reduced = torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
+            total = total + reduced * self.config.predictor_weight
+        for report in reports:
+            if report.balance is not None:
+                total = total + report.balance * self.config.balance_weight
+        return total
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class InferenceRule:
     """How experts choose tokens at inference."""
 
-    selection: Literal["threshold", "count", "topk"] = "threshold"  # Eq. 14; Algorithm 4; the training rule
+    selection: Literal["auto", "threshold", "count", "topk"] = "auto"  # Eq. 14 or else topk; Eq. 14; Algorithm 4; the training rule
     threshold: float | Literal["dynamic", "raw"] = "dynamic"  # moving average (bias-corrected or raw), or one constant
     capacity: float = 1.0  # capacity factor of `topk`
 

@@ -1,6 +1,6 @@
 """The experts of one layer: N feed-forward networks in stacked tensors, computed on rows that are grouped by expert.
 
-Legend: N experts (E of them on this rank), D hidden size, F = 4D, R rows.
+Legend: N experts (E of them on this rank), D hidden size, F = 4D/m their width at granularity m, R rows.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ class Experts(nn.Module):
     slice of dimension 0, of which `first` is the first expert's global number.
     """
 
-    def __init__(self, num_experts: int, hidden: int, kernel: Kernel = "auto") -> None:
+    def __init__(self, num_experts: int, hidden: int, kernel: Kernel = "auto", granularity: int = 1) -> None:
         super().__init__()
-        width = 4 * hidden
+        width = 4 * hidden // granularity
         self.kernel: Kernel = kernel
         self.first = 0
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, width))  # (N, D, F)
@@ -49,3 +49,17 @@ class Experts(nn.Module):
         stacked = rows.view(len(counts), counts[0], rows.shape[1])  # (E, R/E, D)
         hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], stacked, self.fc1_weight), approximate="tanh")
         return torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight).flatten(0, 1)
+
+
+class FeedForward(nn.Module):
+    """One FFN for all tokens, of a dense block (F = 4D) or for the shared experts: Linear(D, F), GELU (tanh form), Linear(F, D)."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out

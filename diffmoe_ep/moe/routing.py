@@ -1,5 +1,7 @@
 """Who takes whom, and with what weight: from scores to an Assignment.
 
+Expert choice and pool choice are one top-k over tokens, in pools of one sample or of many; token choice is a top-k over experts.
+
 Legend: S tokens on this rank, N experts, R chosen (token, expert) pairs of this rank.
 """
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ep.moe.pool import Pools, Selection, select
+from diffmoe_ep.parallel.collectives import all_sum
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,25 @@ def choose_by_pool(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor |
     """Let every expert take the k tokens of a pool with its largest scores (Eq. 6); a pool of one sample is expert choice."""
     selection = select(scores, k, pools, also)
     return Assignment(selection.chosen, scores), selection
+
+
+def choose_by_token(scores: Tensor, top_k: int) -> Assignment:
+    """Let every token take the top_k experts of its largest scores (Eq. 2), the first of equal ones; nothing is dropped or renormalised."""
+    order = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]  # (S, K)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    return Assignment(chosen, scores)
+
+
+def balance_loss(scores: Tensor, chosen: Tensor, pools: Pools) -> Tensor:
+    """The balance loss sum_e N f_e P_e of token choice, mean over this rank's pools.
+
+    f_e is the share of the pool's choices that fall on expert e, P_e its mean score. Over ranks f is summed and P stays this rank's own
+    mean: the mean of the ranks' losses, which data parallelism takes, is the pool's, and so are its gradients.
+    """
+    tokens, num_experts = scores.shape
+    here = min(pools.size(tokens), tokens)  # tokens of a pool on this rank
+    counts = chosen.view(-1, here, num_experts).sum(1).to(scores.dtype)  # (pools, N)
+    counts = all_sum(counts, pools.group)
+    share = counts / counts.sum(1, keepdim=True)
+    mean = scores.view(-1, here, num_experts).mean(1)
+    return num_experts * (share * mean).sum(1).mean()

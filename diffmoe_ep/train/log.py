@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from diffmoe_ep.config import Config, ConfigError, dump, num_tokens, pool_samples
+from diffmoe_ep.config import Config, ConfigError, dump, has_experts, num_tokens, pool_samples
 from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
@@ -170,7 +170,7 @@ def greeting(config: Config, mesh: Mesh, step: int) -> str:
         f"{config.model.family}, {sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"
     )
     layout = f"{_ranks(mesh.size)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
-    if config.model.family == "diffmoe":
+    if has_experts(config.model):
         tokens = span * num_tokens(config.model)
         layout += f", {config.model.num_experts} experts over {_ranks(mesh.expert.size)}"
         layout += f", pools of {span} samples ({tokens} tokens) over {_ranks(mesh.pool.size)}"

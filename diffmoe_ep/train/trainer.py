@@ -18,7 +18,7 @@ from torch import Tensor
 from diffmoe_ep.checkpoint.exchange import check_continues, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.layout import Fragment
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
-from diffmoe_ep.config import Config, ConfigError, check_world, pool_samples, to_tree
+from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
@@ -27,7 +27,7 @@ from diffmoe_ep.evaluate.picture import curves
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import is_expert, shard_experts, widen_pools
-from diffmoe_ep.moe.capacity import InferenceRule
+from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
 from diffmoe_ep.moe.layer import LayerReport
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
@@ -60,7 +60,7 @@ def train(config: Config) -> None:
 def start_mesh(config: Config) -> Mesh:
     """Join the other ranks in the grid that the config asks for."""
     local = config.train.batch // config.train.accumulation // meshes.launched_world()
-    ranks = meshes.pool_ranks(pool_samples(config), local) if config.model.family == "diffmoe" else 1
+    ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
     return meshes.start(config.parallel.expert, ranks, config.parallel.timeout_minutes)
 
 
@@ -179,13 +179,17 @@ class Trainer:
 
     def move_thresholds(self, reports: list[tuple[LayerReport, ...]]) -> None:
         """Move each expert's threshold once, towards the mean k-th largest prediction of all the step's pools (ranks, micro-steps)."""
-        layers = self.model.moe_layers()
-        if not layers:
+        predictors = self.predictors()
+        if not predictors:
             return
-        quantiles = torch.stack([torch.stack([_given(report.quantile) for report in micro_step]) for micro_step in reports])
+        quantiles = torch.stack([torch.stack([report.quantile for report in step if report.quantile is not None]) for step in reports])
         mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size  # (layers, N)
-        for layer, quantile in zip(layers, mean, strict=True):
-            layer.predictor.move(quantile)
+        for predictor, quantile in zip(predictors, mean, strict=True):
+            predictor.move(quantile)
+
+    def predictors(self) -> list[CapacityPredictor]:
+        """The capacity predictors, first layer to last; none in a family without."""
+        return [layer.predictor for layer in self.model.moe_layers() if layer.predictor is not None]
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; the last step always counts."""
@@ -214,10 +218,9 @@ class Trainer:
                 "capacity": float(experts.mean()),
                 "capacity_per_layer": experts.mean(1).tolist(),
                 "capacity_per_expert": experts.tolist(),
-                "threshold": float(
-                    torch.stack([layer.predictor.bound(InferenceRule()).mean() for layer in self.model.moe_layers()]).mean()
-                ),
             }
+        if predictors := self.predictors():
+            values["threshold"] = float(torch.stack([predictor.bound(InferenceRule()).mean() for predictor in predictors]).mean())
         return values
 
     def sample_grid(self) -> None:
@@ -287,8 +290,3 @@ def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]
         return {}
     wanted = torch.stack([torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]).mean(0)
     return {"capacity": wanted * wanted.shape[1] / reports[0][0].num_tokens}
-
-
-def _given(quantile: Tensor | None) -> Tensor:
-    assert quantile is not None, "the model is not in training mode"
-    return quantile

@@ -74,8 +74,8 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
             values = trainer.measure(trainer.train_step(clock))
             told["loss"].append(values["loss"])
             told["grad_norm"].append(values["grad_norm"])
-            if layers := trainer.model.moe_layers():
-                told["thresholds"].append(torch.stack([layer.predictor.threshold.clone() for layer in layers]))
+            if predictors := trainer.predictors():
+                told["thresholds"].append(torch.stack([predictor.threshold.clone() for predictor in predictors]))
         ema = {name: tensor.clone() for name, tensor in trainer.ema.tensors.items()}
         trainer.stream.close()
     return {**told, "ema": ema, "expert_rank": mesh.expert.rank}

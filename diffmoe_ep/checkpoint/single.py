@@ -1,0 +1,280 @@
+"""The single-file form of a model: its weights in one safetensors file, and beside it what must be known to use them.
+
+    FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not the computed ones
+    FOLDER/config.json          the config (model, pool, training recipe, how to sample), clock, facts of the data, provenance
+
+Nothing in it is ever unpickled. The clock says in which convention the weights predict: `forward` is ours, eps - x_0 at t; `reversed` is
+x_0 - eps at 1 - t, as an imported model may. A loaded model answers in ours either way, and its weights are the stored ones.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
+from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, to_tree
+from diffmoe_ep.model.dit import DiT, Output
+from diffmoe_ep.model.embed import sine_positions
+
+Clock = Literal["forward", "reversed"]
+Kind = tuple[tuple[int, ...], str]  # shape and type, in the words of safetensors
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+POSITIONS = "positions"
+KEPT = ("seed", "model", "pool", "train", "sample")  # of a config; the rest tells of folders and ranks
+TYPES = {torch.float32: "F32", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Single:
+    """What a folder's config.json says."""
+
+    config: Config
+    """Model, pool, training recipe and how to sample; folders and ranks are at their defaults."""
+    clock: Clock
+    """The convention in which the weights predict."""
+    facts: dict[str, Any]
+    """What is known of the data: kind, shape, scale, shift, class names; may be empty."""
+    provenance: dict[str, Any]
+    """Where the weights come from."""
+
+
+def save_single(
+    source: DiT | Mapping[str, Tensor],
+    config: Config,
+    facts: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    clock: Clock | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a whole model (not a rank's slice), or its tensors by canonical name, as a new folder, complete or not at all.
+
+    clock: the convention of the weights; by default the model's own, forward for tensors. Raises CheckpointError if the tensors are not
+    those of config.model, or the folder holds something.
+    """
+    with new_folder(Path(folder)) as partial:
+        write_single(partial, source, config, facts, clock=clock, provenance=provenance)
+    return Path(folder)
+
+
+def write_single(
+    folder: Path,
+    source: DiT | Mapping[str, Tensor],
+    config: Config,
+    facts: Mapping[str, Any],
+    *,
+    clock: Clock | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the two files into an existing folder; see `save_single`."""
+    own = clock_of(source) if isinstance(source, DiT) else None
+    if own is not None and clock not in (None, own):
+        raise CheckpointError(f"{folder}: the model's clock is {own}, it cannot be saved as {clock}; leave out the clock")
+    tensors = _state(source) if isinstance(source, DiT) else dict(source)
+    stored = {name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()}
+    compare(stored, config.model, str(folder))
+    tree = to_tree(config)
+    content = {
+        "format": FORMAT,
+        "clock": clock or own or "forward",
+        "config": {section: tree[section] for section in KEPT},
+        "data": dict(facts),
+        "provenance": dict(provenance or {}),
+    }
+    write_tensors(folder / WEIGHTS, tensors)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def is_single(path: Path) -> bool:
+    """Whether a path is a folder of this form."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def read_single(folder: str | Path) -> Single:
+    """Read and check config.json; raises CheckpointError."""
+    path = Path(folder) / CONFIG
+    if not is_single(Path(folder)):
+        raise CheckpointError(f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the single-file form")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): use a sound copy") from error
+    expected = (("format", int), ("clock", str), ("config", dict), ("data", dict), ("provenance", dict))
+    for key, kind in expected:
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise CheckpointError(f"{path} lacks {key}, or it is no {kind.__name__}: the folder was not saved by this program")
+    if content["format"] > FORMAT:
+        raise CheckpointError(f"{path} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep")
+    try:
+        config = from_tree(content["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    clock: Clock = "reversed" if content["clock"] == "reversed" else "forward"
+    if clock != content["clock"]:
+        raise CheckpointError(f"{path}: clock is {content['clock']!r}; it is forward or reversed")
+    if clock == "reversed" and config.train.objective != "flow":
+        raise CheckpointError(f"{path}: clock reversed is for objective flow, not {config.train.objective}; set clock to forward")
+    return Single(config, clock, content["data"], content["provenance"])
+
+
+def load_single(folder: str | Path, device: str | torch.device = "cpu") -> DiT:
+    """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the clock of its weights.
+
+    Names, shapes and types are compared before anything is read; raises CheckpointError that names the first differing key.
+    """
+    single = read_single(folder)
+    compute_type = torch.bfloat16 if single.config.train.precision == "bf16" else None
+    model = DiT(single.config.model, single.config.pool, compute_type)
+    into = model.state_dict() | {POSITIONS: model.positions}
+    for name, tensor in stored_tensors(Path(folder), single):
+        into[name].copy_(tensor)
+    if single.clock == "reversed":
+        reverse_clock(model)
+    return model.to(device).eval()
+
+
+def stored_tensors(folder: Path, single: Single) -> Iterator[tuple[str, Tensor]]:
+    """The weights by canonical name, one after the other, once their names, shapes and types were checked."""
+    file = folder / WEIGHTS
+    with opened(file) as source:
+        slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118: it is no dictionary
+        compare({name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}, single.config.model, str(file))
+        for name in slices:
+            tensor = source.get_tensor(name)
+            if name == POSITIONS:
+                check_positions(tensor, single.config.model, f"{file}: {name}")
+            yield name, tensor
+
+
+# ---- The clock ----
+
+
+def reverse_clock(model: DiT) -> DiT:
+    """Let a model whose weights predict x_0 - eps at the clock 1 - t answer in our convention: call it at 1 - t and negate the velocity.
+
+    Only the first in_channels are velocity; what a model predicts beyond them (a variance, which flow does not use) keeps its sign.
+    Weights, their names and their gradients' layout stay as they are.
+    """
+    model.register_forward_pre_hook(_reverse_time, with_kwargs=True)
+    model.register_forward_hook(_reverse_velocity)
+    return model
+
+
+def clock_of(model: DiT) -> Clock:
+    """The convention of a model's weights."""
+    return "reversed" if any(hook is _reverse_velocity for hook in model._forward_hooks.values()) else "forward"
+
+
+def _reverse_time(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(x, t, condition) -> (x, 1 - t, condition)."""
+    if "t" in named:
+        return given, named | {"t": 1 - named["t"]}
+    return (given[0], 1 - given[1], *given[2:]), named
+
+
+def _reverse_velocity(model: nn.Module, _: tuple[Any, ...], output: Output) -> Output:
+    """x_0 - eps -> eps - x_0, in the channels that are velocity."""
+    assert isinstance(model, DiT)
+    velocity, rest = output.prediction.tensor_split([model.config.in_channels], dim=1)
+    return dataclasses.replace(output, prediction=torch.cat([-velocity, rest], dim=1))
+
+
+# ---- What is stored ----
+
+
+def kinds_of(model: ModelConfig) -> dict[str, Kind]:
+    """Shape and type of every tensor of a model's state, by canonical name."""
+    with torch.device("meta"):
+        built = DiT(model)
+    return {name: (tuple(tensor.shape), TYPES[tensor.dtype]) for name, tensor in built.state_dict().items()}
+
+
+def compare(stored: Mapping[str, Kind], model: ModelConfig, where: str) -> None:
+    """Raise CheckpointError that names the first key in which stored tensors are not those of a model."""
+    tokens = (model.input_size // model.patch) ** 2
+    wanted = kinds_of(model)
+    compare_kinds(stored, wanted, {POSITIONS: ((tokens, model.hidden), "F32")}, where)
+
+
+def compare_kinds(stored: Mapping[str, Kind], wanted: Mapping[str, Kind], optional: Mapping[str, Kind | None], where: str) -> None:
+    """Raise CheckpointError unless the stored tensors are the wanted ones, and perhaps optional ones (of None: any kind)."""
+    for name, kind in (wanted | optional).items():
+        if name in wanted and name not in stored:
+            raise CheckpointError(f"{where} has no tensor {name}, of shape {kind and kind[0]} here; its config is of another model")
+        if name in stored and kind is not None and stored[name] != kind:
+            number, what = (0, "shape") if stored[name][0] != kind[0] else (1, "type")
+            raise CheckpointError(f"{where}: {name} has {what} {stored[name][number]} there and {kind[number]} in a model of its config")
+    for name in stored:
+        if name not in wanted and name not in optional:
+            raise CheckpointError(f"{where} holds {name}, which a model of its config does not have")
+
+
+def check_positions(positions: Tensor, model: ModelConfig, where: str) -> None:
+    """Raise CheckpointError unless stored positions (T, D) are the computed ones, up to what averaging in float32 does to a constant."""
+    computed = sine_positions(model.hidden, model.input_size // model.patch)
+    distance = float((positions.float() - computed).abs().max())
+    if not distance < 1e-3:
+        reason = "there the first half of D codes the column, the second the row, each as sines and then cosines"
+        raise CheckpointError(f"{where} are not the fixed sine-cosine positions (they differ by {distance:.2g}): {reason}")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, each with memory of its own, as that form wants it."""
+    from safetensors.torch import save_file
+
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        shared = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
+        plain[name] = tensor.clone() if shared else tensor
+        seen.add(tensor.data_ptr())
+    save_file(plain, file, metadata={"format": "pt"})
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors are read one by one; raises CheckpointError when it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as source:
+            yield source
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): use a sound copy") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name once it is complete; raises CheckpointError if something is there already."""
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder: give another one")
+    partial = folder.with_name(folder.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error}); it needs permission and enough space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _state(model: DiT) -> dict[str, Tensor]:
+    """A model's state, and its positions where they are not the computed ones to the bit."""
+    computed = sine_positions(model.config.hidden, math.isqrt(len(model.positions)))
+    same = torch.equal(model.positions.detach().cpu(), computed)
+    return dict(model.state_dict()) | ({} if same else {POSITIONS: model.positions})
