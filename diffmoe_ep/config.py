@@ -145,7 +145,7 @@ class EmaConfig:
 class TrainConfig:
     """How long, how many at a time, in which precision."""
 
-    objective: Literal["flow"] = knob("flow", "flow: rectified flow, uniform time")
+    objective: Literal["flow", "ddpm"] = knob("flow", "rectified flow, uniform time; or DDPM with learned variance (2 * in_channels out)")
     steps: int = knob(100_000, "optimiser steps of the whole run", POSITIVE)
     batch: int = knob(256, "samples of one optimiser step over all ranks", POSITIVE)
     accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step", POSITIVE)
@@ -170,8 +170,14 @@ class ParallelConfig:
 class SampleConfig:
     """How images are drawn, in training's sample grids, `diffmoe sample` and `diffmoe evaluate`."""
 
-    steps: int = knob(250, "Euler steps", POSITIVE)
+    sampler: Literal["euler", "heun", "dopri5", "ddpm", "ddim"] = knob("euler", "the solver; ddpm (ancestral) and ddim need objective ddpm")
+    steps: int = knob(250, "steps of the solver; heun evaluates twice in each; dopri5 chooses its own", POSITIVE)
+    eta: float = knob(0.0, "noise of ddim: 0 none, 1 as ddpm", NATURAL)
+    rtol: float = knob(1e-5, "relative tolerance of dopri5", POSITIVE)
+    atol: float = knob(1e-5, "absolute tolerance of dopri5", POSITIVE)
     guidance: float = knob(1.5, "classifier-free guidance scale; 1 = none")
+    guidance_interval: tuple[float, float] | None = knob(None, "times [low, high] between which guidance acts, 1 = noise; null: always")
+    guidance_channels: int | None = knob(None, "channels that are guided, from the first; null: all of the (latent) image")
     chunk: int = knob(64, "samples computed together; part of the protocol, so that results do not depend on the number of ranks", POSITIVE)
     selection: Literal["auto", "threshold", "count", "topk"] = knob(
         "auto", "tokens over the threshold; as many, by score; the training rule; auto: threshold where there is a predictor, else topk"
@@ -357,6 +363,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             if not math.isfinite(value):
                 raise ConfigError(f"{key}: expected a finite number, got {value}")
             return float(value)
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key}: expected {_name(hint)}, got {_show(value)}")
@@ -400,6 +408,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
         )
+    _check_sampling(config)
     if config.parallel.zero not in (0, 1, 2):
         reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert shards; use 2"
         raise ConfigError(
@@ -420,6 +429,27 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if has_experts(model):
         _check_experts(config)
+
+
+def _check_sampling(config: Config) -> None:
+    model, sample, objective = config.model, config.sample, config.train.objective
+    if objective == "ddpm" and model.out_channels != 2 * model.in_channels:
+        raise ConfigError(
+            f"train.objective ddpm learns a variance too: model.out_channels is {model.out_channels}, set it to {2 * model.in_channels}"
+        )
+    if sample.sampler in ("ddpm", "ddim") and objective != "ddpm":
+        raise ConfigError(
+            f"sample.sampler {sample.sampler} needs a model of train.objective ddpm, this one is of {objective}; set euler or heun"
+        )
+    if sample.sampler in ("ddpm", "ddim") and sample.steps > 1000:
+        raise ConfigError(f"sample.steps is {sample.steps}, but {sample.sampler} chooses among 1000 steps; set at most 1000")
+    low, high = sample.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"sample.guidance_interval is [{low:g}, {high:g}]; it must be 0 <= low <= high <= 1")
+    if sample.guidance_channels is not None and not 1 <= sample.guidance_channels <= model.in_channels:
+        raise ConfigError(
+            f"sample.guidance_channels is {sample.guidance_channels}; it must be 1 to {model.in_channels} (model.in_channels), or null"
+        )
 
 
 def _check_limits(part: Any, prefix: str) -> None:

@@ -38,7 +38,15 @@ FENCES = {
     "os.putenv": ("diffmoe_ep/parallel/mesh.py",),
     "apex": ("diffmoe_ep/train/engine.py",),
 }
-EXTRAS = ("matplotlib", "PIL", "safetensors", "scipy", "sklearn", "tensorboard")  # not in the core install: inside functions only
+EXTRAS = (
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torchdiffeq",
+)  # not in the core install: inside functions only
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
 MOST_LINES = 600
 

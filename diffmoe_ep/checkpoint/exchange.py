@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.checkpoint.layout import Fragment, expert_fragment, whole
+from diffmoe_ep.checkpoint.single import is_single, load_single
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, to_tree
 from diffmoe_ep.model.dit import DiT
@@ -31,10 +32,13 @@ def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Me
 def load_model(path: str | Path, weights: Weights = "ema", device: str | torch.device = "cpu") -> DiT:
     """Load a trained model for one device, in eval mode, without DeepSpeed or a process group.
 
-    path: a run folder, its `checkpoints` folder or one checkpoint. weights: "ema" (averaged, with the live thresholds) or "model".
+    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of weights).
+    weights: "ema" (averaged, with the live thresholds) or "model".
     Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`; `model.train()` selects by
     pool as in training. Raises CheckpointError when there is no complete checkpoint, or it is damaged.
     """
+    if is_single(Path(path)):
+        return load_single(path, device)
     folder = resolve(Path(path))
     return load_sharded(folder, weights, config_of(folder), Mesh(device=torch.device(device)))
 

@@ -148,9 +148,10 @@ def stored_tensors(folder: Path, single: Single) -> Iterator[tuple[str, Tensor]]
     """The weights by canonical name, one after the other, once their names, shapes and types were checked."""
     file = folder / WEIGHTS
     with opened(file) as source:
-        slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118: it is no dictionary
+        names = source.keys()
+        slices = {name: source.get_slice(name) for name in names}
         compare({name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}, single.config.model, str(file))
-        for name in slices:
+        for name in names:
             tensor = source.get_tensor(name)
             if name == POSITIONS:
                 check_positions(tensor, single.config.model, f"{file}: {name}")
@@ -209,7 +210,7 @@ def compare(stored: Mapping[str, Kind], model: ModelConfig, where: str) -> None:
 
 def compare_kinds(stored: Mapping[str, Kind], wanted: Mapping[str, Kind], optional: Mapping[str, Kind | None], where: str) -> None:
     """Raise CheckpointError unless the stored tensors are the wanted ones, and perhaps optional ones (of None: any kind)."""
-    for name, kind in (wanted | optional).items():
+    for name, kind in {**wanted, **optional}.items():
         if name in wanted and name not in stored:
             raise CheckpointError(f"{where} has no tensor {name}, of shape {kind and kind[0]} here; its config is of another model")
         if name in stored and kind is not None and stored[name] != kind:

@@ -59,7 +59,9 @@ class Schedule:
         step: the last alone. Raises ConfigError unless 1 <= steps <= T.
         """
         if not 1 <= steps <= len(self):
-            raise ConfigError(f"sample.steps is {steps}, but a chain of {len(self)} steps has 1 to {len(self)} to choose from")
+            raise ConfigError(
+                f"sample.steps is {steps}, but a chain of {len(self)} steps has 1 to {len(self)} to choose from", everywhere=True
+            )
         stride = Fraction(len(self) - 1, steps - 1) if steps > 1 else Fraction(0)
         kept = torch.tensor([round(number * stride) for number in range(steps)] if steps > 1 else [len(self) - 1])
         return Schedule(self.index[kept], self.signal[kept])
@@ -81,7 +83,8 @@ def halves(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     if prediction.shape[1] != 2 * channels:
         raise ConfigError(
             f"model.out_channels is {prediction.shape[1]}, but ddpm predicts noise and variance: 2 * model.in_channels = {2 * channels} "
-            f"channels; set model.out_channels={2 * channels} or train.objective=flow"
+            f"channels; set model.out_channels={2 * channels} or train.objective=flow",
+            everywhere=True,
         )
     return prediction[:, :channels], prediction[:, channels:]
 
@@ -130,9 +133,9 @@ def normal_divergence(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_l
 
 
 def discretised_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Log probability of the level nearest to `latent` among 256 levels evenly from -1 to 1, elementwise, in nats.
+    """Log probability of data in 256 levels evenly from -1 to 1, elementwise, in nats.
 
-    A level has the normal distribution's mass within half a spacing; the outer two reach to infinity, so the masses sum to 1.
+    A level has the normal distribution's mass within half a spacing of it; the outer two reach to infinity, so the masses sum to 1.
     Exact in the tails, where the mass itself would underflow. Data beyond [-1, 1], as latents may be, count to the outer levels.
     """
     half = 1 / 255

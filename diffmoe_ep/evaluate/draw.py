@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
+from diffmoe_ep.diffusion.objective import ObjectiveKind
 from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, generate, join, to_pixels
 from diffmoe_ep.evaluate.picture import grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.parallel.collectives import collect_objects
+from diffmoe_ep.parallel.collectives import all_sum, collect_objects
 from diffmoe_ep.parallel.mesh import Mesh
 
 
@@ -39,12 +40,14 @@ def draw(
     mesh: Mesh,
     *,
     seed: int,
+    objective: ObjectiveKind = "flow",
     weights: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drawn | None:
     """Draw one sample for each label; the first rank gets them all, the others None.
 
-    `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
+    objective: what the model was trained to predict. `weights` runs the module with other weights (the averaged ones); the module's
+    mode is restored.
     """
     was_training = module.training
     module.eval()
@@ -52,6 +55,8 @@ def draw(
     model = module.config
     part = generate(
         weights or module, labels, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk,
+        objective=objective, sampler=sample.sampler, eta=sample.eta, rtol=sample.rtol, atol=sample.atol, busy=_busy(mesh),
+        guidance_interval=sample.guidance_interval, guidance_channels=sample.guidance_channels,
         null_condition=model.num_classes, shape=(model.in_channels, model.input_size, model.input_size),
         rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
@@ -63,6 +68,13 @@ def draw(
     return Drawn(latents, labels, capacity)
 
 
+def _busy(mesh: Mesh) -> Callable[[int], int] | None:
+    """How many ranks of this expert group still work, for a solver that chooses its own steps; its passes meet there alone."""
+    if mesh.expert.size == 1:
+        return None
+    return lambda working: int(all_sum(torch.tensor(working, device=mesh.device), mesh.expert))
+
+
 def check_labels(classes: list[int], model: ModelConfig) -> None:
     """Raise ConfigError for a class that the model does not have."""
     for label in classes:
@@ -71,8 +83,10 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
 
 
 def check_sampling(config: Config, num: int) -> None:
-    """Raise ConfigError if the chunks of `num` samples cannot be drawn: `topk` needs whole pools, and a token for every expert."""
+    """Raise ConfigError if `num` samples cannot be drawn: `topk` needs whole pools in each chunk, and dopri5 its package."""
     sample, model = config.sample, config.model
+    if sample.sampler == "dopri5" and find_spec("torchdiffeq") is None:
+        raise ConfigError("sample.sampler dopri5 needs torchdiffeq: pip install 'diffmoe_ep[sample]', or choose heun")
     by_k = sample.selection == "topk" or (sample.selection == "auto" and not has_predictor(model))
     if not by_k or model.family in ("dense", "tc"):
         return

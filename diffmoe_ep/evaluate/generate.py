@@ -1,22 +1,34 @@
 """Samples in canonical chunks: sample i is the same whatever the number of ranks that share the work."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.keyed import keyed
-from diffmoe_ep.diffusion.sampler import Velocity, euler, guided
+from diffmoe_ep.diffusion.chain import ddim, ddpm_ancestral
+from diffmoe_ep.diffusion.ddpm import halves as noise_and_variance
+from diffmoe_ep.diffusion.ddpm import linear_schedule
+from diffmoe_ep.diffusion.guidance import Guidance, apart, guided
+from diffmoe_ep.diffusion.objective import ObjectiveKind
+from diffmoe_ep.diffusion.sampler import Field, SamplerKind, as_flow, dopri5, euler, heun
 from diffmoe_ep.model.dit import Output
 
 Model = Callable[[Tensor, Tensor, Tensor], Output]  # (x (B, C, H, W), t (B,), condition (B,) int64) -> Output
+Busy = Callable[[int], int]  # (1 while this rank has work, else 0) -> the sum over all ranks, which wait for each other in it
 
 
 @dataclass(frozen=True)
 class CapacityRecord:
-    """How many tokens the experts processed while sampling, by step, MoE layer and expert; exact counts in float64."""
+    """How many tokens the experts processed while sampling, by step, MoE layer and expert; exact counts in float64.
+
+    A step is a solver's step with all its evaluations. For dopri5, whose steps differ between chunks, it is an evaluation: number i
+    of every chunk together, as many as the longest chunk has.
+    """
 
     processed: Tensor  # (steps, layers, N) float64: rows that each expert took, conditional and unconditional halves together
     tokens: Tensor  # (steps, layers) float64: tokens that were offered to each layer
@@ -47,9 +59,13 @@ class CapacityRecord:
         """The record of both works together; counts are whole numbers, so the order of merging changes no bit."""
         if self.is_empty or other.is_empty:
             return other if self.is_empty else self
-        if self.processed.shape != other.processed.shape:
+        if self.processed.shape[1:] != other.processed.shape[1:]:
             raise ValueError(f"capacity records of shapes {tuple(self.processed.shape)} and {tuple(other.processed.shape)} do not add up")
-        return CapacityRecord(self.processed + other.processed, self.tokens + other.tokens)
+        steps = max(len(self.tokens), len(other.tokens))
+        return CapacityRecord(
+            _lengthen(self.processed, steps) + _lengthen(other.processed, steps),
+            _lengthen(self.tokens, steps) + _lengthen(other.tokens, steps),
+        )
 
     def _capacity(self) -> Tensor:
         return self.processed.shape[2] * self.processed / self.tokens[:, :, None]  # (steps, layers, N)
@@ -64,38 +80,59 @@ class Generated:
     capacity: CapacityRecord  # of this rank's chunks alone
 
 
+def _lengthen(counts: Tensor, steps: int) -> Tensor:
+    return torch.cat([counts, counts.new_zeros(steps - len(counts), *counts.shape[1:])])
+
+
 class _Counter:
     """Adds up the layers' reports on their own device, so that no step waits for the host."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self) -> None:
         self.step = 0
-        self.processed: Tensor | None = None  # (steps, layers, N) float64
-        self.tokens = torch.zeros(steps, dtype=torch.float64)  # (steps,); every layer sees all tokens
+        self.processed: list[Tensor] = []  # for each step (layers, N) float64
+        self.tokens: list[int] = []  # for each step; every layer sees all tokens
 
     def add(self, output: Output) -> None:
         """Count one forward pass into the present step."""
         if not output.layers:
             return
         processed = torch.stack([layer.processed for layer in output.layers]).double()  # (layers, N)
-        if self.processed is None:
-            self.processed = processed.new_zeros(self.steps, *processed.shape)
+        while len(self.tokens) <= self.step:
+            self.processed.append(torch.zeros_like(processed))
+            self.tokens.append(0)
         self.processed[self.step] += processed
         self.tokens[self.step] += output.layers[0].num_tokens
 
     def record(self) -> CapacityRecord:
         """What was counted, on the CPU."""
-        if self.processed is None:
-            return CapacityRecord.empty(self.steps)
-        layers = self.processed.shape[1]
-        return CapacityRecord(self.processed.cpu(), self.tokens[:, None].repeat(1, layers))
+        if not self.processed:
+            return CapacityRecord.empty(self.step)
+        processed = torch.stack(self.processed).cpu()  # (steps, layers, N)
+        return CapacityRecord(processed, torch.tensor(self.tokens, dtype=torch.float64)[:, None].repeat(1, processed.shape[1]))
 
 
-def start_noise(seed: int, samples: range, shape: tuple[int, int, int]) -> Tensor:
-    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone."""
+def start_noise(seed: int, samples: range, shape: tuple[int, int, int], part: int = 0) -> Tensor:
+    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone.
+
+    Part n > 0 is the noise of the n-th step of a sampler that draws some.
+    """
     if not samples:
         return torch.zeros(0, *shape)
-    return torch.from_numpy(np.stack([keyed(seed, number, "start").standard_normal(shape, dtype=np.float32) for number in samples]))
+    streams = (keyed(seed, number, "start", part) for number in samples)
+    return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What the samples of a run have in common; the arguments of `generate`."""
+
+    objective: ObjectiveKind
+    sampler: SamplerKind
+    steps: int
+    guidance: Guidance
+    eta: float
+    rtol: float
+    atol: float
 
 
 @torch.no_grad()
@@ -113,46 +150,147 @@ def generate(
     world: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    objective: ObjectiveKind = "flow",
+    sampler: SamplerKind = "euler",
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_channels: int | None = None,
+    eta: float = 0.0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    busy: Busy | None = None,
 ) -> Generated:
-    """Draw this rank's part of the samples 0..n-1, by guided Euler steps of the rectified flow.
+    """Draw this rank's part of the samples 0..n-1, by guided steps of a sampler.
 
     conditions (n,) int64 are the classes asked for; the model must be in eval mode. Samples are cut into chunks of `chunk`
     (the last may be smaller); rank c mod world computes chunk c whole, so the shapes of all computations and the pools of
     an inference rule do not depend on the world. All ranks take part in every round, with zero samples where no chunk is
-    left, so that collectives between experts agree. The two halves of guidance are two forward passes: two pools.
-    progress(done, total) is called after every solver step. Raises ValueError when n, steps or chunk is not positive.
+    left, so that collectives between experts agree. Under flow the two halves of guidance are two forward passes: two pools;
+    under ddpm they are one pass over twice the samples, the conditional ones first: one pool.
+    objective: what the model predicts. sampler: euler, heun and dopri5 sample from both objectives, ddpm and ddim from ddpm alone
+    (`steps` of its trained ones; dopri5 has no use for `steps`, rtol and atol are its; eta is ddim's).
+    guidance_interval: lowest and highest t in [0, 1] at which there is guidance, 1 being pure noise; a ddpm step counts as the
+    share of the chain up to it, (t + 1) / 1000. guidance_channels: guide only the first so many channels of the latent.
+    busy: needed by dopri5 where forward passes of ranks wait for each other (parallel experts). Chunks differ in their number of
+    passes; it is asked before each, and a rank that has finished passes zero samples along until all have.
+    progress(done, total) is called after every solver step, or with dopri5 hundredths of a round.
+    Raises ValueError when n or chunk is not positive, ConfigError for a sampler that does not fit.
     """
     num_samples = len(conditions)
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"{num_samples} samples in chunks of {chunk}: sampling needs at least 1 sample and chunks of at least 1")
+    protocol = _Protocol(objective, sampler, steps, Guidance(guidance, guidance_interval, guidance_channels), eta, rtol, atol)
+    check_sampler(objective, sampler)
     num_chunks = -(-num_samples // chunk)
     rounds = -(-num_chunks // world)
-    counter = _Counter(steps)
+    counter = _Counter()
+    adaptive = sampler == "dopri5"
+    length = 100 if adaptive else steps  # of a round, as progress counts
     index, latents = [], []
 
-    def velocity(condition: Tensor) -> Velocity:
-        def evaluate(x: Tensor, t: Tensor) -> Tensor:
-            output = model(x, t, condition)
-            counter.add(output)
-            return output.prediction[:, : shape[0]].float()  # (B, C, H, W)
-
-        return evaluate
+    def forward(x: Tensor, t: float, condition: Tensor) -> Tensor:
+        if adaptive and busy is not None:
+            busy(1)
+        output = model(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device), condition)
+        counter.add(output)
+        return output.prediction.float()  # (B, out_channels, H, W)
 
     for turn in range(rounds):
         first = min((turn * world + rank) * chunk, num_samples)
         samples = range(first, min(first + chunk, num_samples))  # empty where no chunk is left
         condition = conditions[first : samples.stop].to(device)  # (B,)
-        flow = guided(velocity(condition), velocity(torch.full_like(condition, null_condition)), guidance)
+        field = _field(forward, condition, torch.full_like(condition, null_condition), shape[0], protocol)
+        counter.step = 0
 
         def after_step(done: int, turn: int = turn) -> None:
-            counter.step = done % steps
+            if not adaptive:
+                counter.step = done
             if progress is not None:
-                progress(turn * steps + done, rounds * steps)
+                progress(turn * length + done, rounds * length)
 
-        x = euler(flow, start_noise(seed, samples, shape).to(device), steps, after_step)  # (B, C, H, W)
+        def noise(step: int, samples: range = samples) -> Tensor:
+            return start_noise(seed, samples, shape, part=step + 1)
+
+        x = _solve(field, start_noise(seed, samples, shape).to(device), noise, counter, after_step, protocol)  # (B, C, H, W)
+        while adaptive and busy is not None and busy(0):
+            idle = x[:0]
+            model(idle, idle.new_zeros(0), condition[:0])
         index.append(torch.arange(samples.start, samples.stop))
         latents.append(x.cpu())
     return Generated(torch.cat(index), torch.cat(latents), counter.record())
+
+
+def check_sampler(objective: ObjectiveKind, sampler: SamplerKind) -> None:
+    """Raise ConfigError for a sampler that cannot draw from a model of this objective."""
+    if objective == "flow" and sampler in ("ddpm", "ddim"):
+        raise ConfigError(
+            f"sample.sampler is {sampler}, which walks the chain of train.objective ddpm, but the model is trained as flow; "
+            "choose sample.sampler=euler, heun or dopri5",
+            everywhere=True,
+        )
+
+
+def _field(
+    forward: Callable[[Tensor, float, Tensor], Tensor], condition: Tensor, null: Tensor, channels: int, protocol: _Protocol
+) -> Field:
+    """The guided prediction of a chunk: a velocity (B, C, H, W), or [eps; v] (B, 2C, H, W) under ddpm."""
+
+    def towards(classes: Tensor) -> Field:
+        return lambda x, t: forward(x, t, classes)[:, :channels]
+
+    def chain(x: Tensor, t: float) -> Tensor:
+        prediction = forward(x, t, condition)
+        noise_and_variance(prediction, channels)  # or an error that says so
+        return prediction
+
+    def together(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        both = forward(torch.cat([x, x]), t, torch.cat([condition, null]))
+        noise_and_variance(both, channels)
+        return both[: len(x)], both[len(x) :]
+
+    if protocol.objective == "flow":
+        return guided(towards(condition), apart(towards(condition), towards(null)), protocol.guidance)
+    interval = protocol.guidance.interval
+    trained = len(linear_schedule())
+    numbers = None if interval is None else (interval[0] * trained - 1, interval[1] * trained - 1)
+    return guided(chain, together, replace(protocol.guidance, interval=numbers))
+
+
+def _solve(
+    field: Field,
+    x: Tensor,
+    noise: Callable[[int], Tensor],
+    counter: _Counter,
+    after_step: Callable[[int], None],
+    protocol: _Protocol,
+) -> Tensor:
+    """Walk a chunk from noise x (B, C, H, W) to latents."""
+    trained = linear_schedule()
+    velocity = as_flow(field, trained) if protocol.objective == "ddpm" else field
+    match protocol.sampler:
+        case "euler":
+            return euler(velocity, x, protocol.steps, after_step)
+        case "heun":
+            return heun(velocity, x, protocol.steps, after_step)
+        case "dopri5":
+            nearest = 1.0  # to the data so far; trials that were rejected went further
+
+            def counted(x: Tensor, t: float) -> Tensor:
+                nonlocal nearest
+                predicted = velocity(x, t)
+                counter.step += 1
+                nearest = min(nearest, t)
+                after_step(min(99, int(100 * (1 - nearest))))
+                return predicted
+
+            x, _ = dopri5(counted, x, protocol.rtol, protocol.atol)
+            after_step(100)
+            return x
+        case "ddpm":
+            return ddpm_ancestral(field, x, trained.respaced(protocol.steps), noise, after_step)
+        case "ddim":
+            return ddim(field, x, trained.respaced(protocol.steps), noise, protocol.eta, after_step)
+        case _:
+            assert_never(protocol.sampler)
 
 
 def join(parts: Sequence[Generated]) -> tuple[Tensor, CapacityRecord]:

@@ -1,4 +1,7 @@
-"""Parameters by module from the config alone; a test holds them against `numel` of every config."""
+"""Parameters by module from the config alone; a test holds them against `numel` of every config.
+
+Legend: D hidden size, L blocks, N experts of an MoE layer, m granularity (an expert is 4D/m wide), C capacity.
+"""
 
 from dataclasses import dataclass
 
@@ -18,7 +21,8 @@ class Count:
     attention: int
     modulation: int  # adaLN of the blocks
     other: int  # patches, time, labels, head
-    active: float  # routed experts that work on an average token at capacity 1, as a share of them all
+    capacity: float  # C of training at pool.capacity 1: what the tokens choose (tc: top_k / m), else 1
+    unit: float  # share of the routed experts that works on an average token at C = 1: m / N
 
     @property
     def total(self) -> int:
@@ -26,22 +30,38 @@ class Count:
         return self.experts + self.always
 
     @property
+    def ffn(self) -> int:
+        """What the paper's Table 9 calls FFN: dense ones, experts, and what goes with them."""
+        return self.dense_ffn + self.experts + self.shared + self.router + self.predictor
+
+    @property
     def always(self) -> int:
         """The parameters that work on every token."""
         return self.dense_ffn + self.shared + self.router + self.predictor + self.attention + self.modulation + self.other
 
-    def activated(self, capacity: float = 1.0) -> float:
-        """Parameters that work on an average token at a capacity: C * experts / N (times granularity) and all that always runs."""
-        return capacity * self.experts * self.active + self.always
+    def activated(self, capacity: float | None = None) -> float:
+        """Parameters that work on an average token at a capacity (None: training's): C * experts * m / N, and all that always runs."""
+        return (self.capacity if capacity is None else capacity) * self.unit * self.experts + self.always
+
+
+def moe_blocks(model: ModelConfig) -> int:
+    """How many blocks have an MoE layer."""
+    return sum(is_moe(model, block) for block in range(model.blocks))
+
+
+def expert_width(model: ModelConfig) -> int:
+    """Width of an expert, routed or shared: 4D/m."""
+    return 4 * model.hidden // model.granularity
 
 
 def count(model: ModelConfig) -> Count:
     """Count a model's parameters."""
-    hidden, num_experts = model.hidden, model.num_experts
-    ffn, width = 8 * hidden**2 + 5 * hidden, 4 * hidden // model.granularity
+    hidden, num_experts, width = model.hidden, model.num_experts, expert_width(model)
+    ffn = 8 * hidden**2 + 5 * hidden
     expert = 2 * hidden * width + width + hidden
-    shared = 2 * hidden * width * model.shared_experts + width * model.shared_experts + hidden if model.shared_experts else 0
-    moe = sum(is_moe(model, block) for block in range(model.blocks))
+    shared_width = width * model.shared_experts
+    shared = 2 * hidden * shared_width + shared_width + hidden if model.shared_experts else 0  # one FFN, so one output bias
+    moe = moe_blocks(model)
     linear = hidden**2 + hidden
     patches = model.in_channels * model.patch**2 * hidden + hidden
     time = 256 * hidden + hidden + linear
@@ -56,5 +76,21 @@ def count(model: ModelConfig) -> Count:
         attention=model.blocks * 4 * linear,
         modulation=model.blocks * 6 * linear,
         other=patches + time + labels + head,
-        active=(model.top_k if model.family == "tc" else model.granularity) / num_experts,
+        capacity=model.top_k / model.granularity if model.family == "tc" else 1.0,
+        unit=model.granularity / num_experts,
     )
+
+
+def equation_40(model: ModelConfig, capacity: float | None = None) -> float:
+    """The paper's estimate of the average activated parameters: (1 + C) / (1 + N) * FFN + attention + adaLN + other.
+
+    Its factor supposes one dense block for each MoE block, so an even L. Here the blocks are counted, and an MoE block's feed-forward
+    units are N/m routed ones, of which C work, and the shared ones, which all do. Router and predictor are scaled with the FFN, as in
+    the paper (its Table 9), though they always run: `Count.activated` is exact.
+    """
+    sizes, moe = count(model), moe_blocks(model)
+    capacity = sizes.capacity if capacity is None else capacity
+    dense, shared = model.blocks - moe, model.shared_experts / model.granularity
+    active = dense + moe * (capacity + shared)
+    whole = dense + moe * (model.num_experts / model.granularity + shared)
+    return active / whole * sizes.ffn + sizes.attention + sizes.modulation + sizes.other

@@ -227,7 +227,8 @@ class Trainer:
         """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""
         config = self.config.sample
         labels = classes_in_turn(config.grid_size, list(range(self.config.model.num_classes)))
-        drawn = draw(self.model, labels, config, self.mesh, seed=self.config.seed, weights=self.ema if config.weights == "ema" else None)
+        weights = self.ema if config.weights == "ema" else None
+        drawn = draw(self.model, labels, config, self.mesh, seed=self.config.seed, objective=self.config.train.objective, weights=weights)
         if drawn is not None:
             self.picture(lambda: write_grid(drawn, asdict(self.dataset.manifest), self.folder.samples / f"step-{self.step:07d}.png"))
             self.draw_curves()

@@ -1,109 +1,210 @@
-import math
+import importlib.util
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_ep.diffusion.sampler import euler, guided
+from diffmoe_ep.config import ConfigError
+from diffmoe_ep.diffusion.ddpm import linear_schedule
+from diffmoe_ep.diffusion.sampler import as_flow, dopri5, euler, heun
+from diffusion.mixture import GAUSSIAN, Mixture, chain_oracle, even_quantiles, orders, start
 
-CENTRES, WIDTH = (-2.0, 1.5), 0.4  # of a mixture of two equally likely normal distributions
-
-
-def _gaussian_velocity(x: Tensor, t: Tensor, centre: float = 0.7, width: float = 0.5) -> Tensor:
-    """E[eps - x_0 | x_t = x] for data N(centre, width^2); the flow carries eps to centre + width * eps exactly."""
-    t = t.view(-1, 1, 1, 1).to(x.dtype)
-    offset = (x - (1 - t) * centre) / ((1 - t) ** 2 * width**2 + t**2)
-    return t * offset - (centre + (1 - t) * width**2 * offset)
-
-
-def _mixture_velocity(x: Tensor, t: Tensor) -> Tensor:
-    time = t.view(-1, 1, 1, 1).to(x.dtype)
-    variance = (1 - time) ** 2 * WIDTH**2 + time**2
-    weights = torch.softmax(torch.stack([-((x - (1 - time) * centre) ** 2) / (2 * variance) for centre in CENTRES]), 0)
-    velocities = torch.stack([_gaussian_velocity(x, t, centre, WIDTH) for centre in CENTRES])
-    return (weights * velocities).sum(0)
+needs_torchdiffeq = pytest.mark.skipif(
+    importlib.util.find_spec("torchdiffeq") is None, reason="torchdiffeq is not installed (extra: sample)"
+)
+SOLVERS = pytest.mark.parametrize("solver", [euler, heun])
 
 
-def _noise() -> Tensor:
-    return torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def _reference(mixture: Mixture, x: Tensor) -> Tensor:
+    """The flow's map from noise to data, by classical fourth-order Runge-Kutta steps in NumPy's manner."""
+    steps = 1000
+    for step in range(steps):
+        t, h = 1 - step / steps, -1 / steps
+        a = mixture.velocity(x, t)
+        b = mixture.velocity(x + h / 2 * a, t + h / 2)
+        c = mixture.velocity(x + h / 2 * b, t + h / 2)
+        d = mixture.velocity(x + h * c, t + h)
+        x = x + h / 6 * (a + 2 * b + 2 * c + d)
+    return x
 
 
-def test_euler_converges_to_the_exact_flow_at_first_order():
-    exact = 0.7 + 0.5 * _noise()
-    errors = [(euler(_gaussian_velocity, _noise(), steps) - exact).abs().max().item() for steps in (32, 64, 128, 256)]
-    orders = np.log2(np.array(errors[:-1]) / errors[1:])
-    np.testing.assert_allclose(orders, 1, atol=0.1)
-    assert errors[-1] < 0.01
+def test_the_flow_of_a_gaussian_is_linear_and_the_reference_solves_it():
+    torch.testing.assert_close(_reference(GAUSSIAN, start()), 0.7 + 0.5 * start(), rtol=0, atol=1e-10)
 
 
-def test_euler_converges_to_the_mixture_that_the_velocity_belongs_to():
-    grid = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400).view(-1, 1, 1, 1)
-    samples = euler(_mixture_velocity, grid, 256).flatten().sort().values
-
-    def distribution(x: float) -> float:
-        return sum(0.5 * (1 + math.erf((x - centre) / WIDTH / math.sqrt(2))) for centre in CENTRES) / 2
-
-    quantiles = np.array([distribution(x) for x in samples.tolist()])
-    assert np.abs(quantiles - (np.arange(400) + 0.5) / 400).max() < 0.01
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_a_solver_converges_to_the_exact_flow_at_its_order(solver, order):
+    exact = 0.7 + 0.5 * start()
+    errors = [(solver(GAUSSIAN.velocity, start(), steps) - exact).abs().max().item() for steps in (32, 64, 128, 256)]
+    np.testing.assert_allclose(orders(errors), order, atol=0.1)
+    assert errors[-1] < {1: 0.01, 2: 1e-4}[order]
 
 
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_a_solver_converges_at_its_order_on_a_mixture_too(solver, order):
+    mixture = Mixture()
+    exact = _reference(mixture, even_quantiles(40))
+    errors = [(solver(mixture.velocity, even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)]
+    np.testing.assert_allclose(orders(errors), order, atol=0.2)
+
+
+@SOLVERS
+def test_samples_follow_the_mixture_that_the_velocity_belongs_to(solver):
+    mixture = Mixture()
+    samples = solver(mixture.velocity, even_quantiles(400), 256).flatten().sort().values
+    assert np.abs(mixture.distribution(samples) - (np.arange(400) + 0.5) / 400).max() < 0.01
+
+
+@SOLVERS
 @pytest.mark.parametrize("steps", [1, 2, 7, 250])
-def test_euler_is_exact_where_paths_are_straight(steps):
-    """With a single data point the field is linear in x and every path a straight line."""
+def test_a_solver_is_exact_where_paths_are_straight(solver, steps):
+    """With a single data point the field is linear in x and every path a straight line; at t = 0 it has no velocity, so none is asked."""
     target = 3.0
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return (x - target) / t.view(-1, 1, 1, 1).double()
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return (x - target) / t if t > 1e-9 else start() - target
 
-    torch.testing.assert_close(euler(velocity, _noise(), steps), torch.full_like(_noise(), target), rtol=0, atol=1e-5)
-    torch.testing.assert_close(euler(lambda x, t: torch.full_like(x, 2.0), _noise(), steps), _noise() - 2)
-
-
-def test_euler_shows_uniform_times_from_noise_to_data():
-    times, done = [], []
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        assert t.shape == (5,)
-        assert t.dtype == torch.float32
-        times.append(t[0].item())
-        return torch.ones_like(x)
-
-    result = euler(velocity, torch.zeros(5, 1, 2, 2), 4, done.append)
-    assert times == [1.0, 0.75, 0.5, 0.25]
-    assert done == [1, 2, 3, 4]
-    assert torch.equal(result, -torch.ones(5, 1, 2, 2))
-    assert result.dtype == torch.float32
+    torch.testing.assert_close(solver(velocity, start(), steps), torch.full_like(start(), target), rtol=0, atol=1e-5)
+    torch.testing.assert_close(solver(lambda x, t: torch.full_like(x, 2.0), start(), steps), start() - 2)
 
 
-def test_euler_keeps_float32_latents_under_a_low_precision_velocity_and_takes_no_samples():
+def test_euler_shows_uniform_times_from_noise_to_data_and_heun_both_ends_of_each_step():
+    for solver, expected in ((euler, [1.0, 0.75, 0.5, 0.25]), (heun, [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.0])):
+        times: list[float] = []
+        done: list[int] = []
+
+        def velocity(x: Tensor, t: float, times: list[float] = times) -> Tensor:
+            times.append(t)
+            return torch.ones_like(x)
+
+        result = solver(velocity, torch.zeros(5, 1, 2, 2), 4, done.append)
+        assert times == expected
+        assert done == [1, 2, 3, 4]
+        assert torch.equal(result, -torch.ones(5, 1, 2, 2))
+        assert result.dtype == torch.float32
+
+
+@SOLVERS
+def test_a_solver_keeps_float32_latents_under_a_low_precision_velocity_and_takes_no_samples(solver):
     x = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert euler(lambda x, t: torch.ones_like(x).bfloat16(), x, 3).dtype == torch.float32
-    assert euler(lambda x, t: x, torch.zeros(0, 1, 2, 2), 3).shape == (0, 1, 2, 2)
+    assert solver(lambda x, t: torch.ones_like(x).bfloat16(), x, 3).dtype == torch.float32
+    assert solver(lambda x, t: x, torch.zeros(0, 1, 2, 2), 3).shape == (0, 1, 2, 2)
 
 
-def test_euler_refuses_to_take_no_steps():
-    with pytest.raises(ValueError, match="steps = 0"):
-        euler(lambda x, t: x, _noise(), 0)
+@SOLVERS
+def test_a_solver_refuses_to_take_no_steps(solver):
+    with pytest.raises(ConfigError, match="steps = 0"):
+        solver(lambda x, t: x, start(), 0)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 4.0])
-def test_guidance_moves_away_from_the_unconditional_half(scale):
-    x, t = _noise(), torch.full((16,), 0.5)
-    velocity = guided(lambda x, t: 2 * x, lambda x, t: x + 1, scale)
-    np.testing.assert_allclose(velocity(x, t).numpy(), (x + 1 + scale * (2 * x - (x + 1))).numpy())
+@needs_torchdiffeq
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
+def test_dopri5_meets_its_tolerance(tolerance):
+    exact = 0.7 + 0.5 * start()
+    solved, evaluations = dopri5(GAUSSIAN.velocity, start(), tolerance, tolerance)
+    assert (solved - exact).abs().max() < 20 * tolerance
+    mixture = Mixture()
+    solved, more = dopri5(mixture.velocity, even_quantiles(40), tolerance, tolerance)
+    assert (solved - _reference(mixture, even_quantiles(40))).abs().mean() < 20 * tolerance
+    assert more > evaluations > 7
 
 
-def test_guidance_at_scale_one_computes_the_conditional_half_alone():
-    def unconditional(x: Tensor, t: Tensor) -> Tensor:
-        raise AssertionError("the unconditional half is not needed")
+@needs_torchdiffeq
+def test_dopri5_counts_its_evaluations_stays_within_the_path_and_needs_more_for_less_error():
+    times: list[float] = []
 
-    velocity = guided(lambda x, t: 2 * x, unconditional, 1.0)
-    assert torch.equal(velocity(_noise(), torch.ones(16)), 2 * _noise())
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times.append(t)
+        return Mixture().velocity(x, t)
+
+    counts = [dopri5(velocity, start().float(), tolerance, tolerance)[1] for tolerance in (1e-2, 1e-5)]
+    assert sum(counts) == len(times)
+    assert counts[0] < counts[1] < 250
+    assert max(times) == 1
+    assert 0 <= min(times) < 1e-6
+    solved, none = dopri5(velocity, torch.zeros(0, 1, 2, 2))
+    assert solved.shape == (0, 1, 2, 2)
+    assert none == 0
+    assert dopri5(velocity, start().float())[0].dtype == torch.float32
 
 
-def test_the_conditional_half_comes_first():
-    calls = []
-    velocity = guided(lambda x, t: calls.append("conditional") or x, lambda x, t: calls.append("unconditional") or x, 2.0)
-    velocity(_noise(), torch.ones(16))
-    assert calls == ["conditional", "unconditional"]
+@needs_torchdiffeq
+def test_dopri5_chooses_its_steps_for_the_batch_that_it_is_given():
+    mixture = Mixture()
+    together = dopri5(mixture.velocity, start(), 1e-3, 1e-3)[0]
+    assert torch.equal(together, dopri5(mixture.velocity, start(), 1e-3, 1e-3)[0])
+    assert not torch.equal(together[:2], dopri5(mixture.velocity, start()[:2], 1e-3, 1e-3)[0])
+
+
+def test_dopri5_names_the_extra_that_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ConfigError, match=r"diffmoe_ep\[sample\]"):
+        dopri5(GAUSSIAN.velocity, start())
+
+
+def test_a_noise_estimate_as_a_flow_is_the_flows_own_velocity():
+    """DDPM's oracle, asked at the step with the same noise-to-data ratio, gives the same field at every time that the chain reaches."""
+    mixture, schedule = Mixture(), linear_schedule()
+    field = as_flow(chain_oracle(mixture, schedule), schedule)
+    for t in np.linspace(0.0101, 0.993, 60).tolist():
+        torch.testing.assert_close(field(start(), t), mixture.velocity(start(), t), rtol=1e-9, atol=1e-9)
+    # Beyond the chain's ends, which are a hundredth of the time, it is close.
+    for t, apart in ((0.0, 0.1), (0.005, 0.05), (0.997, 0.04), (1.0, 0.08)):
+        torch.testing.assert_close(field(start(), t), mixture.velocity(start(), t), rtol=0, atol=apart)
+
+
+def test_a_noise_estimate_as_a_flow_asks_the_trained_numbers_of_a_respaced_chain_in_order():
+    schedule = linear_schedule().respaced(250)
+    asked: list[float] = []
+
+    def epsilon(x: Tensor, t: float) -> Tensor:
+        asked.append(t)
+        return torch.cat([x, x], 1)
+
+    euler(as_flow(epsilon, schedule), start(), 50)
+    assert asked[0] == 999
+    assert asked == sorted(asked, reverse=True)
+    assert asked[-1] > 0
+    at_step_four = torch.sigmoid(((1 - linear_schedule().signal[4]) / linear_schedule().signal[4]).log() / 2).item()
+    as_flow(epsilon, schedule)(start(), at_step_four)
+    assert asked[-1] == pytest.approx(4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_flow_and_ddpm_lead_the_same_noise_to_the_same_points(solver, order):
+    """The same mixture through DDPM's oracle and through the flow's own field: nearly the same samples from the same noise."""
+    mixture, schedule = Mixture(), linear_schedule()
+    converted = as_flow(chain_oracle(mixture, schedule), schedule)
+    exact = _reference(mixture, even_quantiles(40))
+    for steps in (125, 250, 500):
+        own = solver(mixture.velocity, even_quantiles(40), steps)
+        others = solver(converted, even_quantiles(40), steps)
+        assert (own - others).abs().max() < 0.02  # what the chain's last step, not quite pure noise, makes of it
+        assert (others - exact).abs().mean() < 0.01 + 3 * (own - exact).abs().mean()
+    samples = others.flatten().sort().values
+    assert np.abs(mixture.distribution(samples) - (np.arange(40) + 0.5) / 40).max() < 0.02
+
+
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_ddpm_as_a_flow_converges_at_the_solvers_order_within_the_chain(solver, order):
+    """From the chain's last step to its first, where the two fields are one and the same."""
+    mixture, schedule = Mixture(), linear_schedule()
+    converted = as_flow(chain_oracle(mixture, schedule), schedule)
+    high, low = 0.99, 0.02
+
+    def part(velocity):
+        return lambda x, s: (high - low) * velocity(x, low + (high - low) * s)
+
+    exact = heun(part(mixture.velocity), even_quantiles(40), 8000)
+    errors = [(solver(part(converted), even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)]
+    np.testing.assert_allclose(orders(errors), order, atol=0.2)
+
+
+def test_beyond_the_chains_last_step_a_noise_estimate_is_asked_there():
+    schedule = linear_schedule()
+    field = as_flow(chain_oracle(Mixture(), schedule), schedule)
+    last = 1 / (1 + (schedule.signal[-1] / (1 - schedule.signal[-1])).sqrt().item())
+    assert last == pytest.approx(0.9937, abs=1e-4)
+    torch.testing.assert_close(field(start(), 1.0), field(start() * last, last))

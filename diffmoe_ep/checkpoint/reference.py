@@ -1,0 +1,452 @@
+"""Checkpoints of the published reference implementation, in and out.
+
+A reference file is a `torch.save` dictionary of `model`, `ema`, `opt` and `args`. What is imported keeps its weights untouched: names
+change, each expert's matrices are transposed and stacked, and the clock is said to be reversed (see `single`). So the way back is bit for
+bit.
+
+    FOLDER/model.safetensors, config.json    the asked set (ema or model) in the single-file form
+    FOLDER/reference.safetensors             what that form has no place for, for the way back alone: constants and the other set
+
+The optimiser's state (`opt`) is not carried.
+"""
+
+import argparse
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffmoe_ep.checkpoint.single import (
+    POSITIONS,
+    TYPES,
+    Clock,
+    Kind,
+    Single,
+    check_positions,
+    compare_kinds,
+    kinds_of,
+    new_folder,
+    opened,
+    read_single,
+    stored_tensors,
+    write_single,
+    write_tensors,
+)
+from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
+from diffmoe_ep.config import SIZES, Config, ConfigError, ModelConfig, from_tree, has_predictor, to_tree
+from diffmoe_ep.model.embed import sine_positions
+
+Weights = Literal["ema", "model"]
+
+REST = "reference.safetensors"
+WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)*")  # of models in DistributedDataParallel or torch.compile
+THEIR_POSITIONS, THEIR_DECAY = "pos_embed", "ema_decay"
+DECAY = 0.95
+LATENT = {"scale": 0.18215, "shift": 0.0}  # of the VAE's latents that the published models draw
+
+# Parts of our names and theirs; of each name the first that fits is replaced.
+NAMES = (
+    ("patches.projection.", "x_embedder.proj."),
+    ("time.fc1.", "t_embedder.mlp.0."),
+    ("time.fc2.", "t_embedder.mlp.2."),
+    ("label.table.", "y_embedder.embedding_table."),
+    ("head.modulation.", "final_layer.adaLN_modulation.1."),
+    ("head.projection.", "final_layer.linear."),
+    (".attention.qkv.", ".attn.qkv."),
+    (".attention.projection.", ".attn.proj."),
+    (".modulation.", ".adaLN_modulation.1."),
+    (".ffn.router.weight", ".mlp.gate_weight"),
+    (".ffn.predictor.fc1.", ".mlp.capacity_predictor.0."),
+    (".ffn.predictor.fc2.", ".mlp.capacity_predictor.2."),
+    (".ffn.predictor.threshold", ".mlp.expert_threshold"),
+    (".ffn.", ".mlp."),
+)
+STACKED = re.compile(r"(.+\.ffn\.experts)\.(fc[12])_(weight|bias)")
+UPDATES = ".predictor.updates"  # the reference does not count them
+
+
+# ---- In ----
+
+
+def import_reference(
+    file: str | Path,
+    out: str | Path,
+    *,
+    heads: int | None = None,
+    input_size: int | None = None,
+    weights: Weights = "ema",
+    objective: Literal["flow", "ddpm"] = "flow",
+    both: bool = True,
+) -> Path:
+    """Read a reference file into a new folder that `load_model` reads, and return that folder.
+
+    The tensors' shapes tell the sizes; `heads` cannot be told, nor `input_size` of a file without positions, nor what a model was trained
+    to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the way back. Raises CheckpointError.
+    """
+    where = str(file)
+    content = _read(Path(file))
+    if weights not in content:
+        there = ", ".join(str(key) for key in content)
+        raise CheckpointError(f"{where} holds no {weights} (it holds {there}); ask for what it has with --weights")
+    tensors, prefix = _tensors(content[weights], f"{where}: {weights}")
+    config = _config(tensors, where, heads, input_size, weights, objective)
+    _check(tensors, config.model, f"{where}: {weights}")
+    ours = _to_ours(tensors, config.model)
+    prefixes: dict[str, str] = {weights: prefix}
+    positions, other = None, "model" if weights == "ema" else "ema"
+    if THEIR_POSITIONS in tensors:
+        positions = list(tensors[THEIR_POSITIONS].shape)
+        ours[POSITIONS] = tensors[THEIR_POSITIONS].reshape(-1, config.model.hidden)
+    rest = {f"{weights}.{name}": tensor for name, tensor in tensors.items() if name.endswith(f".{THEIR_DECAY}")}
+    if both and other in content:
+        others, prefixes[other] = _tensors(content[other], f"{where}: {other}")
+        _check(others, config.model, f"{where}: {other}")
+        rest |= {f"{other}.{name}": tensor for name, tensor in others.items()}
+    args = content.get("args")
+    provenance = {
+        "source": "reference",
+        "file": Path(file).name,
+        "weights": weights,
+        "prefixes": prefixes,
+        "positions": positions,
+        "args": _plain(vars(args) if isinstance(args, argparse.Namespace) else args),
+        "left_out": [str(key) for key in content if key not in ("args", *prefixes)],
+    }
+    model = config.model
+    facts: dict[str, Any] = {"name": "reference", "kind": "moments", "shape": [model.in_channels, model.input_size, model.input_size]}
+    facts |= {"num_classes": model.num_classes, "class_names": []} | (LATENT if model.in_channels == 4 else {})
+    with new_folder(Path(out)) as partial:
+        clock: Clock = "reversed" if objective == "flow" else "forward"  # for DDPM both follow DiT: eps at the integer step
+        write_single(partial, ours, config, facts, clock=clock, provenance=provenance)
+        if rest:
+            write_tensors(partial / REST, rest)
+    return Path(out)
+
+
+@contextmanager
+def _only_namespaces() -> Iterator[None]:
+    """Let torch.load rebuild tensors and argparse.Namespace, and nothing that some library has allowed besides."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The dictionary in a reference file; its tensors stay on the disk until they are used."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file: name a checkpoint of the reference implementation (.pt)")
+    try:
+        with _only_namespaces():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"(?:GLOBAL|function) (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "it is no plain pickle"
+        raise CheckpointError(
+            f"{file} holds more than tensors and plain arguments: {reason}. It was not run; use a file that was made by the "
+            "reference's training, from a source that you trust"
+        ) from error
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"{file} cannot be read as a file of torch.save ({type(error).__name__}): use a sound copy") from error
+    if not isinstance(content, dict) or not ({"ema", "model"} & content.keys()):
+        raise CheckpointError(f"{file} is no checkpoint of the reference implementation: it is no dictionary with model, ema and args")
+    return content
+
+
+def _tensors(state: Any, where: str) -> tuple[dict[str, Tensor], str]:
+    """A state by plain names, and what a wrapper had put before each."""
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{where} is no state of a model, names -> tensors")
+    prefix = WRAPPERS.match(str(next(iter(state))))
+    assert prefix is not None
+    tensors = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not name.startswith(prefix[0]):
+            raise CheckpointError(f"{where}: {name} does not begin with {prefix[0]!r}, as the first name does")
+        backed = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        if not backed or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise CheckpointError(f"{where}: {name} is no plain tensor")
+        tensors[name[len(prefix[0]) :]] = tensor.detach()
+    return tensors, prefix[0]
+
+
+def _config(
+    tensors: Mapping[str, Tensor], where: str, heads: int | None, input_size: int | None, weights: Weights, objective: str
+) -> Config:
+    """The config that the shapes tell, with what was asked for; raises CheckpointError."""
+    hidden, in_channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
+    features, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
+    rows, _ = _shape(tensors, "y_embedder.embedding_table.weight", 2, where)
+    numbers = {int(match[1]) for match in (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors) if match}
+    blocks = len(numbers)
+    if numbers != set(range(blocks)) or not blocks:
+        raise CheckpointError(f"{where}: its blocks are not numbered 0, 1, 2, ... without gaps")
+    moe = [block for block in range(blocks) if f"blocks.{block}.mlp.gate_weight" in tensors]
+    if moe not in ([], list(range(1, blocks, 2)), list(range(blocks))):
+        raise CheckpointError(f"{where}: blocks {', '.join(map(str, moe))} are MoE; only every odd block, every block or none can be")
+    for block in moe:
+        if f"blocks.{block}.mlp.capacity_predictor.0.weight" not in tensors:
+            raise CheckpointError(
+                f"{where} has no blocks.{block}.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's (TC-DiT or EC-DiT); "
+                "DiffMoE and Dense can be imported"
+            )
+    size = _input_size(tensors, patch, where, input_size)
+    missing = [name for name, value in (("--heads", heads), ("--input-size", size)) if value is None]
+    if missing:
+        known = {width: count for width, _, count in SIZES.values()}
+        hint = f" (of the published models, the one of hidden size {hidden} has {known[hidden]} heads)" if hidden in known else ""
+        raise CheckpointError(f"{where}: the tensors' shapes do not tell {' and '.join(missing)}; give {' and '.join(missing)}{hint}")
+    assert heads is not None
+    if heads < 1 or hidden % heads:
+        raise CheckpointError(f"{where}: --heads {heads} does not divide the hidden size {hidden}")
+    if features % patch**2:
+        raise CheckpointError(
+            f"{where}: final_layer.linear.weight has {features} rows, no multiple of the patch's {patch} x {patch} pixels"
+        )
+    model: dict[str, Any] = {
+        "family": "diffmoe" if moe else "dense",
+        "input_size": size,
+        "in_channels": in_channels,
+        "out_channels": features // patch**2,
+        "patch": patch,
+        "hidden": hidden,
+        "blocks": blocks,
+        "heads": heads,
+        "num_classes": rows - 1,
+    }
+    if moe:
+        model["interleave"] = len(moe) < blocks
+        model["num_experts"] = _shape(tensors, f"blocks.{moe[0]}.mlp.gate_weight", 2, where)[0]
+        model["threshold_decay"] = _decay(tensors, where)
+    sample = {"weights": weights} | ({"selection": "count", "threshold": "raw"} if moe else {})  # as the reference samples
+    tree = {"model": model, "pool": {"span": "all"}, "train": {"objective": objective, "precision": "float32"}, "sample": sample}
+    try:
+        return from_tree(tree)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _input_size(tensors: Mapping[str, Tensor], patch: int, where: str, asked: int | None) -> int | None:
+    """Height and width of the latent, from the number of positions."""
+    if THEIR_POSITIONS not in tensors:
+        return asked
+    positions = tensors[THEIR_POSITIONS]
+    tokens = positions.shape[-2] if positions.dim() in (2, 3) else 0
+    side = math.isqrt(tokens)
+    if not tokens or side**2 != tokens or positions.numel() != tokens * positions.shape[-1]:
+        raise CheckpointError(f"{where}: {THEIR_POSITIONS} has shape {tuple(positions.shape)}; it is (1, T, D) of a square of T tokens")
+    if asked not in (None, side * patch):
+        raise CheckpointError(f"{where} is of --input-size {side * patch} by its {THEIR_POSITIONS}, not {asked}; leave it out")
+    return side * patch
+
+
+def _decay(tensors: Mapping[str, Tensor], where: str) -> float:
+    """The thresholds' decay: what the file says, or the published one; averaging may have moved a stored constant by a little."""
+    decay = DECAY
+    for name, tensor in tensors.items():
+        if name.endswith(f".{THEIR_DECAY}"):
+            value = float(tensor) if tensor.numel() == 1 else math.nan
+            if not 0 < value < 1:
+                raise CheckpointError(f"{where}: {name} is {value:g}; it is one number between 0 and 1")
+            if abs(value - decay) > 1e-3:
+                decay = value
+    return decay
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, where: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"{where} has no tensor {name}: it is no checkpoint of the reference implementation")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"{where}: {name} has shape {shape}; it has {dimensions} dimensions, none empty")
+    return shape
+
+
+def _check(tensors: Mapping[str, Tensor], model: ModelConfig, where: str) -> None:
+    """Raise CheckpointError, naming the first differing key, unless the tensors are all that a reference model of these sizes has."""
+    wanted: dict[str, Kind] = {}
+    for name, (shape, kind) in kinds_of(model).items():
+        for their in _theirs(name, model):
+            wanted[their] = (_turned(name, shape[1:]) if STACKED.fullmatch(name) else shape, kind)
+    moe = [name.removesuffix("gate_weight") for name in wanted if name.endswith(".gate_weight")]
+    optional: dict[str, Kind | None] = dict.fromkeys([*(name + THEIR_DECAY for name in moe), THEIR_POSITIONS])
+    stored = {name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()}
+    compare_kinds(stored, wanted, optional, where)
+    if THEIR_POSITIONS in tensors:
+        positions = tensors[THEIR_POSITIONS]
+        if positions.shape[-1] != model.hidden or positions.dtype != torch.float32:
+            raise CheckpointError(f"{where}: {THEIR_POSITIONS} is {tuple(positions.shape)} {positions.dtype}; it is (1, T, D) float32")
+        check_positions(positions.reshape(-1, model.hidden), model, f"{where}: {THEIR_POSITIONS}")
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON holds it; what is no plain value is kept as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return repr(value)
+
+
+# ---- Out ----
+
+
+def export_reference(folder: str | Path, file: str | Path) -> None:
+    """Write a model in the single-file form as a new reference file.
+
+    What was imported comes back bit for bit: every tensor of both sets, or of the one that was kept, and args. A flow model of ours is
+    turned into the reference's convention by an exact rewrite of two layers, whose weights are rounded to float32 again; a DDPM model needs
+    none. `expert_threshold` is what `dynamic` sampling uses. Where only one set is known, it stands under both `ema` and `model`. `opt` is
+    not carried: such a file can be sampled from, its training cannot be continued. Raises CheckpointError.
+    """
+    folder, file = Path(folder), Path(file)
+    single = read_single(folder)
+    _check_family(single.config.model, folder)
+    if file.exists():
+        raise CheckpointError(f"{file} exists: give the name of a new file")
+    ours = dict(stored_tensors(folder, single))
+    sets = _sets(folder, single, ours)
+    only = next(iter(sets.values()))
+    content: dict[str, Any] = {name: sets.get(name, only) for name in ("model", "ema")}
+    args = single.provenance.get("args") if _is_imported(single) else to_tree(single.config.model)
+    if args is not None:
+        content["args"] = argparse.Namespace(**args)
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, partial)
+        partial.rename(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be written ({error}); it needs permission and enough space") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def _is_imported(single: Single) -> bool:
+    return single.provenance.get("source") == "reference"
+
+
+def _check_family(model: ModelConfig, folder: Path) -> None:
+    strange = {
+        "family": model.family not in ("dense", "diffmoe"),
+        "granularity": model.granularity != 1,
+        "shared_experts": model.shared_experts != 0,
+        "predictor": model.family == "diffmoe" and not has_predictor(model),
+    }
+    for key, differs in strange.items():
+        if differs and (key == "family" or model.family != "dense"):
+            raise CheckpointError(
+                f"{folder} has model.{key} {getattr(model, key)}, which the reference's DiffMoE and Dense models do not have"
+            )
+
+
+def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The sets of tensors by their names: the one of the single-file form, and what the import laid beside it."""
+    model, provenance = single.config.model, single.provenance
+    weights = str(provenance.get("weights", "ema"))
+    if single.clock == "forward" and single.config.train.objective == "flow":
+        ours = _reversed(ours, model)
+    sets = {weights: _to_theirs(ours, model)}
+    shape = provenance.get("positions") if _is_imported(single) else (1, -1, model.hidden)
+    if shape is not None:
+        positions = ours.get(POSITIONS, sine_positions(model.hidden, model.input_size // model.patch))
+        sets[weights][THEIR_POSITIONS] = positions.view(tuple(shape))
+    if not _is_imported(single):
+        decay = torch.tensor(model.threshold_decay)
+        names = [name.removesuffix("gate_weight") for name in sets[weights] if name.endswith(".gate_weight")]
+        sets[weights] |= {f"{name}{THEIR_DECAY}": decay for name in names}
+    elif (folder / REST).is_file():
+        with opened(folder / REST) as source:
+            names = source.keys()
+            for name in names:
+                which, _, key = name.partition(".")
+                sets.setdefault(which, {})[key] = source.get_tensor(name)
+    prefixes = provenance.get("prefixes", {}) if _is_imported(single) else {}
+    return {which: {prefixes.get(which, "") + name: tensor for name, tensor in tensors.items()} for which, tensors in sets.items()}
+
+
+def _reversed(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Weights that predict x_0 - eps at t' = 1 - t, of weights that predict eps - x_0 at t.
+
+    The sign is the head's. The clock is the first linear map's of the time, since cos f(1 - t') = cos f cos f t' + sin f sin f t' and
+    sin f(1 - t') = sin f cos f t' - cos f sin f t': its columns of cosines and sines are reflected, each pair by its frequency f.
+    """
+    weight = ours["time.fc1.weight"]
+    cosines, sines = weight.double().chunk(2, dim=1)  # (D, 128) each
+    half = cosines.shape[1]
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.cat([cosines * frequency.cos() + sines * frequency.sin(), cosines * frequency.sin() - sines * frequency.cos()], dim=1)
+    changed = {"time.fc1.weight": turned.to(weight.dtype)}
+    for name in ("head.projection.weight", "head.projection.bias"):
+        rows = ours[name].clone()
+        by_channel = rows.view(model.patch**2, model.out_channels, *rows.shape[1:])  # features are ordered (row, column, channel)
+        by_channel[:, : model.in_channels].neg_()
+        changed[name] = rows
+    return dict(ours) | changed
+
+
+# ---- Names and shapes, both ways ----
+
+
+def _theirs(name: str, model: ModelConfig) -> list[str]:
+    """The reference's names of what we call `name`: one, one for each expert, or none."""
+    if name.endswith(UPDATES):
+        return []
+    stacked = STACKED.fullmatch(name)
+    if stacked:
+        start = stacked[1].replace(".ffn.", ".mlp.")
+        return [f"{start}.{expert}.{stacked[2]}.{stacked[3]}" for expert in range(model.num_experts)]
+    for our, their in NAMES:
+        if our in name:
+            return [name.replace(our, their)]
+    raise AssertionError(f"{name} has no name in the reference")
+
+
+def _turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if name.endswith("_weight") else shape
+
+
+def _to_ours(theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Our names, experts stacked as (N, in, out). Updates are so many that the thresholds' bias correction divides by exactly 1."""
+    updates = math.ceil(60 / -math.log2(model.threshold_decay))  # decay^updates < 2^-60, below half a unit of 1 in float64 too
+    ours = {}
+    for name in kinds_of(model):
+        parts = [theirs[their] for their in _theirs(name, model)]
+        if not parts:
+            ours[name] = torch.tensor(updates)
+        elif STACKED.fullmatch(name):
+            ours[name] = torch.stack([part.T if name.endswith("_weight") else part for part in parts])
+        else:
+            ours[name] = parts[0]
+    return ours
+
+
+def _to_theirs(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `_to_ours`; thresholds are corrected for their start at 0, which for imported ones divides by 1."""
+    theirs: dict[str, Tensor] = {}
+    for name in kinds_of(model):
+        tensor = ours[name]
+        if name.endswith(".predictor.threshold"):
+            updates = int(ours[name.removesuffix("threshold") + "updates"])
+            tensor = tensor / (1 - model.threshold_decay ** max(1, updates))
+        keys = _theirs(name, model)
+        if STACKED.fullmatch(name):
+            parts = [part.T if name.endswith("_weight") else part for part in tensor.unbind()]
+            theirs |= {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts, strict=True)}
+        else:
+            theirs |= dict.fromkeys(keys, tensor)
+    return theirs
