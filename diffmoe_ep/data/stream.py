@@ -61,7 +61,7 @@ class Stream:
             self._results = self._start(self.samples_consumed // self._micro_step_size)
         try:
             result = next(self._results)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker ended while it handed a batch over
             self.close()
             first = self.samples_consumed
             awaited = f"positions {first} to {first + self._micro_step_size - 1}"
