@@ -131,7 +131,7 @@ def test_a_mistake_ends_the_launcher_quickly(tmp_path: Path, launcher: Any) -> N
     told = done.stdout + done.stderr
     assert told.count("diffmoe: error: ") == 1
     assert f"{tmp_path / 'nothing'}" in told
-    assert "diffmoe_ep/cli.py" not in told
+    assert "diffmoe_ep/cli" not in told
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,186 @@
+"""Cross-checks of a config that need no device, and the numbers that follow from it."""
+
+from dataclasses import fields, is_dataclass
+from fractions import Fraction
+from typing import Any
+
+from diffmoe_ep.config.schema import SIZES, Config, ConfigError, ModelConfig
+
+
+def check(config: Config) -> None:
+    """Check what follows from the config alone; raises ConfigError at the first contradiction."""
+    model, train = config.model, config.train
+    _check_limits(config, "")
+    if model.size is not None and (model.hidden, model.blocks, model.heads) != SIZES[model.size]:
+        hidden, blocks, heads = SIZES[model.size]
+        raise ConfigError(
+            f"model.size {model.size} means hidden {hidden}, blocks {blocks}, heads {heads}, but the config has {model.hidden}, "
+            f"{model.blocks}, {model.heads}; set model.size=null, or remove the others"
+        )
+    if model.input_size % model.patch:
+        raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
+    if model.hidden % model.heads or model.hidden % 4:
+        raise ConfigError(f"model.hidden {model.hidden} must be a multiple of model.heads ({model.heads}) and of 4 (positions)")
+    if model.out_channels < model.in_channels:
+        raise ConfigError(
+            f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
+        )
+    _check_sampling(config)
+    if config.parallel.zero not in (0, 1, 2):
+        reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert shards; use 2"
+        raise ConfigError(
+            f"parallel.zero is {config.parallel.zero}: {reason if config.parallel.zero == 3 else 'the stages are 0, 1 and 2'}"
+        )
+    if model.family == "dense" and config.parallel.expert != 1:
+        raise ConfigError(
+            f"parallel.expert is {config.parallel.expert}, but model.family dense has no experts to shard; set parallel.expert=1"
+        )
+    if train.batch % train.accumulation:
+        raise ConfigError(
+            f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
+            f"accumulation that divides it: {_divisors(train.batch)}"
+        )
+    if not all(0 <= beta < 1 for beta in train.optimizer.betas):
+        raise ConfigError(f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
+    if has_experts(model):
+        _check_experts(config)
+
+
+def _check_sampling(config: Config) -> None:
+    model, sample, objective = config.model, config.sample, config.train.objective
+    if objective == "ddpm" and model.out_channels != 2 * model.in_channels:
+        raise ConfigError(
+            f"train.objective ddpm learns a variance too: model.out_channels is {model.out_channels}, set it to {2 * model.in_channels}"
+        )
+    if sample.sampler in ("ddpm", "ddim") and objective != "ddpm":
+        raise ConfigError(
+            f"sample.sampler {sample.sampler} needs a model of train.objective ddpm, this one is of {objective}; set euler or heun"
+        )
+    if sample.sampler in ("ddpm", "ddim") and sample.steps > 1000:
+        raise ConfigError(f"sample.steps is {sample.steps}, but {sample.sampler} chooses among 1000 steps; set at most 1000")
+    low, high = sample.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"sample.guidance_interval is [{low:g}, {high:g}]; it must be 0 <= low <= high <= 1")
+    if sample.guidance_channels is not None and not 1 <= sample.guidance_channels <= model.in_channels:
+        raise ConfigError(
+            f"sample.guidance_channels is {sample.guidance_channels}; it must be 1 to {model.in_channels} (model.in_channels), or null"
+        )
+
+
+def _check_limits(part: Any, prefix: str) -> None:
+    for entry in fields(part):
+        value, limits = getattr(part, entry.name), entry.metadata.get("limits")
+        if is_dataclass(value):
+            _check_limits(value, f"{prefix}{entry.name}.")
+        elif limits is not None and not limits[0](value):
+            raise ConfigError(f"{prefix}{entry.name} is {value}; it must be {limits[1]}")
+
+
+def _check_experts(config: Config) -> None:
+    num_experts, expert = config.model.num_experts, config.parallel.expert
+    if num_experts % expert:
+        raise ConfigError(
+            f"model.num_experts {num_experts} is not a multiple of parallel.expert {expert}; "
+            f"parallel.expert that divides it: {_divisors(num_experts)}"
+        )
+    micro = config.train.batch // config.train.accumulation
+    if isinstance(config.pool.span, int) and (config.pool.span < 1 or micro % config.pool.span):
+        raise ConfigError(
+            f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
+            f"(train.batch / train.accumulation); spans that do: {_divisors(micro)}"
+        )
+    if not config.model.interleave or config.model.blocks > 1:
+        pool, tokens = pool_samples(config), num_tokens(config.model)
+        if config.model.family != "tc":
+            tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity", config.model.granularity)
+    _check_family(config)
+
+
+def _check_family(config: Config) -> None:
+    model = config.model
+    if 4 * model.hidden % model.granularity or model.num_experts % model.granularity:
+        raise ConfigError(
+            f"model.granularity {model.granularity} must divide 4 * model.hidden ({4 * model.hidden}) and model.num_experts "
+            f"({model.num_experts})"
+        )
+    if model.family == "tc" and model.top_k > model.num_experts:
+        raise ConfigError(f"model.top_k {model.top_k} is more than model.num_experts {model.num_experts}")
+    if model.family == "tc" and model.predictor:
+        raise ConfigError("model.predictor is true, but in family tc tokens choose and nothing is to predict; set model.predictor=null")
+    if model.family == "ec" and config.pool.span not in ("all", 1):
+        raise ConfigError(
+            f"pool.span is {config.pool.span}, but in family ec a pool is one sample; set pool.span=1, or model.family=diffmoe"
+        )
+    if config.sample.selection in ("threshold", "count") and not has_predictor(model):
+        raise ConfigError(
+            f"sample.selection {config.sample.selection} needs a capacity predictor, which family {model.family} has not here; "
+            "set sample.selection=auto" + ("" if model.family == "tc" else ", or train with model.predictor=true")
+        )
+
+
+def check_world(config: Config, world: int) -> None:
+    """Check what follows from the number of ranks W; raises ConfigError."""
+    expert, micro = config.parallel.expert, config.train.batch // config.train.accumulation
+    if world < expert:
+        raise ConfigError(
+            f"parallel.expert is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
+            f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} -m diffmoe_ep ...) "
+            f"or set parallel.expert={world}"
+        )
+    if world % expert:
+        raise ConfigError(
+            f"the number of ranks {world} is not a multiple of parallel.expert {expert}; "
+            f"parallel.expert that divides it: {_divisors(world)}"
+        )
+    if micro % world:
+        raise ConfigError(
+            f"train.batch {config.train.batch} / train.accumulation {config.train.accumulation} = {micro} samples of a micro-step do not "
+            f"divide over {world} ranks; make train.batch a multiple of {world * config.train.accumulation}"
+        )
+    span, local = pool_samples(config), micro // world
+    if has_experts(config.model) and local % span and span % local:
+        fits = [size for size in range(1, micro + 1) if micro % size == 0 and (local % size == 0 or size % local == 0)]
+        raise ConfigError(
+            f"pool.span {span} neither lies inside a rank's {local} samples nor covers whole ranks; spans that fit: "
+            f"{', '.join(map(str, fits))}, all"
+        )
+
+
+def num_tokens(model: ModelConfig) -> int:
+    """Tokens T of one sample."""
+    return (model.input_size // model.patch) ** 2
+
+
+def has_experts(model: ModelConfig) -> bool:
+    """Whether there are MoE layers."""
+    return model.family != "dense"
+
+
+def has_predictor(model: ModelConfig) -> bool:
+    """Whether MoE layers have a capacity predictor."""
+    return model.family in ("diffmoe", "ec") and (model.family == "diffmoe" if model.predictor is None else model.predictor)
+
+
+def pool_samples(config: Config) -> int:
+    """Samples in one training pool."""
+    if config.model.family == "ec":
+        return 1
+    return config.train.batch // config.train.accumulation if config.pool.span == "all" else config.pool.span
+
+
+def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity", granularity: int = 1) -> int:
+    """Tokens k = floor(P * C * m / N) that an expert takes from a pool of P; raises ConfigError when that is none, or more than P."""
+    taken = int(Fraction(str(capacity)) * pool * granularity / num_experts)  # exact: in floats, 100 * 0.58 / 2 falls below 29
+    if taken < 1 or capacity * granularity > num_experts:
+        raise ConfigError(
+            f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "
+            f"floor({pool} * {capacity:g} / {num_experts}) = {taken} tokens; it must be at least 1 and at most the pool: change {key}, "
+            "the pool's size or model.num_experts"
+        )
+    return taken
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

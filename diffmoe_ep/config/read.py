@@ -1,0 +1,174 @@
+"""Reading and writing a config: defaults <- YAML <- dotted overrides, strict about keys and types."""
+
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from diffmoe_ep.config.check import check
+from diffmoe_ep.config.schema import SIZES, Config, ConfigError
+
+T = TypeVar("T")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, lay dotted overrides ("train.steps=20") over it and build the typed, checked config.
+
+    Raises ConfigError for a missing or malformed file, an unknown key (the nearest is named), a wrong type or numbers that contradict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; give the path of a YAML file, for example configs/digits.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from error
+    return from_tree({} if tree is None else tree, overrides)
+
+
+def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
+    """Build a config from a plain tree of dictionaries and dotted overrides; see `load`."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"a config is a mapping of keys, got {_show(tree)}")
+    try:
+        merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config holds a value that is no plain text, number or list ({error}); put it in quotes") from error
+    for override in overrides:
+        _lay_over(merged, override)
+    model = merged.get("model")
+    if isinstance(model, dict) and model.get("size") in SIZES:  # a name stands for its three numbers
+        merged["model"] = dict(zip(("hidden", "blocks", "heads"), SIZES[model["size"]], strict=True)) | model
+    config = _build(Config, merged, "")
+    check(config)
+    return config
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Lay dotted overrides over a built config."""
+    return from_tree(to_tree(config), overrides)
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Give a config (or a section) as plain data; tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def dump(config: Config) -> str:
+    """Write a config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
+
+
+def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Yield (dotted key, type, default, manual line) of every knob."""
+    hints = get_type_hints(kind)
+    for entry in fields(kind):
+        hint = hints[entry.name]
+        if is_dataclass(hint):
+            yield from keys(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + entry.name, _name(hint), entry.default, entry.metadata["doc"]
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    *path, last = key.split(".")
+    place = tree
+    for part in path:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    place[last] = value
+
+
+def _build(kind: type[T], tree: Any, path: str) -> T:
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path.rstrip('.')}: expected a section with keys, got {_show(tree)}")
+    hints = get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(_unknown(f"{path}{key}", hints))
+    return kind(**{key: _value(hints[key], value, f"{path}{key}") for key, value in tree.items()})
+
+
+def _unknown(key: str, hints: Mapping[str, Any]) -> str:
+    name = key.rpartition(".")[2]
+    every = [entry[0] for entry in keys()]
+    near = difflib.get_close_matches(name, list(hints), n=1, cutoff=0.6)
+    if near:
+        guess = key[: len(key) - len(name)] + near[0]
+    else:
+        elsewhere = [other for other in every if other.rpartition(".")[2] == name] or difflib.get_close_matches(key, every, n=1, cutoff=0.6)
+        if not elsewhere:
+            return f"unknown key {key}; the keys here are {', '.join(hints)}"
+        guess = elsewhere[0]
+    return f"unknown key {key}; did you mean {guess}?"
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if is_dataclass(hint):
+        return _build(hint, value, key + ".")  # type: ignore[arg-type]
+    if get_origin(hint) in (Union, types.UnionType):
+        for member in get_args(hint):
+            try:
+                return _value(member, value, key)
+            except ConfigError:
+                continue
+    elif get_origin(hint) is Literal:
+        if value in get_args(hint) and not isinstance(value, bool):
+            return value
+        near = difflib.get_close_matches(str(value), [str(member) for member in get_args(hint)], n=1)
+        raise ConfigError(f"{key}: {_show(value)} is not one of {_name(hint)}" + (f"; did you mean {near[0]}?" if near else ""))
+    elif get_origin(hint) is tuple:
+        members = get_args(hint)
+        if isinstance(value, list | tuple) and len(value) == len(members):
+            return tuple(_value(member, item, f"{key}[{index}]") for index, (member, item) in enumerate(zip(members, value, strict=True)))
+    elif hint is types.NoneType:
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+            try:
+                value = float(value)
+            except ValueError:
+                raise ConfigError(f"{key}: expected a number, got {_show(value)}") from None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key}: expected a finite number, got {value}")
+            return float(value)
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key}: expected {_name(hint)}, got {_show(value)}")
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(str(member) for member in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(_name(member) for member in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(_name(member) for member in get_args(hint))}]"
+    return {types.NoneType: "null", bool: "true | false"}.get(hint, hint.__name__)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
