@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffmoe_ep import load_model
+from diffmoe_ep.checkpoint.exchange import config_of
 from ranks import run
 from test_cli import TINY, call, train_busy
 
@@ -113,6 +114,35 @@ def test_out_to_the_reference_and_back(flow: Path, tmp_path: Path) -> None:
         ours, single, back = (load_model(path)(x, t, y).prediction for path in (flow, tmp_path / "single", tmp_path / "back"))
     assert torch.equal(single, ours)
     torch.testing.assert_close(back, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+
+
+def test_a_single_folder_is_drawn_from_like_its_run(flow: Path, tmp_path: Path) -> None:
+    single = tmp_path / "single"
+    code, _, err = call(0, "export", str(flow), "--out", str(single))
+    assert code == 0, err
+    ours = latents(1, flow, tmp_path / "run")
+    assert np.array_equal(latents(1, single, tmp_path / "1"), ours)
+    assert np.abs(latents(2, single, tmp_path / "2", "parallel.expert=2") - ours).max() < 1e-4
+    code, _, err = run(1, call, "capacity", "report", str(single), "--out", str(tmp_path / "report"), "--per-class", "2")[0]
+    assert code == 0, err
+    code, _, err = call(0, "sample", str(single), "--out", str(tmp_path / "other"), "--samples", "8", "sample.weights=model")
+    assert code == 2
+    assert "holds one set of weights, ema, not model" in err
+    code, _, err = call(0, "export", str(single), "--to-reference", str(tmp_path / "file.pt"), "--weights", "model")
+    assert code == 2
+    assert "leave --weights away" in err
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_import_is_sampled_as_the_reference_samples(flow: Path, tmp_path: Path, world: int) -> None:
+    out = tmp_path / "imported"
+    assert call(0, "export", str(flow), "--to-reference", str(tmp_path / "file.pt"))[0] == 0
+    assert call(0, "import", "--reference", str(tmp_path / "file.pt"), "--out", str(out), "--heads", "2", "--one-set")[0] == 0
+    assert config_of(out).sample.selection == "count"
+    settings = ("sample.steps=4", "sample.chunk=8", "sample.guidance=1")
+    theirs = latents(world, out, tmp_path / "theirs", *settings, f"parallel.expert={world}")
+    ours = latents(1, flow, tmp_path / "ours", *settings, "sample.selection=count")
+    assert np.abs(theirs - ours).max() < 1e-3 * np.abs(ours).max()
 
 
 def test_nothing_to_export_is_named(flow: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.checkpoint.layout import Fragment, expert_fragment, whole
-from diffmoe_ep.checkpoint.single import is_single, load_single
+from diffmoe_ep.checkpoint.single import is_single, load_single, read_single
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, to_tree
 from diffmoe_ep.model.dit import DiT
@@ -29,22 +29,32 @@ def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Me
     ]
 
 
-def load_model(path: str | Path, weights: Weights = "ema", device: str | torch.device = "cpu") -> DiT:
+def located(path: Path) -> Path:
+    """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form."""
+    return path if is_single(path) else resolve(path)
+
+
+def load_model(path: str | Path, weights: Weights | None = None, device: str | torch.device = "cpu") -> DiT:
     """Load a trained model for one device, in eval mode, without DeepSpeed or a process group.
 
     path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of weights).
-    weights: "ema" (averaged, with the live thresholds) or "model".
+    weights: "ema" (averaged, with the live thresholds) or "model"; by default what its config samples from (ema, unless sample.weights
+        says otherwise) or the set that a single-file folder holds.
     Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`; `model.train()` selects by
     pool as in training. Raises CheckpointError when there is no complete checkpoint, or it is damaged.
     """
-    if is_single(Path(path)):
-        return load_single(path, device)
-    folder = resolve(Path(path))
-    return load_sharded(folder, weights, config_of(folder), Mesh(device=torch.device(device)))
+    folder = located(Path(path))
+    config = config_of(folder)
+    return load_sharded(folder, weights or config.sample.weights, config, Mesh(device=torch.device(device)))
 
 
 def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> DiT:
     """Load a checkpoint into a model whose experts are sharded over the mesh; every rank reads only what it holds."""
+    if is_single(folder):
+        there = read_single(folder).config.sample.weights
+        if weights != there:
+            raise CheckpointError(f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})")
+        return load_single(folder, config, mesh)
     compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
     model = shard_experts(DiT(config.model, config.pool, compute_type), mesh)
     named = dict(model.named_parameters()) | persistent_buffers(model)
@@ -67,11 +77,15 @@ def persistent_buffers(model: DiT) -> dict[str, Tensor]:
 
 def config_of(folder: Path) -> Config:
     """The configuration with which a checkpoint was trained."""
+    if is_single(folder):
+        return read_single(folder).config
     return from_tree(_meta(folder)["config"])
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint knows of the data it was trained on: kind, shape, scale, shift, class names."""
+    if is_single(folder):
+        return dict(read_single(folder).facts)
     return dict(_meta(folder)["data"])
 
 

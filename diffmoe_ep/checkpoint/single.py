@@ -24,6 +24,8 @@ from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, to_tree
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.embed import sine_positions
+from diffmoe_ep.model.parallelize import is_expert, shard_experts
+from diffmoe_ep.parallel.mesh import Mesh
 
 Clock = Literal["forward", "reversed"]
 Kind = tuple[tuple[int, ...], str]  # shape and type, in the words of safetensors
@@ -128,31 +130,35 @@ def read_single(folder: str | Path) -> Single:
     return Single(config, clock, content["data"], content["provenance"])
 
 
-def load_single(folder: str | Path, device: str | torch.device = "cpu") -> DiT:
+def load_single(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
     """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the clock of its weights.
 
-    Names, shapes and types are compared before anything is read; raises CheckpointError that names the first differing key.
+    config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this rank's device, and the
+    ranks over which the experts are sharded; each reads only its own. Names, shapes and types are compared before anything is read;
+    raises CheckpointError that names the first differing key.
     """
-    single = read_single(folder)
-    compute_type = torch.bfloat16 if single.config.train.precision == "bf16" else None
-    model = DiT(single.config.model, single.config.pool, compute_type)
+    single, mesh = read_single(folder), mesh or Mesh()
+    config = config or single.config
+    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
+    model = shard_experts(DiT(config.model, config.pool, compute_type), mesh)
     into = model.state_dict() | {POSITIONS: model.positions}
-    for name, tensor in stored_tensors(Path(folder), single):
+    here = config.model.num_experts // mesh.expert.size
+    for name, tensor in stored_tensors(Path(folder), single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):
         into[name].copy_(tensor)
     if single.clock == "reversed":
         reverse_clock(model)
-    return model.to(device).eval()
+    return model.to(mesh.device).eval()
 
 
-def stored_tensors(folder: Path, single: Single) -> Iterator[tuple[str, Tensor]]:
-    """The weights by canonical name, one after the other, once their names, shapes and types were checked."""
+def stored_tensors(folder: Path, single: Single, experts: slice = slice(None)) -> Iterator[tuple[str, Tensor]]:
+    """The weights by canonical name, one after the other, once their names, shapes and types were checked; of stacks only `experts`."""
     file = folder / WEIGHTS
     with opened(file) as source:
         names = source.keys()
         slices = {name: source.get_slice(name) for name in names}
         compare({name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}, single.config.model, str(file))
         for name in names:
-            tensor = source.get_tensor(name)
+            tensor = slices[name][experts] if is_expert(name) else source.get_tensor(name)
             if name == POSITIONS:
                 check_positions(tensor, single.config.model, f"{file}: {name}")
             yield name, tensor

@@ -28,7 +28,7 @@ def add(verbs: Any) -> None:
     search.add_argument("--samples", type=int, default=500, help="samples for each threshold (default 500)")
     search.set_defaults(run=_capacity_search)
     for verb in (report, search):
-        verb.add_argument("path", type=Path, help="run folder, or one checkpoint in it")
+        verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
         verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
 

@@ -35,7 +35,7 @@ def add(verbs: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
     for verb, num in ((sample, 100), (evaluate, 500)):
-        verb.add_argument("path", type=Path, help="run folder, or one checkpoint in it")
+        verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
         verb.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
         )
@@ -55,12 +55,11 @@ class Source:
 
 def source_of(options: argparse.Namespace) -> Source:
     """Find the checkpoint and check everything that follows from it; parallel.expert is 1 unless an override says otherwise."""
-    from diffmoe_ep.checkpoint.exchange import config_of, facts_of
-    from diffmoe_ep.checkpoint.store import resolve
+    from diffmoe_ep.checkpoint.exchange import config_of, facts_of, located
     from diffmoe_ep.evaluate.draw import check_sampling
     from diffmoe_ep.parallel.mesh import launched_world
 
-    checkpoint = resolve(options.path)
+    checkpoint = located(options.path)
     config = override(config_of(checkpoint), ["parallel.expert=1", *options.overrides])
     world, expert = launched_world(), config.parallel.expert
     if options.samples < 1:

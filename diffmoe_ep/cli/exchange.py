@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import ConfigError, override
 
 
 def add(verbs: Any) -> None:
@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
     bring.add_argument("--input-size", type=int, default=None, help="height of the latent, if the checkpoint has no positions")
     bring.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set to load (default ema)")
     bring.add_argument("--objective", choices=("flow", "ddpm"), default="flow", help="what it was trained to predict (default flow)")
+    bring.add_argument("--one-set", action="store_true", help="do not keep the other set for the way back (half the disk)")
     bring.set_defaults(run=_import)
     give = verbs.add_parser(
         "export", help="write a trained model as safetensors, or as a checkpoint of the published reference implementation"
@@ -24,7 +25,7 @@ def add(verbs: Any) -> None:
     give.add_argument("path", type=Path, help="run folder, checkpoint, or folder with model.safetensors and config.json")
     give.add_argument("--out", type=Path, default=None, help="new folder for model.safetensors and config.json")
     give.add_argument("--to-reference", type=Path, default=None, metavar="FILE.pt", help="new reference checkpoint")
-    give.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set of a run to write (default ema)")
+    give.add_argument("--weights", choices=("ema", "model"), default=None, help="which set of a run to write (default ema)")
     give.set_defaults(run=_export)
 
 
@@ -38,6 +39,7 @@ def _import(options: argparse.Namespace) -> None:
         input_size=options.input_size,
         weights=options.weights,
         objective=options.objective,
+        both=not options.one_set,
     )
     print(f"written to {out}: load_model({str(out)!r}) reads it")
 
@@ -54,9 +56,14 @@ def _export(options: argparse.Namespace) -> None:
         folder = options.path
         if not is_single(folder):
             checkpoint, folder = resolve(options.path), options.out or Path(aside) / "model"
-            save_single(load_model(checkpoint, options.weights), config_of(checkpoint), facts_of(checkpoint), folder)
+            weights: Literal["ema", "model"] = options.weights or "ema"
+            config = override(config_of(checkpoint), [f"sample.weights={weights}"])
+            provenance = {"checkpoint": checkpoint.name, "weights": weights}
+            save_single(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
         elif options.out is not None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")
+        elif options.weights not in (None, held := config_of(folder).sample.weights):
+            raise ConfigError(f"{folder} holds one set of weights, {held}; leave --weights away")
         if options.to_reference is not None:
             export_reference(folder, options.to_reference)
     print("written to " + " and ".join(str(path) for path in (options.out, options.to_reference) if path is not None))
