@@ -45,6 +45,18 @@ def test_quickstart_goes_from_data_to_scores(tmp_path: Path) -> None:
     assert "step-7 is the newest" in done.stdout
 
 
+def test_families_share_seeds_and_settings(tmp_path: Path) -> None:
+    done, asked = start("families.sh", tmp_path, "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    trained = [arguments for *_, arguments in asked if " train " in arguments]
+    assert [(line.split("model.family=")[1].split()[0], line.split(" seed=")[1].split()[0]) for line in trained] == [
+        (family, seed) for seed in "012" for family in ("dense", "tc", "ec", "diffmoe")
+    ]
+    assert all(line.endswith("train.steps=3") for line in trained)
+    assert len([line for *_, line in asked if " evaluate " in line]) == 12
+    assert asked[-1][3].startswith(f"diffmoe_ep compare {ROOT}/runs/families/dense-0 ")
+
+
 @pytest.mark.parametrize(("module", "calls"), [("data_prep", 1), ("deepspeed.launcher.runner", 2), ("diffmoe_ep", 3)])
 def test_quickstart_stops_at_the_first_failure(tmp_path: Path, module: str, calls: int) -> None:
     done, asked = start("quickstart.sh", tmp_path, fail=module)

@@ -1,0 +1,128 @@
+"""Runs side by side: parameters, loss, scores and capacity, the seeds of one setting taken together.
+
+A setting is a run's config but for its seed, its folder and how it is laid over ranks, which change nothing or only the luck. Its name
+is what tells it from the other settings. Loss is the mean of the last tenth of the logged steps; scores are those that `diffmoe evaluate`
+wrote to RUN/scores.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ep.config import Config, ConfigError, load, to_tree
+from diffmoe_ep.model.count import count
+
+LAYOUT = ("seed", "folder", "resume", "data.workers", "data.prefetch", "parallel.", "log.", "checkpoint.", "sample.grid_")  # not a setting
+COLUMNS = ("loss", "accuracy", "frechet", "capacity")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one run's folder tells."""
+
+    config: Config
+    step: int  # logged last
+    values: dict[str, float]  # of COLUMNS those that are known
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ by their seed alone."""
+
+    name: str  # the keys in which it differs from the other settings
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]  # logged last, by each
+    parameters: int  # trainable, in all
+    activated: float  # those that work on an average token, at the capacity found (without scores: training's)
+    values: dict[str, tuple[float, ...]]  # of each column one value for each seed that has it
+
+    def shown(self, column: str, digits: int) -> str:
+        """Mean and largest distance from it over the seeds."""
+        values = self.values[column]
+        if not values:
+            return "-"
+        mean = statistics.fmean(values)
+        spread = f" ±{max(abs(value - mean) for value in values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings side by side."""
+
+    settings: tuple[Setting, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """As a table to read."""
+        rows: list[tuple[str, ...]] = [("setting", "seeds", "steps", "parameters", "activated", "loss", "accuracy", "Fréchet", "C")]
+        for setting in self.settings:
+            sizes = (f"{setting.parameters:,}", f"{setting.activated:,.0f}")
+            scores = tuple(setting.shown(column, digits) for column, digits in zip(COLUMNS, (4, 3, 1, 3), strict=True))
+            steps = "-".join(map(str, sorted({min(setting.steps), max(setting.steps)})))
+            rows.append((setting.name, ",".join(map(str, setting.seeds)), steps, *sizes, *scores))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Read run folders and lay them side by side, in the order of their first run; raises ConfigError for what is no run of any steps."""
+    groups: dict[str, list[Found]] = {}
+    for folder in folders:
+        found = read_run(folder)
+        groups.setdefault(json.dumps(_setting(found.config), sort_keys=True), []).append(found)
+    trees = [_setting(group[0].config) for group in groups.values()]
+    return Comparison(tuple(_row(group, _name(tree, trees)) for group, tree in zip(groups.values(), trees, strict=True)))
+
+
+def read_run(folder: Path) -> Found:
+    """What a run's folder tells; raises ConfigError that names what is missing."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} has no {name}, so it is no run of diffmoe train; name run folders")
+    lines = [line for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    if not lines:
+        raise ConfigError(f"{folder}/metrics.jsonl is empty: the run has logged no step yet; wait for one, or leave the run out")
+    last = json.loads(lines[-1])["step"]
+    losses = [json.loads(line)["diffusion_loss"] for line in lines[-max(1, len(lines) // 10) :]]
+    values = {"loss": statistics.fmean(losses)}
+    scores = folder / "scores/scores.json"
+    if scores.is_file():
+        values |= {key: value for key, value in json.loads(scores.read_text(encoding="utf-8")).items() if key in COLUMNS}
+    return Found(load(folder / "config.yaml"), last, values)
+
+
+def _row(group: list[Found], name: str) -> Setting:
+    sizes = count(group[0].config.model)
+    values = {column: tuple(run.values[column] for run in group if column in run.values) for column in COLUMNS}
+    capacity = statistics.fmean(values["capacity"]) if values["capacity"] else None
+    seeds = tuple(run.config.seed for run in group)
+    return Setting(name, seeds, tuple(run.step for run in group), sizes.total, sizes.activated(capacity), values)
+
+
+def _setting(config: Config) -> dict[str, Any]:
+    """A config as dotted keys, without those that are no part of a setting."""
+    return {key: value for key, value in _flat(to_tree(config), "") if not key.startswith(LAYOUT)}
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    return [
+        found
+        for key, value in tree.items()
+        for found in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
+    ]
+
+
+def _name(tree: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """key=value of every key that is not the same in all settings."""
+    differing = [key for key in tree if any(other[key] != tree[key] for other in others)]
+    return " ".join(f"{key}={json.dumps(tree[key]).strip(chr(34))}" for key in differing) or "all runs"
