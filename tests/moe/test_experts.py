@@ -1,48 +1,239 @@
 """Every kernel is the loop, and the loop is the formula."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from diffmoe_ep.moe.experts import Experts
+from diffmoe_ep.config import ConfigError
+from diffmoe_ep.moe import fused as fused_module
+from diffmoe_ep.moe.experts import Experts, Kernel, choose_kernel
+
+HIDDEN = 8  # grouped_mm reads 16 bytes at a time
+COUNTS = {
+    "even": [3, 3, 3, 3],
+    "ragged": [0, 5, 1, 2],
+    "runs": [2, 2, 4, 4],
+    "all to one": [0, 0, 7, 0],
+    "none": [0, 0, 0, 0],
+    "one expert": [5],
+}
+EXACT: list[Kernel] = ["auto", "loop", "batched", "fused"]  # those that compute in float64
 
 
-def experts(kernel: str, num: int = 4, hidden: int = 6) -> Experts:
+def experts(kernel: Kernel, num: int = 4, kind: torch.dtype = torch.float64, granularity: int = 1) -> Experts:
     generator = torch.Generator().manual_seed(0)
-    made = Experts(num, hidden, kernel).double()  # type: ignore[arg-type]
+    made = Experts(num, HIDDEN, kernel, granularity).to(kind)
     for parameter in made.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+        parameter.data = (torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3).to(kind)
     return made
 
 
-@pytest.mark.parametrize("kernel", ["auto", "loop"])
-@pytest.mark.parametrize("counts", [[3, 3, 3, 3], [0, 5, 1, 2], [0, 0, 7, 0], [0, 0, 0, 0]])
-def test_kernels_are_the_formula(kernel: str, counts: list[int]) -> None:
-    module = experts(kernel)
-    rows = torch.randn(sum(counts), 6, dtype=torch.float64, requires_grad=True)
-    out = module(rows, counts)
-    weights = torch.randn_like(out)
-    gradients = torch.autograd.grad((out * weights).sum(), [rows, *module.parameters()], allow_unused=False)
+def inputs(counts: Sequence[int], kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Rows that want a gradient, and the gradient of their answers."""
+    generator = torch.Generator().manual_seed(1)
+    rows, gradient = (torch.randn(sum(counts), HIDDEN, generator=generator, dtype=torch.float64).to(kind) for _ in range(2))
+    return rows.requires_grad_(), gradient
 
+
+def computed(module: Experts, counts: Sequence[int], call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    """The answers, and the gradients of rows and weights."""
+    rows, gradient = inputs(counts, module.fc1_weight.dtype)
+    out = (call or module)(rows, counts)
+    return [out.detach(), *torch.autograd.grad(out, [rows, *module.parameters()], gradient.to(out.dtype))]
+
+
+def close(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def formula(module: Experts, counts: Sequence[int]) -> list[Tensor]:
+    rows, gradient = inputs(counts, module.fc1_weight.dtype)
     parts, first = [], 0
     for expert, number in enumerate(counts):
         part = rows[first : first + number]
         hidden = F.gelu(part @ module.fc1_weight[expert] + module.fc1_bias[expert], approximate="tanh")
         parts.append(hidden @ module.fc2_weight[expert] + module.fc2_bias[expert])
         first += number
-    expected = torch.cat(parts)
-    expected_gradients = torch.autograd.grad((expected * weights).sum(), [rows, *module.parameters()])
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+    out = torch.cat(parts)
+    return [out.detach(), *torch.autograd.grad(out, [rows, *module.parameters()], gradient)]
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize("case", COUNTS)
+def test_kernels_are_the_formula(case: str, kernel: Kernel, granularity: int) -> None:
+    counts = COUNTS[case]
+    module = experts(kernel, len(counts), granularity=granularity)
+    close(computed(module, counts), formula(module, counts), 1e-12)
+
+
+@pytest.mark.parametrize("limit", [1, 2**6, 2**7])
+@pytest.mark.parametrize("case", COUNTS)
+def test_the_cut_into_runs_changes_nothing(case: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert at a time, two, four: the runs of a large model, which sizes for tests would never make."""
+    counts = COUNTS[case]
+    monkeypatch.setattr(fused_module, "RUN", limit)
+    module = experts("fused", len(counts))
+    close(computed(module, counts), formula(module, counts), 1e-12)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("kernel", ["batched", "grouped", "fused"])
+@pytest.mark.parametrize("case", COUNTS)
+def test_kernels_in_lower_precision(case: str, kernel: Kernel, kind: torch.dtype, tolerance: float) -> None:
+    counts = COUNTS[case]
+    module = experts(kernel, len(counts), kind)
+    found = computed(module, counts)
+    assert all(tensor.dtype == kind for tensor in found)
+    close(found, formula(module.double(), counts), tolerance)
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped", "fused"])
+@pytest.mark.parametrize("rows_kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", COUNTS)
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(case: str, rows_kind: torch.dtype, kernel: Kernel) -> None:
+    counts = COUNTS[case]
+    module = experts(kernel, len(counts), torch.float32)
+    rows, gradient = inputs(counts, rows_kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(rows, counts)
+    assert out.dtype == torch.bfloat16
+    out.backward(gradient.bfloat16())
+    found = [out, rows.grad, *(parameter.grad for parameter in module.parameters())]
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, rows_kind] + [torch.float32] * 4
+    close(found, formula(module.double(), counts), 0.05)
+
+
+def test_backward_inside_autocast_is_the_same() -> None:
+    module = experts("fused", kind=torch.float32)
+    rows, gradient = inputs([1, 4, 0, 3], torch.float32)
+    results = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(rows, [1, 4, 0, 3])
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            results.append(torch.autograd.grad(out, [rows, *module.parameters()], gradient.bfloat16()))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize("case", ["even", "ragged", "none"])
+def test_recomputation_changes_nothing(case: str, kernel: Kernel) -> None:
+    module = experts(kernel)
+
+    def recomputed(rows: Tensor, counts: Sequence[int]) -> Tensor:
+        out: Tensor = checkpoint(module, rows, counts, use_reentrant=False)
+        return out
+
+    for one, other in zip(computed(module, COUNTS[case]), computed(module, COUNTS[case], recomputed), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["loop", "grouped", "fused"])
+def test_two_runs_give_the_same_bits(kernel: Kernel, kind: torch.dtype) -> None:
+    module = experts(kernel, kind=kind)
+    for one, other in zip(computed(module, [4, 0, 9, 2]), computed(module, [4, 0, 9, 2]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+def test_without_gradient_the_answers_are_the_same(kernel: Kernel) -> None:
+    module = experts(kernel)
+    rows, _ = inputs([0, 5, 1, 2])
+    with torch.no_grad():
+        quiet = module(rows, [0, 5, 1, 2])
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, module(rows, [0, 5, 1, 2]).detach())
+
+
+def test_fused_accumulates_into_gradients_that_are_there() -> None:
+    module = experts("fused")
+    wanted = [2 * gradient for gradient in computed(module, [1, 2, 3, 4])[2:]]
+    for _ in range(2):
+        rows, gradient = inputs([1, 2, 3, 4])
+        module(rows, [1, 2, 3, 4]).backward(gradient)
+    close([parameter.grad for parameter in module.parameters() if parameter.grad is not None], wanted, 1e-12)
+
+
+def test_fused_keeps_one_activation_of_each_row_and_hidden_unit() -> None:
+    """Half of what autograd keeps for a dense FFN: nothing after GELU."""
+    module = experts("fused", kind=torch.float32)
+    rows, _ = inputs([2, 2, 4, 0], torch.float32)
+    owned = {parameter.data_ptr() for parameter in module.parameters()} | {rows.data_ptr()}
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in owned:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(rows, [2, 2, 4, 0])
+    assert sum(kept) == 8 * 4 * HIDDEN
+
+
+def test_a_kernel_that_cannot_run_says_so() -> None:
+    rows, _ = inputs([1, 2, 3, 4])
+    with pytest.raises(ConfigError, match=r"model\.kernel grouped: .* not in float64; set model\.kernel=auto"):
+        experts("grouped")(rows, [1, 2, 3, 4])
+    odd = Experts(2, 6, "grouped")
+    with pytest.raises(ConfigError, match=r"rows of 6 and 24 numbers of 4 bytes do not fit"):
+        odd(torch.zeros(4, 6), [2, 2])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", COUNTS)
+def test_auto_can_always_run(case: str, kind: torch.dtype) -> None:
+    counts = COUNTS[case]
+    rows, _ = inputs(counts, kind)
+    assert choose_kernel(rows, counts, 4 * HIDDEN) in ("loop", "batched", "grouped", "fused")
+    experts("auto", len(counts), kind)(rows, counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["auto", "batched", "grouped", "fused"])
+@pytest.mark.parametrize("case", COUNTS)
+def test_kernels_on_a_gpu(case: str, kernel: Kernel) -> None:
+    counts = COUNTS[case]
+    module = experts(kernel, len(counts), torch.float32)
+    wanted = formula(experts("loop", len(counts)), counts)
+    module.cuda()
+    rows, gradient = inputs(counts, torch.float32)
+    rows = rows.detach().cuda().requires_grad_()
+    runs = []
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(rows, counts)
+        runs.append([out.detach(), *torch.autograd.grad(out, [rows, *module.parameters()], gradient.cuda().bfloat16())])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+    close([tensor.cpu() for tensor in runs[0]], wanted, 0.1)
 
 
 def test_gelu_is_the_tanh_form() -> None:
-    module = Experts(1, 1).double()
-    for name, parameter in module.named_parameters():
-        parameter.data = torch.zeros_like(parameter) if "bias" in name else torch.ones_like(parameter)
-    x = torch.tensor([[0.7]], dtype=torch.float64)
-    inner = 0.7978845608028654 * (0.7 + 0.044715 * 0.7**3)
-    assert module(x, [1]).item() == pytest.approx(
-        4 * 0.5 * 0.7 * (1 + torch.tanh(torch.tensor(inner, dtype=torch.float64)).item()), abs=1e-12
-    )
+    for kernel in EXACT:
+        module = Experts(1, 1, kernel).double()
+        for name, parameter in module.named_parameters():
+            parameter.data = torch.zeros_like(parameter) if "bias" in name else torch.ones_like(parameter)
+        x = torch.tensor([[0.7]], dtype=torch.float64)
+        inner = 0.7978845608028654 * (0.7 + 0.044715 * 0.7**3)
+        assert module(x, [1]).item() == pytest.approx(
+            4 * 0.5 * 0.7 * (1 + torch.tanh(torch.tensor(inner, dtype=torch.float64)).item()), abs=1e-12
+        )
+
+
+def test_gelu_of_large_numbers_stays_finite() -> None:
+    """Far out GELU is 0 or x, and its slope 0 or 1, and nothing overflows on the way."""
+    x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
+    value, slope = fused_module._gelu_backward(x, torch.ones_like(x))
+    assert torch.equal(fused_module._gelu(x), F.relu(x))
+    assert torch.equal(value, F.relu(x))
+    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))

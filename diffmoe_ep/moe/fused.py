@@ -1,0 +1,162 @@
+"""The experts as one autograd function: gradients are written in place, and what an expert works on stays in the cache.
+
+Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
+
+Experts are taken in small runs (`_runs`): one whose activations fill the cache is a run by itself, several that are smaller and have
+equally many rows make one batched matmul. Of the activations only those before GELU are kept; those after it are computed again.
+Weights' gradients go straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so
+that bfloat16 needs no second copy of all experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import pi, sqrt
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffmoe_ep.moe.kernels import Weights, compute_type
+
+RUN = 2**19  # activations (n, F) that a run of several experts holds at most; 2 MiB in float32
+# GELU's tanh form is x * sigmoid(z) with z = x * (SLOPE + BEND * x^2).
+SLOPE = 2 * sqrt(2 / pi)
+BEND = SLOPE * 0.044715
+
+
+def fused(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
+    """All experts by one function of our own, however ragged; computes in the type of the rows, or autocast's."""
+    rows = rows.to(compute_type(rows)).contiguous()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *weights)):
+        return cast(Tensor, _Fused.apply(rows, tuple(counts), *weights))
+    return _forward(rows, counts, weights, None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring experts with equally many rows, computed together."""
+
+    experts: slice
+    rows: slice
+    each: int  # rows of every one of them
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Their rows of tensor (R, X): (n, X) for one expert, else (experts, n, X)."""
+        part = tensor[self.rows]
+        return part if self.single else part.view(self.number, self.each, tensor.shape[1])
+
+    def weights(self, tensor: Tensor, kind: torch.dtype | None = None) -> Tensor:
+        """Their part of a stacked tensor (N, ...), without the first dimension for one expert."""
+        part = tensor[self.experts.start] if self.single else tensor[self.experts]
+        return part if kind is None else part.to(kind)
+
+    @property
+    def number(self) -> int:
+        """How many experts these are."""
+        return int(self.experts.stop - self.experts.start)
+
+    @property
+    def single(self) -> bool:
+        """Whether this is one expert by itself."""
+        return self.number == 1
+
+
+def _runs(counts: Sequence[int], width: int) -> Iterator[_Run]:
+    """Cut the experts into runs; those without rows, too, since their gradients are zeros."""
+    expert, row = 0, 0
+    while expert < len(counts):
+        each, last = counts[expert], expert + 1
+        while last < len(counts) and counts[last] == each and (last + 1 - expert) * each * width <= RUN:
+            last += 1
+        yield _Run(slice(expert, last), slice(row, row + (last - expert) * each), each)
+        expert, row = last, row + (last - expert) * each
+
+
+def _forward(rows: Tensor, counts: Sequence[int], weights: Weights, kept: list[Tensor] | None) -> Tensor:
+    """Answers (R, D); each run's activations before GELU go to `kept`."""
+    w1, b1, w2, b2 = weights
+    kind = rows.dtype
+    out = rows.new_empty(rows.shape[0], w2.shape[2])
+    with torch.autocast(rows.device.type, enabled=False):
+        for run in _runs(counts, w1.shape[2]):
+            hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
+            if kept is not None:
+                kept.append(hidden)
+            _affine(_gelu(hidden), run.weights(w2, kind), run.weights(b2, kind), run.of(out))
+    return out
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
+    if x.dim() == 2:
+        return torch.addmm(bias, x, weight, out=out)
+    return torch.baddbmm(bias[:, None], x, weight, out=out)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Matmul into `out`, which may be wider: then computed in a's type and copied."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out) if a.dim() == 2 else torch.bmm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over what is in the cache cost little."""
+    if not _by_sigmoid(x):
+        return F.gelu(x, approximate="tanh")
+    gate = _gate(x * x, x)
+    return gate.mul_(x)
+
+
+def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU of x again, and the gradient by x, into `gradient`."""
+    if not _by_sigmoid(x):
+        again = F.gelu(x, approximate="tanh")
+        return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
+    square = x * x
+    slope = (square * (3 * BEND)).add_(SLOPE)  # dz/dx
+    gate = _gate(square, x)
+    value = gate * x
+    slope.mul_(value).addcmul_(slope, gate, value=-1).add_(gate)  # s + x s (1 - s) dz/dx
+    return value, gradient.mul_(slope)
+
+
+def _gate(square: Tensor, x: Tensor) -> Tensor:
+    """sigmoid(x * (SLOPE + BEND * square)), in place of square."""
+    return square.mul_(BEND).add_(SLOPE).mul_(x).sigmoid_()
+
+
+def _by_sigmoid(x: Tensor) -> bool:
+    """In half precision each pass would round; a GPU does it all in one pass of its own."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        out = _forward(rows, counts, (w1, b1, w2, b2), kept)
+        ctx.save_for_backward(rows, w1, w2, *kept)
+        ctx.counts, ctx.kinds = counts, (b1.dtype, b2.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, w1, w2, *kept = ctx.saved_tensors
+        kind, out = rows.dtype, gradients[0].contiguous()
+        d_rows = torch.empty_like(rows)
+        d_w1, d_w2 = torch.empty_like(w1), torch.empty_like(w2)
+        d_b1, d_b2 = (weight.new_empty(weight.shape[0], weight.shape[2], dtype=of) for weight, of in zip((w1, w2), ctx.kinds, strict=True))
+        with torch.autocast(rows.device.type, enabled=False):
+            for run, hidden in zip(_runs(ctx.counts, w1.shape[2]), kept, strict=True):
+                x, g = run.of(rows), run.of(out)
+                value, d_hidden = _gelu_backward(hidden, g @ run.weights(w2, kind).mT)
+                _product(value.mT, g, run.weights(d_w2))
+                run.weights(d_b2).copy_(g.sum(-2))
+                _product(x.mT, d_hidden, run.weights(d_w1))
+                run.weights(d_b1).copy_(d_hidden.sum(-2))
+                _product(d_hidden, run.weights(w1, kind).mT, run.of(d_rows))
+        return d_rows, None, d_w1, d_b1, d_w2, d_b2
