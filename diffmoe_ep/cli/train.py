@@ -2,9 +2,10 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config import Config, check_world, dump, has_experts, keys, load, num_tokens, pool_samples, tokens_per_expert
+from diffmoe_ep.config import Config, ConfigError, check_world, dump, has_experts, keys, load, num_tokens, pool_samples, tokens_per_expert
 
 
 def add(verbs: Any) -> None:
@@ -21,6 +22,16 @@ def add(verbs: Any) -> None:
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--capacity", type=float, default=None, help="inference capacity C (default: training's)")
+    plan.add_argument(
+        "--cluster",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="also memory, traffic and time on a cluster, for example configs/cluster/h800x8.yaml",
+    )
+    plan.add_argument("--measured", type=Path, default=None, metavar="FILE", help="measured rates that replace the cluster file's")
+    plan.add_argument("--samples", type=int, default=None, help="samples for which days are told (default: the config's)")
+    plan.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
     plan.set_defaults(run=_plan)
 
     every = verbs.add_parser("keys", help="print every config key with its type, default and meaning")
@@ -91,7 +102,22 @@ def _dry_run(config: Config) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from diffmoe_ep.model.plan import plan
 
-    print("\n".join(plan(load(options.config, options.overrides), options.capacity).lines()))
+    config = load(options.config, options.overrides)
+    held = plan(config, options.capacity)
+    print("\n".join(held.lines()))
+    content = held.as_dict()
+    if options.cluster is not None:
+        from diffmoe_ep.study.cluster import load_cluster
+        from diffmoe_ep.study.cost import plan_cluster
+
+        laid = plan_cluster(config, load_cluster(options.cluster, options.measured), options.samples)
+        print("\n".join(["", *laid.lines()]))
+        content = {"model": content, "cluster": laid.as_dict()}
+    elif options.measured is not None or options.samples is not None:
+        raise ConfigError("--measured and --samples go with --cluster FILE; give one, for example configs/cluster/h800x8.yaml")
+    if options.json is not None:
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {options.json}")
 
 
 def _keys(_: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ An unknown key, a wrong type or numbers that cannot work together raise `ConfigE
 """
 
 from diffmoe_ep.config.check import check, check_world, has_experts, has_predictor, num_tokens, pool_samples, tokens_per_expert
-from diffmoe_ep.config.read import dump, from_tree, keys, load, override, to_tree
+from diffmoe_ep.config.read import dump, from_tree, keys, load, override, read_section, to_tree
 from diffmoe_ep.config.schema import (
     SIZES,
     CheckpointConfig,
@@ -26,5 +26,6 @@ from diffmoe_ep.config.schema import (
 __all__ = [
     "SIZES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
     "ParallelConfig", "PoolConfig", "SampleConfig", "ScheduleConfig", "TrainConfig", "UserError", "check", "check_world", "dump",
-    "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "to_tree", "tokens_per_expert",
+    "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "read_section", "to_tree",
+    "tokens_per_expert",
 ]  # fmt: skip

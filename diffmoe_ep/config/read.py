@@ -5,13 +5,13 @@ import json
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from diffmoe_ep.config.check import check
+from diffmoe_ep.config.check import _check_limits, check
 from diffmoe_ep.config.schema import SIZES, Config, ConfigError
 
 T = TypeVar("T")
@@ -30,6 +30,32 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from error
     return from_tree({} if tree is None else tree, overrides)
+
+
+def read_section(path: str | Path, kind: type[T]) -> T:
+    """Read a YAML (or JSON) file into any frozen dataclass of knobs, as strictly as a run's config.
+
+    Raises ConfigError that opens with the file, for what `load` raises it for and for a key that has no default and is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path} holds {_show(tree)}, not a mapping of keys; the keys are {', '.join(get_type_hints(kind))}")
+    needed = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING]  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in tree]
+    try:
+        if missing and set(tree) <= set(get_type_hints(kind)):  # an unknown key is told first: it may be a missing one, misspelt
+            raise ConfigError(f"lacks {', '.join(missing)}; the keys are {', '.join(get_type_hints(kind))}")
+        built = _build(kind, tree, "")
+        _check_limits(built, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return built
 
 
 def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:

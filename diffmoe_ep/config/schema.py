@@ -82,7 +82,11 @@ class ModelConfig:
     top_k: int = knob(1, "experts that a token chooses (tc); times granularity for equal compute", POSITIVE)
     balance_weight: float = knob(0.01, "weight of the balance loss (tc)", NATURAL)
     predictor: bool | None = knob(None, "capacity predictor and dynamic thresholds; null: diffmoe has them, ec not; tc never")
-    kernel: Literal["auto", "loop"] = knob("auto", "auto: one batched matmul where experts have equally many rows; loop: one by one")
+    kernel: Literal["auto", "loop", "batched", "grouped", "fused"] = knob(
+        "auto",
+        "how experts compute, all with one result: one by one; one batched matmul, padded where rows are ragged; torch's grouped matmul "
+        "(no float64); one function that writes gradients in place; auto: what was measured quickest for device, type and evenness",
+    )
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
     threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)", SHARE)
@@ -93,7 +97,11 @@ class PoolConfig:
     """What the experts choose from."""
 
     span: int | Literal["all"] = knob("all", "samples in one pool: all = the micro-step of all ranks; 1 = each sample by itself")
-    select: Literal["gather"] = knob("gather", "how ranks find the exact top-k together: gather = all-gather the scores")
+    select: Literal["auto", "gather", "owner", "radix"] = knob(
+        "auto",
+        "how ranks find the exact top-k together, all with one result: gather all scores; send them to columns' owners; sum histograms; "
+        "auto: the cheapest by bytes and rounds",
+    )
     capacity: float = knob(1.0, "capacity factor C in training: each expert takes floor(P * C / N) of the P tokens of a pool", POSITIVE)
 
 
@@ -136,6 +144,10 @@ class TrainConfig:
     batch: int = knob(256, "samples of one optimiser step over all ranks", POSITIVE)
     accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step", POSITIVE)
     precision: Literal["bf16", "float32"] = knob("bf16", "compute type; weights, moments, router, thresholds and EMA are float32 in both")
+    recompute: Literal["none", "ffn", "block"] = knob(
+        "none",
+        "activations not kept for the backward but computed again there (choices are kept): none, those of the FFN part, all of a block",
+    )
     clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
@@ -147,6 +159,7 @@ class ParallelConfig:
     """How the run is laid over ranks. Nothing here changes what is computed."""
 
     expert: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded", POSITIVE)
+    overlap: int = knob(1, "parts in which rows travel to the experts, so that some travel while others compute; 1: all at once", POSITIVE)
     zero: int = knob(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
     timeout_minutes: int = knob(10, "longest wait for a peer in any collective", POSITIVE)
     deepspeed: str | None = knob(None, "a DeepSpeed JSON file whose settings are merged in (not those that this config decides)")

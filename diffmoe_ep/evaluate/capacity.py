@@ -20,7 +20,7 @@ from diffmoe_ep.evaluate.draw import Drawn, check_labels, classes_in_turn, highe
 from diffmoe_ep.evaluate.generate import CapacityRecord
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, is_moe
-from diffmoe_ep.moe.dispatch import Dispatch, Handle
+from diffmoe_ep.moe.dispatch import Dispatch, Route
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.moe.routing import Assignment, choose_by_pool
 from diffmoe_ep.parallel.collectives import collect_objects
@@ -241,17 +241,21 @@ class _Watch:
         self.counts = counts  # (steps, 3) a layer's part of AgainstTopK.counts
         self.step = 0
 
-    def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
-        """See `Dispatch.dispatch`."""
-        if len(tokens):
+    def route(self, assignment: Assignment) -> Route:
+        """See `Dispatch.route`."""
+        if len(assignment.chosen):
             ours = assignment.chosen
             theirs = choose_by_pool(assignment.weight, self.k, self.pools)[0].chosen
             self.counts[self.step] += torch.stack([chosen.sum() for chosen in (ours, theirs, ours & theirs)]).double().cpu()
-        return self.inner.dispatch(tokens, assignment)
+        return self.inner.route(assignment)
 
-    def combine(self, rows: Tensor, handle: Handle) -> Tensor:
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
+        """See `Dispatch.dispatch`."""
+        return self.inner.dispatch(tokens, route)
+
+    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
         """See `Dispatch.combine`."""
-        return self.inner.combine(rows, handle)
+        return self.inner.combine(rows, route, weight)
 
 
 @contextlib.contextmanager

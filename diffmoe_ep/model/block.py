@@ -3,13 +3,20 @@
 Legend: B samples, T tokens, D hidden size.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.model.attention import Attention
 from diffmoe_ep.moe.experts import FeedForward
-from diffmoe_ep.moe.layer import LayerReport, MoELayer
+from diffmoe_ep.moe.layer import Kept, LayerReport, MoELayer
+
+Recompute = Literal["none", "ffn", "block"]
+Step = tuple[Tensor, LayerReport | None]
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -31,13 +38,36 @@ class Block(nn.Module):
         self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden, 4 * model.hidden)
         self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, LayerReport | None]:
-        """Tokens x (B, T, D) and condition c (B, D) -> tokens, and what the MoE layer did."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attention(modulate(normalise(x), shift_a, scale_a))
-        out = self.ffn(modulate(normalise(x), shift_m, scale_m))
-        mixed, report = out if isinstance(out, tuple) else (out, None)
-        return x + gate_m[:, None] * mixed, report
+    def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none") -> Step:
+        """Tokens x (B, T, D) and condition c (B, D) -> tokens, and what the MoE layer did.
+
+        recompute: what is not kept for the backward but computed again there: nothing, the feed-forward part, or the whole block.
+        """
+        if recompute == "block":
+            return computed_again(self._whole, x, c)
+        x, modulation = self._attend(x, c)
+        return computed_again(self._feed, x, modulation) if recompute == "ffn" else self._feed(x, modulation, Kept())
+
+    def _whole(self, x: Tensor, c: Tensor, kept: Kept) -> Step:
+        return self._feed(*self._attend(x, c), kept)
+
+    def _attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        shift_a, scale_a, gate_a, *modulation = self.modulation(F.silu(c)).chunk(6, dim=1)
+        return x + gate_a[:, None] * self.attention(modulate(normalise(x), shift_a, scale_a)), tuple(modulation)
+
+    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], kept: Kept) -> Step:
+        shift, scale, gate = modulation
+        tokens = modulate(normalise(x), shift, scale)
+        mixed, report = self.ffn(tokens, kept) if isinstance(self.ffn, MoELayer) else (self.ffn(tokens), None)
+        return x + gate[:, None] * mixed, report
+
+
+def computed_again(function: Callable[..., Step], *inputs: Any) -> Step:
+    """Compute function(*inputs, kept) and keep only the inputs; the backward computes the rest again, but with the choice that was made.
+
+    Every rank does so at the same place of its backward, so that the rows that travel again meet. Nothing random is drawn in a forward.
+    """
+    return cast(Step, checkpoint(function, *inputs, Kept(), use_reentrant=False, preserve_rng_state=False))
 
 
 class Head(nn.Module):
@@ -47,9 +77,12 @@ class Head(nn.Module):
         super().__init__()
         self.modulation = nn.Linear(model.hidden, 2 * model.hidden)
         self.projection = nn.Linear(model.hidden, model.patch**2 * model.out_channels)
+        self.out_channels = model.out_channels
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (B, T, D) and condition c (B, D) -> (B, T, patch * patch * channels)."""
+    def forward(self, x: Tensor, c: Tensor, channels: int) -> Tensor:
+        """Tokens x (B, T, D) and condition c (B, D) -> (B, T, patch * patch * channels), of each pixel the first `channels` alone."""
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
-        out: Tensor = self.projection(modulate(normalise(x), shift, scale))
-        return out
+        rows = (-1, self.out_channels)  # of the weight, ordered (pixel of the patch, channel)
+        weight = self.projection.weight.unflatten(0, rows)[:, :channels].flatten(0, 1)
+        bias = self.projection.bias.unflatten(0, rows)[:, :channels].flatten()
+        return F.linear(modulate(normalise(x), shift, scale), weight, bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ep.config import ModelConfig, PoolConfig, has_experts
-from diffmoe_ep.model.block import Block, Head
+from diffmoe_ep.model.block import Block, Head, Recompute
 from diffmoe_ep.model.embed import LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import LayerReport, MoELayer
@@ -22,7 +22,7 @@ from diffmoe_ep.moe.layer import LayerReport, MoELayer
 class Output:
     """What a forward gives."""
 
-    prediction: Tensor  # (B, out_channels, H, W) at least float32; under flow eps - x_0
+    prediction: Tensor  # (B, out_channels or fewer, H, W) at least float32; under flow eps - x_0
     auxiliary: Tensor  # scalar to add to the objective's loss: the predictors' and the balance loss, weighted; 0 in eval mode
     layers: tuple[LayerReport, ...]  # what each MoE layer did
 
@@ -37,12 +37,25 @@ class DiT(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, model: ModelConfig, pool: PoolConfig | None = None, compute_type: torch.dtype | None = None) -> None:
-        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the weights' own type."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        pool: PoolConfig | None = None,
+        compute_type: torch.dtype | None = None,
+        recompute: Recompute = "none",
+        channels: int | None = None,
+    ) -> None:
+        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the weights' own type.
+
+        recompute: what a block does not keep for the backward but computes again there (see `Block.forward`).
+        channels: how many of out_channels are predicted (flow needs in_channels only; parameters are those of all); None: all.
+        """
         super().__init__()
         pool = pool or PoolConfig()
         self.config = model
         self.compute_type = compute_type
+        self.recompute = recompute
+        self.channels = model.out_channels if channels is None else channels
         self.patches = PatchEmbed(model.in_channels, model.hidden, model.patch)
         self.time = TimeEmbed(model.hidden)
         self.label = LabelEmbed(model.num_classes, model.hidden)
@@ -58,12 +71,12 @@ class DiT(nn.Module):
             c = self.time(t) + self.label(condition)  # (B, D)
             reports = []
             for block in self.blocks:
-                tokens, report = block(tokens, c)  # (B, T, D)
+                tokens, report = block(tokens, c, self.recompute)  # (B, T, D)
                 if report is not None:
                     reports.append(report)
-            patches = self.head(tokens, c)  # (B, T, patch * patch * channels)
+            patches = self.head(tokens, c, self.channels)  # (B, T, patch * patch * channels)
         wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        prediction = unpatchify(wide, self.config.patch, self.config.out_channels)
+        prediction = unpatchify(wide, self.config.patch, self.channels)
         return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
 
     def _auxiliary(self, reports: list[LayerReport], like: Tensor) -> Tensor:

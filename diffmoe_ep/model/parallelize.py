@@ -1,5 +1,6 @@
 """The one place where model and mesh meet: slice the experts, swap the dispatcher and the pools, and leave DeepSpeed its marks."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,12 +8,14 @@ from torch import nn
 
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
-from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.parallel.mesh import Mesh
 
 
-def shard_experts(model: DiT, mesh: Mesh) -> DiT:
-    """Keep this rank's experts of every layer, and let rows travel to the others. Initial weights are the same before or after."""
+def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:
+    """Keep this rank's experts of every layer, and let rows travel to the others. Initial weights are the same before or after.
+
+    overlap: parts in which rows travel, so that some are on their way while others are computed; 1: all at once.
+    """
     if mesh.expert.size > 1:
         for layer in model.moe_layers():
             here = layer.num_experts // mesh.expert.size
@@ -20,7 +23,7 @@ def shard_experts(model: DiT, mesh: Mesh) -> DiT:
             for name, parameter in list(layer.experts.named_parameters()):
                 mine = parameter.detach()[layer.experts.first : layer.experts.first + here].clone()
                 setattr(layer.experts, name, nn.Parameter(mine))
-            layer.dispatcher = AllToAllDispatch(mesh.expert)
+            layer.dispatcher = AllToAllDispatch(mesh.expert, overlap)
     return model
 
 
@@ -28,7 +31,7 @@ def widen_pools(model: DiT, mesh: Mesh) -> DiT:
     """Let training pools cover the ranks of the mesh's pool group."""
     if mesh.pool.size > 1:
         for layer in model.moe_layers():
-            layer.pools = Pools(layer.pools.tokens, mesh.pool)
+            layer.pools = replace(layer.pools, group=mesh.pool)
     return model
 
 

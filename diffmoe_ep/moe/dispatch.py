@@ -1,172 +1,191 @@
-"""Rows to the experts and answers back: `dispatch(tokens, assignment) -> rows, handle` and `combine(rows, handle) -> mixed`.
+"""Rows to the experts and answers back: `route` says where, `dispatch` brings the rows, `combine` brings the answers and adds them up.
 
 Legend: S tokens on this rank, D hidden size, N experts (E = N / EP of them on this rank), R chosen (token, expert) pairs.
 
 Each chosen row moves once, in the compute type, to the copy of its expert in this rank's own expert group. The backward of one verb is the
-other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out. Rows are ordered by (expert, token),
-so sums are taken in the same order on every layout and in every run.
+other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out. A token's answers are added in the
+order of the experts, so that sums are taken in the same order on every layout and in every run.
+
+A route is made as soon as the choice is known and only starts to ask the other ranks; the host waits for numbers in the first verb, so
+that work in between (shared experts, the predictor's loss) hides the exchange. Where the choice itself says how many rows there are,
+nobody is asked.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import cached_property
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from diffmoe_ep.moe.pairs import Pairs, add_up, copy_out, pairs_of
 from diffmoe_ep.moe.routing import Assignment
-from diffmoe_ep.parallel.collectives import Group, all_to_all, all_to_all_even
+from diffmoe_ep.moe.rows import permute_rows
+from diffmoe_ep.parallel.collectives import Group, all_to_all
+from diffmoe_ep.parallel.exchange import Counts, start_all_to_all
 
 
 @dataclass(frozen=True)
-class Handle:
-    """What combine must know of a dispatch; frozen, so that a recomputed forward uses the same."""
+class Part:
+    """Local experts [start, end) whose rows travel together: all of them, or one of the chunks that overlap."""
 
-    counts: Sequence[int]  # rows of each local expert, (E,) on the host
+    start: int
+    end: int
+    send: Sequence[int]  # rows that go to each rank of the expert group
+    receive: Sequence[int]  # rows that come from each rank
+    order: Tensor | None  # rows come ordered by (rank, expert): rows[order] is ordered by (expert, rank); None where that is the same
+    back: Tensor | None  # the inverse of order
+
+    def by_expert(self, rows: Tensor) -> Tensor:
+        """Rows as they came (R, D), grouped by expert."""
+        return rows if self.order is None or self.back is None else permute_rows(rows, self.order, self.back)
+
+    def by_rank(self, rows: Tensor) -> Tensor:
+        """Rows grouped by expert (R, D), as they go back."""
+        return rows if self.order is None or self.back is None else permute_rows(rows, self.back, self.order)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where this rank's chosen rows go and what comes here. No gradient, and frozen, so that a recomputed forward uses the same."""
+
+    chosen: Tensor  # (S, N) bool
     processed: Tensor  # (N,) rows that each expert of the layer takes from this rank's tokens
-    token: Tensor  # (R,) token of each of this rank's chosen pairs, ordered by (expert, token)
-    weight: Tensor  # (R,) weight of each pair, with gradient
-    num_tokens: int  # S
-    send: Sequence[int] = ()  # rows that go to each rank of the expert group
-    receive: Sequence[int] = ()  # rows that come from each rank
-    order: Tensor | None = None  # received rows are ordered by (rank, expert): rows[order] is ordered by (expert, rank)
-    back: Tensor | None = None  # the inverse of order
+    numbers: Counts  # rows to and from each expert and rank; the host waits when it first reads them
+    group: Group  # the ranks that rows travel over
+    per_expert: int | None = None  # rows that each local expert gets from all ranks, where that is known without asking
+    chunks: int = 1  # parts in which rows travel
+
+    @cached_property
+    def counts(self) -> Sequence[int]:
+        """Rows of each local expert, (E,)."""
+        if self.per_expert is not None:
+            return [self.per_expert] * (len(self.processed) // self.group.size)
+        return [sum(column) for column in zip(*self.numbers.arriving, strict=True)]
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """This rank's chosen pairs, ordered by (chunk, expert, token), as their rows travel."""
+        total, experts = sum(self.numbers.sent), torch.arange(len(self.processed), device=self.chosen.device)
+        return pairs_of(self.chosen, total, None if len(self.cuts) == 1 else self._by_cut(experts))
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """What travels together, one part for each chunk."""
+        ranks, here = self.group.size, len(self.processed) // self.group.size
+        arriving = self.numbers.tensor[1].view(ranks, here)
+        parts = []
+        for start, end in self.cuts:
+            send = [sum(self.numbers.sent[rank * here + start : rank * here + end]) for rank in range(ranks)]
+            receive = [sum(numbers[start:end]) for numbers in self.numbers.arriving]
+            order, back = _expert_major(arriving[:, start:end], sum(receive)) if end - start > 1 and ranks > 1 else (None, None)
+            parts.append(Part(start, end, send, receive, order, back))
+        return parts
+
+    @property
+    def cuts(self) -> Sequence[tuple[int, int]]:
+        """Local experts [start, end) of each chunk, as even as they come."""
+        here = len(self.processed) // self.group.size
+        chunks = min(self.chunks, here)
+        return [(here * chunk // chunks, here * (chunk + 1) // chunks) for chunk in range(chunks)]
+
+    def _by_cut(self, experts: Tensor) -> Tensor:
+        by_rank = experts.view(self.group.size, -1)
+        return torch.cat([by_rank[:, start:end].flatten() for start, end in self.cuts])
 
 
 class Dispatch(Protocol):
-    """The two verbs that every dispatcher has."""
+    """The verbs that every dispatcher has."""
 
-    def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
+    def route(self, assignment: Assignment) -> Route:
+        """Say where the chosen rows go; starts to ask the other ranks what comes, and does not wait."""
+
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """Bring tokens (S, D) to the experts that chose them: rows (rows here, D) grouped by local expert."""
 
-    def combine(self, rows: Tensor, handle: Handle) -> Tensor:
-        """Bring the experts' answers back and add them up by weight: (S, D); zero for a token that nobody chose."""
+    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
+        """Bring the experts' answers back and add them up by weight (S, N): (S, D); zero for a token that nobody chose."""
 
 
 class LocalDispatch:
     """All experts are here: the reference."""
 
-    def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
-        """See `Dispatch.dispatch`."""
-        processed = assignment.chosen.sum(0)  # (N,)
-        counts = processed.tolist()
-        token, weight = _pairs(assignment, sum(counts))
-        return take_rows(tokens, token), Handle(counts, processed, token, weight, tokens.shape[0])
+    def __init__(self) -> None:
+        self.group = Group()  # of its own, so that its waits are counted apart
 
-    def combine(self, rows: Tensor, handle: Handle) -> Tensor:
+    def route(self, assignment: Assignment) -> Route:
+        """See `Dispatch.route`."""
+        known = assignment.taken if assignment.ranks == 1 else None
+        processed = assignment.chosen.sum(0)  # (N,)
+        return Route(assignment.chosen, processed, Counts(processed, self.group, known), self.group, known)
+
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
+        """See `Dispatch.dispatch`."""
+        return copy_out(tokens, route.pairs)
+
+    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
         """See `Dispatch.combine`."""
-        return _weighted_sum(rows, handle)
+        return add_up(rows, weight, route.pairs)
 
 
 class AllToAllDispatch:
     """Experts are sharded over a group; rows travel by all-to-all with uneven splits, none included."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, chunks: int = 1) -> None:
+        self.group, self.chunks = group, chunks
 
-    def dispatch(self, tokens: Tensor, assignment: Assignment) -> tuple[Tensor, Handle]:
-        """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
-        ranks = self.group.size
+    def route(self, assignment: Assignment) -> Route:
+        """See `Dispatch.route`. Pools inside this rank say all splits, pools inside the expert group how many rows an expert gets."""
+        taken, ranks = assignment.taken, assignment.ranks
+        inside = taken is not None and self.group.size % ranks == 0
         processed = assignment.chosen.sum(0)  # (N,)
-        arriving = all_to_all_even(processed, self.group)  # (N,) as (EP, E): from each rank, for each local expert
-        numbers = torch.cat([processed, arriving]).tolist()  # the layer's one host synchronisation
-        here = len(processed) // ranks
-        send = [sum(numbers[rank * here : (rank + 1) * here]) for rank in range(ranks)]
-        by_rank = [numbers[(ranks + rank) * here : (ranks + rank + 1) * here] for rank in range(ranks)]
-        receive = [sum(part) for part in by_rank]
-        counts = [sum(column) for column in zip(*by_rank, strict=True)]
+        numbers = Counts(processed, self.group, taken if ranks == 1 else None)
+        per_expert = taken * (self.group.size // ranks) if taken is not None and inside else None
+        return Route(assignment.chosen, processed, numbers, self.group, per_expert, self.chunks)
 
-        token, weight = _pairs(assignment, sum(send))
-        rows = all_to_all(take_rows(tokens, token), send, receive, self.group)
-        order = _expert_major(arriving.view(ranks, here), sum(receive))
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        handle = Handle(counts, processed, token, weight, tokens.shape[0], send, receive, order, back)
-        return permute_rows(rows, order, back), handle
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
+        """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
+        leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
+        exchanged = [all_to_all(rows, part.send, part.receive, self.group) for rows, part in zip(leaving, route.parts, strict=True)]
+        return joined([part.by_expert(rows) for rows, part in zip(exchanged, route.parts, strict=True)])
 
-    def combine(self, rows: Tensor, handle: Handle) -> Tensor:
+    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
         """See `Dispatch.combine`."""
-        assert handle.order is not None and handle.back is not None
-        rows = all_to_all(permute_rows(rows, handle.back, handle.order), handle.receive, handle.send, self.group)
-        return _weighted_sum(rows, handle)
+        answers = rows.split([sum(part.receive) for part in route.parts])
+        leaving = [part.by_rank(rows) for rows, part in zip(answers, route.parts, strict=True)]
+        exchanged = [all_to_all(rows, part.receive, part.send, self.group) for rows, part in zip(leaving, route.parts, strict=True)]
+        return add_up(joined(exchanged), weight, route.pairs)
 
 
-def take_rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """Copy rows index (R,) out of tokens (S, D); the backward adds them up in a fixed order."""
-    return cast(Tensor, _TakeRows.apply(tokens, index))
+def overlapped(experts: nn.Module, tokens: Tensor, route: Route, weight: Tensor) -> Tensor:
+    """What combine(experts(dispatch(tokens))) gives, in the route's parts: while one computes, the others' rows and answers travel.
+
+    Autograd goes through the parts in the opposite order, last started first landed, so that the backward overlaps in the same way.
+    """
+    leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
+    flights = [start_all_to_all(rows, part.send, part.receive, route.group) for rows, part in zip(leaving, route.parts, strict=True)]
+    sizes = [part.end - part.start for part in route.parts]
+    weights = {name: parameter.split(sizes) for name, parameter in experts.named_parameters()}  # one backward for all parts
+    returning = []
+    for number, (flight, part) in enumerate(zip(flights, route.parts, strict=True)):
+        rows, mine = part.by_expert(flight.land()), {name: parts[number] for name, parts in weights.items()}
+        answers = functional_call(experts, mine, (rows, route.counts[part.start : part.end]))
+        returning.append(start_all_to_all(part.by_rank(answers), part.receive, part.send, route.group))
+    return add_up(joined([flight.land() for flight in returning]), weight, route.pairs)
 
 
-def add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Add rows (R, D) into a zero (size, D) at index (R,), in a fixed order; the backward copies them out."""
-    return cast(Tensor, _AddRows.apply(rows, index, size))
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts one after the other, without a copy where there is one only."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def permute_rows(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """Reorder rows (R, D) by a permutation (R,); the backward applies its inverse `back`."""
-    return cast(Tensor, _PermuteRows.apply(rows, order, back))
-
-
-def _pairs(assignment: Assignment, total: int) -> tuple[Tensor, Tensor]:
-    """Token and weight of each chosen pair, ordered by (expert, token), without asking the device how many there are."""
-    chosen = assignment.chosen.T.flatten()  # (N * S,) expert-major
-    place = torch.where(chosen, chosen.cumsum(0) - 1, total)  # the rest goes to one slot behind the end
-    flat = chosen.new_empty(total + 1, dtype=torch.int64).scatter_(0, place, torch.arange(len(chosen), device=chosen.device))[:total]
-    tokens = assignment.chosen.shape[0]
-    token = flat % max(tokens, 1)
-    return token, assignment.weight.T.flatten().index_select(0, flat)
-
-
-def _expert_major(counts: Tensor, total: int) -> Tensor:
-    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank)."""
+def _expert_major(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank), and its inverse."""
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()  # where each run lies now
     lengths = counts.T.flatten()
     shift = starts - (lengths.cumsum(0) - lengths)
-    return torch.arange(total, device=counts.device) + shift.repeat_interleave(lengths, output_size=total)
-
-
-def _weighted_sum(rows: Tensor, handle: Handle) -> Tensor:
-    mixed = add_rows(rows.to(handle.weight.dtype) * handle.weight[:, None], handle.token, handle.num_tokens)
-    return mixed.to(rows.dtype)
-
-
-def _accumulate(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Deterministic on every device: CUDA's index_add_ adds in no fixed order, its accumulating index_put_ sorts first."""
-    out = rows.new_zeros((size, *rows.shape[1:]), dtype=torch.promote_types(rows.dtype, torch.float32))
-    rows = rows.to(out.dtype)
-    return out.index_put_((index,), rows, accumulate=True) if rows.is_cuda else out.index_add_(0, index, rows)
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.size = tokens.shape[0]
-        return tokens.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return _accumulate(gradients[0], index, ctx.size).to(gradients[0].dtype), None
-
-
-class _AddRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return _accumulate(rows, index, size)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return gradients[0].index_select(0, index), None, None
-
-
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradients[0].index_select(0, back), None, None
+    place = torch.arange(total, device=counts.device)
+    order = place + shift.repeat_interleave(lengths, output_size=total)
+    return order, torch.empty_like(order).scatter_(0, order, place)

@@ -7,17 +7,18 @@ takes its best experts (TC-DiT); at inference a capacity predictor may say how m
 The layer is written for one device; `model.parallelize` swaps its dispatcher and its pools and slices its experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, has_predictor, num_tokens, tokens_per_expert
 from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
-from diffmoe_ep.moe.dispatch import Dispatch, LocalDispatch
+from diffmoe_ep.moe.dispatch import Dispatch, LocalDispatch, Route, overlapped
 from diffmoe_ep.moe.experts import Experts, FeedForward
 from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import Assignment, Router, balance_loss, choose_by_pool, choose_by_token
+from diffmoe_ep.moe.routing import Assignment, Router, balance_loss, choices, choose_by_pool, choose_by_token
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,29 @@ class LayerReport:
     balance: Tensor | None = None  # the balance loss; training of token choice only
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Who takes whom in one forward, and what follows from it without gradient."""
+
+    route: Route  # where the chosen rows go
+    wanted: Tensor | None = None  # (N,) tokens over the dynamic thresholds; training with a predictor only
+    quantile: Tensor | None = None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
+    counts: Tensor | None = None  # (pools, N) choices of each pool by expert; training of token choice only
+
+
+class Kept:
+    """The choice of a layer's first forward. Activation recomputation hands it to the second, so that nothing is chosen or asked twice."""
+
+    def __init__(self) -> None:
+        self.choice: Choice | None = None
+
+    def once(self, choose: Callable[[], Choice]) -> Choice:
+        """The choice made before, or, the first time, a new one."""
+        if self.choice is None:
+            self.choice = choose()
+        return self.choice
+
+
 class MoELayer(nn.Module):
     """Router, experts, and what the family adds: a capacity predictor, shared experts."""
 
@@ -50,30 +74,45 @@ class MoELayer(nn.Module):
         self.top_k = model.top_k if model.family == "tc" else None
         self.capacity = pool.capacity
         span = 1 if model.family == "ec" else pool.span
-        self.pools = Pools(None if span == "all" else span * num_tokens(model))
+        self.pools = Pools(None if span == "all" else span * num_tokens(model), algorithm=pool.select)
         self.rule = InferenceRule()
         self.dispatcher: Dispatch = LocalDispatch()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, LayerReport]:
-        """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the shared ones."""
+    def forward(self, x: Tensor, kept: Kept | None = None) -> tuple[Tensor, LayerReport]:
+        """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the shared ones.
+
+        kept: an empty one keeps this forward's choice; one that holds a choice repeats it.
+        """
         tokens = x.flatten(0, 1)  # (S, D)
         scores = self.router(tokens)  # (S, N)
         logits = self.predictor(tokens) if self.predictor is not None else None  # (S, N)
-        assignment, kth = self._choose(scores, logits)
-        rows, handle = self.dispatcher.dispatch(tokens, assignment)  # (R, D), grouped by local expert
-        mixed = self.dispatcher.combine(self.experts(rows, handle.counts), handle)  # (S, D)
-        if self.shared is not None:
-            mixed = mixed + self.shared(tokens)
-        return mixed.view_as(x), self._report(scores, logits, assignment, handle.processed, kth)
+        choice = (kept or Kept()).once(lambda: self._choose(scores, logits))  # who takes whom; asks the other ranks what comes
+        report = self._report(scores, logits, choice)  # meanwhile
+        shared = self.shared(tokens) if self.shared is not None else None
+        if choice.route.chunks > 1:  # the same verbs in parts, of which some travel while others compute
+            mixed = overlapped(self.experts, tokens, choice.route, scores)
+        else:
+            rows = self.dispatcher.dispatch(tokens, choice.route)  # (R, D), grouped by local expert
+            mixed = self.dispatcher.combine(self.experts(rows, choice.route.counts), choice.route, scores)  # (S, D)
+        return (mixed if shared is None else mixed + shared).view_as(x), report
 
-    def _choose(self, scores: Tensor, logits: Tensor | None) -> tuple[Assignment, Tensor | None]:
-        """Who takes whom; in training with a predictor also the k-th largest logits (pools, N)."""
+    def _choose(self, scores: Tensor, logits: Tensor | None) -> Choice:
+        """Choose and, in training, measure what the thresholds and the balance loss need; nothing here has a gradient."""
+        route = self.dispatcher.route
         if self.top_k is not None:
-            return choose_by_token(scores, self.top_k), None
-        if self.training:
-            assignment, selection = choose_by_pool(scores, self._k(scores, self.pools, self.capacity), self.pools, also=logits)
-            return assignment, selection.kth
-        return self._choose_by_rule(scores, logits), None
+            assignment = choose_by_token(scores, self.top_k)
+            return Choice(route(assignment), counts=choices(assignment.chosen, self.pools) if self.training else None)
+        if not self.training:
+            return Choice(route(self._choose_by_rule(scores, logits)))
+        k = self._k(scores, self.pools, self.capacity)
+        assignment, selection = choose_by_pool(scores, k, self.pools, also=logits)
+        ranks = self.pools.group.size
+        chosen = route(replace(assignment, taken=k * (len(scores) * ranks // self.pools.size(len(scores))), ranks=ranks))
+        if self.predictor is None or logits is None or selection.kth is None:
+            return Choice(chosen)
+        with torch.no_grad():
+            wanted = self.predictor.wanted(logits, InferenceRule()).sum(0)
+            return Choice(chosen, wanted, quantile=torch.sigmoid(selection.kth).mean(0))
 
     def _choose_by_rule(self, scores: Tensor, logits: Tensor | None) -> Assignment:
         """At inference: tokens over the threshold (Eq. 14), as many of the call by score (Algorithm 4), or the training rule."""
@@ -96,15 +135,11 @@ class MoELayer(nn.Module):
     def _k(self, scores: Tensor, pools: Pools, capacity: float, key: str = "pool.capacity") -> int:
         return tokens_per_expert(pools.size(len(scores)), capacity, self.num_experts, key, self.granularity)
 
-    def _report(self, scores: Tensor, logits: Tensor | None, chosen: Assignment, rows: Tensor, kth: Tensor | None) -> LayerReport:
-        processed = rows if self.granularity == 1 else rows / self.granularity
-        if not self.training:
-            return LayerReport(processed, len(scores), processed)
-        if self.top_k is not None:
-            return LayerReport(processed, len(scores), processed, balance=balance_loss(scores, chosen.chosen, self.pools))
-        if self.predictor is None or logits is None or kth is None:
-            return LayerReport(processed, len(scores), processed)
-        with torch.no_grad():
-            wanted = self.predictor.wanted(logits, InferenceRule()).sum(0) / self.granularity
-            quantile = torch.sigmoid(kth).mean(0)
-        return LayerReport(processed, len(scores), wanted, quantile, self.predictor.loss(logits, chosen.chosen))
+    def _report(self, scores: Tensor, logits: Tensor | None, choice: Choice) -> LayerReport:
+        processed, wanted = choice.route.processed, choice.wanted
+        if self.granularity > 1:
+            processed, wanted = processed / self.granularity, None if wanted is None else wanted / self.granularity
+        balance = None if choice.counts is None else balance_loss(scores, choice.counts)
+        if self.predictor is None or logits is None or wanted is None:
+            return LayerReport(processed, len(scores), processed, balance=balance)
+        return LayerReport(processed, len(scores), wanted, choice.quantile, self.predictor.loss(logits, choice.route.chosen))

@@ -1,26 +1,31 @@
 """Exact top-k per expert over pools of tokens that may be sharded over ranks: the choice of W ranks is the choice of one.
 
-Legend: S tokens on this rank, N experts, P tokens in a pool, k tokens that an expert takes from a pool.
+Legend: S tokens on this rank, N experts, M further columns, P tokens in a pool, k tokens that an expert takes from a pool.
 
 The order is total: score descending, then global token number ascending (sample position, then token), so the chosen set does not depend
-on how tokens are laid over ranks, ties included. Samples of a micro-step are laid over ranks in the order of their positions, so a pool is
-a run of consecutive samples: several pools inside one rank, or one pool over neighbouring ranks.
+on how tokens are laid over ranks, ties included. Zeros are equal whatever their sign, and a score that is no number (NaN) counts as -inf:
+it is chosen last, and every expert still takes exactly k. Samples of a micro-step are laid over ranks in the order of their positions, so
+a pool is a run of consecutive samples: several pools inside one rank, or one pool over neighbouring ranks.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffmoe_ep.parallel.collectives import ALONE, Group, all_gather
+from diffmoe_ep.moe.pool_cost import Algorithm, cheapest, link_between
+from diffmoe_ep.moe.pool_search import SEARCHES, Bound, kth_largest
+from diffmoe_ep.parallel.collectives import ALONE, Group
 
 
 @dataclass(frozen=True)
 class Pools:
-    """How a rank's tokens are cut into pools."""
+    """How a rank's tokens are cut into pools, and how the ranks of one pool find its top-k."""
 
     tokens: int | None = None  # tokens P of a pool; None: all tokens of the call, over the group's ranks, are one pool
     group: Group = ALONE  # the ranks that one pool covers; this rank alone when pools lie inside it
+    algorithm: Literal["auto", "gather", "owner", "radix"] = "auto"  # all give the same bits; auto: by bytes and rounds
 
     def size(self, local: int) -> int:
         """Tokens of one pool when this rank has `local` tokens."""
@@ -31,39 +36,50 @@ class Pools:
 class Selection:
     """What the experts chose of this rank's tokens."""
 
-    chosen: Tensor  # (S, N) bool
+    chosen: Tensor  # (S, N) bool; its transpose is contiguous
     kth: Tensor | None  # (pools that this rank is part of, M): k-th largest value of each column of `also`
 
 
+@torch.no_grad()
 def select(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = None) -> Selection:
-    """Let every expert take its k best tokens of each pool, by all-gathering the scores (`gather`).
+    """Let every expert take its k best tokens of each pool, those that other ranks hold included in the comparison.
 
     scores (S, N): larger is better; compared as they are, so give them in float32 or float64.
-    k: one number for all experts, or (N,) one for each (0 allowed; needs no host synchronisation).
-    also (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in the same gather.
+    k: one number for all experts, or (N,) one for each; 0 allowed, at most P.
+    also (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in the same search.
     """
     local, num_experts = scores.shape
-    columns = scores.detach() if also is None else torch.cat([scores.detach(), also.detach().to(scores.dtype)], dim=1)
-    pooled = all_gather(columns, pools.group)  # (S * ranks, N + M)
-    pooled = pooled.view(-1, pools.size(local), columns.shape[1])  # (pools, P, N + M)
-    kth = _kth_largest(pooled, k)  # (pools, N + M)
+    columns = scores.T if also is None else torch.cat([scores.T, also.T.to(scores.dtype)])
+    columns = columns.nan_to_num(float("-inf"), float("inf"), float("-inf")).contiguous()  # (N + M, S)
+    if not isinstance(k, int):
+        k = k.repeat(len(columns) // len(k))  # the columns of `also` are ranked like the experts'
+    if pools.group.size == 1:
+        columns = columns.view(len(columns), -1, pools.size(local))  # (N + M, pools, P)
+        bound = _search_here(columns, k, num_experts)
+    else:
+        assert pools.size(local) == local * pools.group.size, "a pool over ranks holds all their tokens"
+        bound = SEARCHES[_algorithm(columns, num_experts, pools)](columns, k, num_experts, pools.group)
+    kth = bound.kth + 0.0  # one zero
+    chosen = _take(columns[:num_experts], kth[:num_experts, ..., None], bound.quota[..., None]).view(num_experts, local)
+    return Selection(chosen.T, None if also is None else kth[num_experts:].view(len(columns) - num_experts, -1).T)
 
-    mine, bound = pooled[:, :, :num_experts], kth[:, None, :num_experts]
-    above, tied = mine > bound, mine == bound
-    quota = k - above.sum(1, keepdim=True)  # (pools, 1, N) ties that are still taken
-    chosen = above | (tied & (tied.cumsum(1) <= quota))  # earlier tokens win ties
-    chosen = chosen.view(-1, num_experts)
-    first = pools.group.rank * local
-    return Selection(chosen[first : first + local], None if also is None else kth[:, num_experts:])
+
+def _search_here(columns: Tensor, k: int | Tensor, experts: int) -> Bound:
+    """The bound of pools that lie inside this rank, columns (N + M, pools, P)."""
+    kth = kth_largest(columns, k)  # (N + M, pools)
+    wanted = k if isinstance(k, int) else k[:experts, None]
+    return Bound(kth, wanted - (columns[:experts] > kth[:experts, :, None]).sum(2))
 
 
-def _kth_largest(pooled: Tensor, k: int | Tensor) -> Tensor:
-    """The k-th largest value of each column of pooled (pools, P, M) as (pools, M); +inf where k is 0."""
-    if isinstance(k, int):
-        if k == 0:
-            return pooled.new_full((pooled.shape[0], pooled.shape[2]), float("inf"))
-        return pooled.topk(k, dim=1).values[:, -1]
-    k = k.repeat(pooled.shape[2] // k.shape[0])  # the columns of `also` are ranked like the experts'
-    ordered = pooled.sort(dim=1, descending=True).values
-    index = (k - 1).clamp(min=0).expand(pooled.shape[0], 1, -1)
-    return ordered.gather(1, index).squeeze(1).masked_fill(k == 0, float("inf"))
+def _take(scores: Tensor, kth: Tensor, quota: Tensor) -> Tensor:
+    """Those above the k-th value, and of those equal to it the first `quota` along the last dimension."""
+    tied = scores == kth
+    return (scores > kth) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= quota))
+
+
+def _algorithm(columns: Tensor, experts: int, pools: Pools) -> Algorithm:
+    if pools.algorithm != "auto":
+        return pools.algorithm
+    link = link_between(columns.device.type, pools.group.nodes)
+    width = columns.element_size()
+    return cheapest(columns.shape[1], len(columns), pools.group.size, link, experts=experts, width=width)

@@ -20,6 +20,8 @@ class Assignment:
 
     chosen: Tensor  # (S, N) bool
     weight: Tensor  # (S, N) at least float32; carries the gradient to the router; only chosen entries are used
+    taken: int | None = None  # rows that every expert takes of the tokens of `ranks` neighbouring ranks, if all ranks know it alike
+    ranks: int = 1
 
 
 class Router(nn.Module):
@@ -49,16 +51,21 @@ def choose_by_token(scores: Tensor, top_k: int) -> Assignment:
     return Assignment(chosen, scores)
 
 
-def balance_loss(scores: Tensor, chosen: Tensor, pools: Pools) -> Tensor:
-    """The balance loss sum_e N f_e P_e of token choice, mean over this rank's pools.
+def choices(chosen: Tensor, pools: Pools) -> Tensor:
+    """How many choices of each pool fall on each expert, summed over the ranks of the pool: (pools, N) float32. No gradient."""
+    tokens, num_experts = chosen.shape
+    here = min(pools.size(tokens), tokens)  # tokens of a pool on this rank
+    return all_sum(chosen.view(-1, here, num_experts).sum(1).float(), pools.group)
+
+
+def balance_loss(scores: Tensor, counts: Tensor) -> Tensor:
+    """The balance loss sum_e N f_e P_e of token choice, mean over this rank's pools, from scores (S, N) and `choices` (pools, N).
 
     f_e is the share of the pool's choices that fall on expert e, P_e its mean score. Over ranks f is summed and P stays this rank's own
     mean: the mean of the ranks' losses, which data parallelism takes, is the pool's, and so are its gradients.
     """
-    tokens, num_experts = scores.shape
-    here = min(pools.size(tokens), tokens)  # tokens of a pool on this rank
-    counts = chosen.view(-1, here, num_experts).sum(1).to(scores.dtype)  # (pools, N)
-    counts = all_sum(counts, pools.group)
+    num_pools, num_experts = counts.shape
+    counts = counts.to(scores.dtype)
     share = counts / counts.sum(1, keepdim=True)
-    mean = scores.view(-1, here, num_experts).mean(1)
+    mean = scores.view(num_pools, -1, num_experts).mean(1)
     return num_experts * (share * mean).sum(1).mean()

@@ -1,12 +1,34 @@
-"""The few collectives that the project needs, each the identity on one rank; those that carry gradients say what their backward is."""
+"""The few collectives that the project needs, each the identity on one rank; those that carry gradients say what their backward is.
+
+Each counts, in its group's `traffic`, one round and the payload that this rank receives from the others (of a sum: the tensor's size,
+whatever the back end makes of it on the way).
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What has gone over a group since the last reset, as seen from this rank."""
+
+    received: int = 0  # bytes of payload from other ranks
+    rounds: int = 0  # collectives
+    syncs: int = 0  # times that the host waited for the device to learn what came or goes
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self.received = self.rounds = self.syncs = 0
+
+    def count(self, received: int) -> None:
+        """Add one collective that brings `received` bytes."""
+        self.received += received
+        self.rounds += 1
 
 
 @dataclass(frozen=True)
@@ -16,6 +38,8 @@ class Group:
     size: int = 1  # ranks in the group
     rank: int = 0  # this rank's number in the group
     handle: dist.ProcessGroup | None = None  # None only when the group is this rank alone
+    nodes: int = 1  # machines that the ranks stand on
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)  # what went over it
 
 
 ALONE = Group()
@@ -29,6 +53,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     gather(out, x, group=group.handle)
+    group.traffic.count((group.size - 1) * x.nbytes)
     return out
 
 
@@ -38,6 +63,7 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
         return x.detach()
     x = x.detach().clone()
     dist.all_reduce(x, group=group.handle)
+    group.traffic.count(x.nbytes)
     return x
 
 
@@ -57,6 +83,7 @@ def all_to_all_even(x: Tensor, group: Group) -> Tensor:
         return x.detach()
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x.contiguous(), group=group.handle)
+    group.traffic.count(x.nbytes // group.size * (group.size - 1))
     return out
 
 
@@ -92,4 +119,5 @@ class _AllToAll(torch.autograd.Function):
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
     out = x.new_empty((sum(receive), *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group.handle)
+    group.traffic.count(out.nbytes - receive[group.rank] * out[:1].nbytes)
     return out

@@ -116,12 +116,17 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
                 distributed_timeout_minutes=math.ceil(timeout_minutes),
                 create_gloo_process_groups=False,
             )
-    everyone = Group(world, rank, dist.group.WORLD)
-    experts = _group(parallel_state.get_expert_model_parallel_group())
-    pool = next((group for group in (ALONE, everyone, experts) if group.size == pool_ranks), None)
-    if pool is None:
-        pool = _neighbours(pool_ranks, everyone, timeout)
-    return Mesh(everyone, experts, _group(parallel_state.get_expert_data_parallel_group()), pool, where, socket.gethostname())
+    all_ranks = dist.group.WORLD
+    assert all_ranks is not None
+    hosts = gather_objects(socket.gethostname(), Group(world, rank, all_ranks))
+    everyone = _group(all_ranks, hosts)
+    experts = _group(parallel_state.get_expert_model_parallel_group(), hosts)
+    replicas = _group(parallel_state.get_expert_data_parallel_group(), hosts)
+    pool = ALONE
+    if pool_ranks > 1:  # a group object of its own, so that its traffic is counted apart
+        known = next((group.handle for group in (everyone, experts) if group.size == pool_ranks), None)
+        pool = _group(known or _neighbours(pool_ranks, everyone, timeout), hosts)
+    return Mesh(everyone, experts, replicas, pool, where, hosts[rank])
 
 
 def stop() -> None:
@@ -139,11 +144,12 @@ def pool_ranks(span: int, local: int) -> int:
     return max(1, span // local)
 
 
-def _group(handle: dist.ProcessGroup) -> Group:
-    return Group(dist.get_world_size(handle), dist.get_rank(handle), handle)
+def _group(handle: dist.ProcessGroup, hosts: list[str]) -> Group:
+    nodes = len({hosts[rank] for rank in dist.get_process_group_ranks(handle)})
+    return Group(dist.get_world_size(handle), dist.get_rank(handle), handle, nodes)
 
 
-def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> Group:
+def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> dist.ProcessGroup:
     """Cut all ranks into runs of `size` neighbours; every rank makes every group, as torch demands."""
     mine = None
     for first in range(0, world.size, size):
@@ -151,7 +157,7 @@ def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> Group:
         if first <= world.rank < first + size:
             mine = handle
     assert mine is not None
-    return _group(mine)
+    return mine
 
 
 def _integer(name: str, default: int, strict: bool = True) -> int:

@@ -5,7 +5,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -160,6 +161,37 @@ class Clock:
         result = {"samples_per_second": (step - self.step) * batch / spent, "data_wait": self.waited / spent, "seconds": now - self.started}
         self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
         return result
+
+
+class Meter:
+    """What training steps move over the groups of selection and dispatch, as seen from this rank."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        groups = {"selection": mesh.pool, "dispatch": mesh.expert}
+        self.traffic = {name: group.traffic for name, group in groups.items() if group.size > 1}
+        self.totals = dict.fromkeys(self.traffic, (0, 0, 0))
+        self.steps = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Count what happens inside as one step; what happens outside (sampling) is not counted."""
+        for traffic in self.traffic.values():
+            traffic.reset()
+        yield
+        for name, traffic in self.traffic.items():
+            received, rounds, syncs = self.totals[name]
+            self.totals[name] = (received + traffic.received, rounds + traffic.rounds, syncs + traffic.syncs)
+        self.steps += 1
+
+    def lap(self) -> dict[str, float]:
+        """Bytes received, collectives and host synchronisations per step since the last lap, and start anew; empty on one rank."""
+        found = {
+            f"{name}_{what}": count / max(1, self.steps)
+            for name, counts in self.totals.items()
+            for what, count in zip(("bytes", "rounds", "syncs"), counts, strict=True)
+        }
+        self.totals, self.steps = dict.fromkeys(self.traffic, (0, 0, 0)), 0
+        return found
 
 
 def greeting(config: Config, mesh: Mesh, step: int) -> str:

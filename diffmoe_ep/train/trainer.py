@@ -34,7 +34,7 @@ from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine
-from diffmoe_ep.train.log import Clock, Metrics, Progress, RunFolder, greeting
+from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting
 from diffmoe_ep.train.schedule import rate
 
 
@@ -116,6 +116,7 @@ class Trainer:
         self.engine = Engine(self.model, config, mesh)
         self.ema = Ema(self.model, config.train.ema)
         self.objective = objective_of(config.train.objective)
+        self.meter = Meter(mesh)
         self.step = 0
         if checkpoint is not None:
             self.load(checkpoint)
@@ -127,9 +128,12 @@ class Trainer:
 
     def build_model(self) -> DiT:
         """This rank's part of the model, with its initial weights."""
-        compute_type = torch.bfloat16 if self.config.train.precision == "bf16" else None
-        model = shard_experts(DiT(self.config.model, self.config.pool, compute_type), self.mesh)
-        return initialize(widen_pools(model, self.mesh), self.config.seed)
+        config = self.config
+        compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
+        channels = config.model.in_channels if config.train.objective == "flow" else None  # flow has no use for the variance half
+        model = DiT(config.model, config.pool, compute_type, config.train.recompute, channels)
+        model = shard_experts(model, self.mesh, config.parallel.overlap)
+        return initialize(widen_pools(model, self.mesh), config.seed)
 
     # -- the loop -----------------------------------------------------------------------------------------------------------------
 
@@ -141,11 +145,12 @@ class Trainer:
         progress = Progress(greeting(config, self.mesh, self.step), self.step, config.train.steps) if self.mesh.is_first else None
         clock = Clock(self.step)
         while self.step < config.train.steps:
-            told = self.train_step(clock)
+            with self.meter.step():
+                told = self.train_step(clock)
             if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
                 values = self.measure(told)
             if self.due(config.log.every):
-                values |= clock.lap(self.step, config.train.batch)
+                values |= clock.lap(self.step, config.train.batch) | self.meter.lap()
                 self.engine.tell(values)
                 if metrics is not None and progress is not None:
                     metrics.write(values)

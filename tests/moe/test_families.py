@@ -14,7 +14,7 @@ from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import balance_loss, choose_by_token
+from diffmoe_ep.moe.routing import balance_loss, choices, choose_by_token
 from diffmoe_ep.parallel import mesh as meshes
 from ranks import run
 
@@ -132,11 +132,12 @@ def test_balance_loss(pool: int | None) -> None:
         for e in range(4):
             f = chosen[first : first + size, e].sum() / (size * 2)
             expected = expected + 4 * f * scores[first : first + size, e].mean() / (32 // size)
-    found = balance_loss(scores, chosen, Pools(pool))
+    found = balance_loss(scores, choices(chosen, Pools(pool)))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, scores)[0], torch.autograd.grad(expected, scores)[0])
     uniform = torch.full((8, 4), 0.25)
-    assert balance_loss(uniform, torch.eye(4, dtype=torch.bool).repeat(2, 1), Pools()).item() == pytest.approx(1.0)  # perfect balance
+    perfect = choices(torch.eye(4, dtype=torch.bool).repeat(2, 1), Pools())
+    assert balance_loss(uniform, perfect).item() == pytest.approx(1.0)
 
 
 def on_ranks(rank: int, family: str, ep: int, span: Any) -> dict[str, Any]:

@@ -170,11 +170,11 @@ def test_identity_experts_give_the_gate_sum(density: float, dispatcher: Any) -> 
     tokens = torch.randn(10, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     chosen = torch.rand(10, 4, generator=generator) < density
-    rows, handle = dispatcher.dispatch(tokens, Assignment(chosen, weight))
-    mixed = dispatcher.combine(rows, handle)
+    route = dispatcher.route(Assignment(chosen, weight))
+    mixed = dispatcher.combine(dispatcher.dispatch(tokens, route), route, weight)
     expected = tokens * (weight * chosen).sum(1, keepdim=True)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-13)
-    assert list(handle.counts) == chosen.sum(0).tolist()
+    assert list(route.counts) == chosen.sum(0).tolist()
     for one, other in zip(
         torch.autograd.grad(mixed.square().sum(), [tokens, weight]),
         torch.autograd.grad(expected.square().sum(), [tokens, weight]),
@@ -255,8 +255,10 @@ def lopsided(rank: int, wanted_by: list[int]) -> Tensor:
     chosen = torch.zeros(len(tokens), 8, dtype=torch.bool)
     chosen[:, wanted_by] = True
     dispatcher = AllToAllDispatch(mesh.expert)
-    rows, handle = dispatcher.dispatch(tokens, Assignment(chosen, torch.full((len(tokens), 8), 0.5, dtype=torch.float64)))
-    return dispatcher.combine(rows * (1 + mesh.expert.rank), handle) - 0.5 * tokens * sum(1 + expert // 2 for expert in wanted_by)
+    weight = torch.full((len(tokens), 8), 0.5, dtype=torch.float64)
+    route = dispatcher.route(Assignment(chosen, weight))
+    rows = dispatcher.dispatch(tokens, route)
+    return dispatcher.combine(rows * (1 + mesh.expert.rank), route, weight) - 0.5 * tokens * sum(1 + expert // 2 for expert in wanted_by)
 
 
 @pytest.mark.parametrize("wanted_by", [[], [0], [7], [0, 1, 7], [2, 3, 4, 5]])

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train import log
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.log import Clock, Metrics, Progress, RunFolder
+from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder
 from ranks import run
 from train.runs import config
 
@@ -109,3 +111,21 @@ def test_tensorboard_events_are_written(digits: Path, tmp_path: Path) -> None:
     given = config(digits / "train", tmp_path / "run", "train.steps=2", "log.tensorboard=true")
     files: list[Any] = run(1, finishes, given)
     assert any("tensorboard" in name and "events" in name for name in files[0])
+
+
+def test_the_meter_counts_training_steps_alone() -> None:
+    mesh = Mesh(expert=Group(2), pool=Group(4))
+    meter = Meter(mesh)
+    for bytes_of_step in (100, 300):
+        with meter.step():
+            mesh.expert.traffic.count(bytes_of_step)
+            mesh.expert.traffic.syncs += 1
+            mesh.pool.traffic.count(8)
+            mesh.pool.traffic.count(8)
+        mesh.expert.traffic.count(10**9)  # a sample grid
+    assert meter.lap() == {
+        "selection_bytes": 16.0, "selection_rounds": 2.0, "selection_syncs": 0.0,
+        "dispatch_bytes": 200.0, "dispatch_rounds": 1.0, "dispatch_syncs": 1.0,
+    }  # fmt: skip
+    assert set(meter.lap().values()) == {0.0}
+    assert Meter(Mesh()).lap() == {}
