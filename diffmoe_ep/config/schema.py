@@ -148,6 +148,7 @@ class TrainConfig:
         "none",
         "activations not kept for the backward but computed again there (choices are kept): none, those of the FFN part, all of a block",
     )
+    compile: bool = knob(False, "compile adaLN, attention and dense FFNs (torch.compile; needs a compiler; on CPU it does not pay)")
     clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)

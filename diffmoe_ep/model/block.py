@@ -6,6 +6,7 @@ Legend: B samples, T tokens, D hidden size.
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +38,12 @@ class Block(nn.Module):
         self.attention = Attention(model.hidden, model.heads)
         self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden, 4 * model.hidden)
         self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
+
+    def compile_parts(self) -> None:
+        """Let torch.compile fuse what needs no other rank: adaLN with attention, and a dense feed-forward network."""
+        self._attend = torch.compile(self._attend)  # type: ignore[method-assign]
+        if isinstance(self.ffn, FeedForward):
+            self.ffn.forward = torch.compile(self.ffn.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none") -> Step:
         """Tokens x (B, T, D) and condition c (B, D) -> tokens, and what the MoE layer did.
