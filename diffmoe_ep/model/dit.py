@@ -90,6 +90,12 @@ class DiT(nn.Module):
                 total = total + report.balance * self.config.balance_weight
         return total
 
+    def compile_parts(self) -> None:
+        """Let torch.compile fuse what of each block needs no other rank; compiled at the first call."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_parts()
+
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]

@@ -133,8 +133,7 @@ class Trainer:
         channels = config.model.in_channels if config.train.objective == "flow" else None  # flow has no use for the variance half
         model = DiT(config.model, config.pool, compute_type, config.train.recompute, channels)
         if config.train.compile:
-            for block in model.blocks:
-                block.compile_parts()
+            model.compile_parts()
         model = shard_experts(model, self.mesh, config.parallel.overlap)
         return initialize(widen_pools(model, self.mesh), config.seed)
 
