@@ -28,8 +28,8 @@ DATA_PREP_MAY_IMPORT = {"config", "data", "encoders"}
 FENCES = {
     "torch.distributed": ("diffmoe_ep/parallel/", "diffmoe_ep/checkpoint/"),
     "megatron": ("diffmoe_ep/parallel/", "diffmoe_ep/moe/"),
-    "deepspeed": ("diffmoe_ep/train/engine.py", "diffmoe_ep/model/parallelize.py", "diffmoe_ep/study/bench.py"),
-    "webdataset": ("diffmoe_ep/data/", "data_prep/", "diffmoe_ep/study/bench.py"),
+    "deepspeed": ("diffmoe_ep/train/engine.py", "diffmoe_ep/model/parallelize.py", "diffmoe_ep/study/bench_layer.py"),
+    "webdataset": ("diffmoe_ep/data/", "data_prep/", "diffmoe_ep/study/bench_stream.py"),
     "diffusers": ("diffmoe_ep/encoders/", "diffmoe_ep/evaluate/"),
     "transformers": ("diffmoe_ep/encoders/",),
     "yaml": ("diffmoe_ep/config/",),

@@ -3,9 +3,14 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import SIZES, ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffmoe_ep.parallel.mesh import Mesh
 
 
 def add(verbs: Any) -> None:
@@ -25,7 +30,21 @@ def add(verbs: Any) -> None:
     select.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default 20)")
     select.add_argument("--per-node", type=int, default=8, help="ranks of a machine, for the cost model (default 8)")
     select.set_defaults(run=_bench_select)
-    for verb in (side, select):
+    layer = benches.add_parser("layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone")
+    layer.add_argument("--sizes", type=_cases, default=None, metavar="D:tokens:N,...", help="for example 384:8192:16 (default: S, B and L)")
+    step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
+    step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
+    step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
+    step.add_argument("--batch", type=int, default=4, help="samples of a step, 256 tokens each (default 4)")
+    many = benches.add_parser("experts", help="the cost of a token in our layer for 2 to 64 experts")
+    many.add_argument("--hidden", type=int, default=384, help="width D (default 384)")
+    many.add_argument("--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)")
+    many.add_argument("--tokens", type=int, default=8192, help="tokens with --rows 0 (default 8192)")
+    for verb, function in ((layer, _bench_layer), (step, _bench_step), (many, _bench_experts)):
+        verb.add_argument("--turns", type=int, default=20, help="interleaved turns (default 20)")
+        verb.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)")
+        verb.set_defaults(run=function)
+    for verb in (side, select, layer, step, many):
         verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
 
     verify = verbs.add_parser("verify", help="check on these ranks and this back end that many ranks compute what one computes")
@@ -53,6 +72,67 @@ def _bench_select(options: argparse.Namespace) -> None:
     if measured is not None:
         _told(options.json, measured=measured, predicted=predict(work, per_node=options.per_node))
     meshes.stop()
+
+
+def _bench_layer(options: argparse.Namespace) -> None:
+    from diffmoe_ep.study.bench_layer import CASES, Case, bench_layer
+
+    mesh = _bench_mesh(options)
+    cases = CASES if options.sizes is None else [Case(*size) for size in options.sizes]
+    _measured(mesh, options, bench_layer(mesh, cases, options.turns, _compute(options)))
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    from diffmoe_ep.study.bench_step import bench_step
+
+    mesh = _bench_mesh(options, alone=True)
+    hidden, blocks, heads = SIZES[options.size]
+    model = ModelConfig(size=options.size, hidden=hidden, blocks=blocks, heads=heads, num_experts=options.experts)
+    _measured(mesh, options, bench_step(model, mesh, options.batch, options.turns, _compute(options)))
+
+
+def _bench_experts(options: argparse.Namespace) -> None:
+    from diffmoe_ep.study.bench_step import bench_experts
+
+    mesh = _bench_mesh(options, alone=True)
+    found = bench_experts(
+        mesh, options.hidden, rows_each=options.rows or None, tokens=options.tokens, turns=options.turns, compute=_compute(options)
+    )
+    _measured(mesh, options, found)
+
+
+def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
+    """Join the launched ranks, which share the experts and one pool."""
+    from diffmoe_ep.parallel import mesh as meshes
+
+    world = meshes.launched_world()
+    if alone and world > 1:
+        raise ConfigError(f"this bench measures one process, and {world} were started; start it without a launcher")
+    if options.turns < 2:
+        raise ConfigError(f"--turns is {options.turns}; it must be at least 2, and 20 to be believed")
+    return meshes.start(world, world, 10)
+
+
+def _measured(mesh: "Mesh", options: argparse.Namespace, found: Any) -> None:
+    from diffmoe_ep.parallel import mesh as meshes
+
+    if mesh.is_first:
+        _told(options.json, measured=found)
+    meshes.stop()
+
+
+def _compute(options: argparse.Namespace) -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if options.compute == "bfloat16" else torch.float32
+
+
+def _cases(text: str) -> list[tuple[int, ...]]:
+    """D:tokens:N,... as numbers."""
+    parts = [part.split(":") for part in text.split(",")]
+    if not all(len(part) == 3 and all(number.isdigit() and int(number) for number in part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 384:8192:16,1024:4096:16")
+    return [tuple(map(int, part)) for part in parts]
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
+from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.parallel.mesh import Mesh
 
 
@@ -16,15 +17,21 @@ def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:
 
     overlap: parts in which rows travel, so that some are on their way while others are computed; 1: all at once.
     """
-    if mesh.expert.size > 1:
-        for layer in model.moe_layers():
-            here = layer.num_experts // mesh.expert.size
-            layer.experts.first = mesh.expert.rank * here
-            for name, parameter in list(layer.experts.named_parameters()):
-                mine = parameter.detach()[layer.experts.first : layer.experts.first + here].clone()
-                setattr(layer.experts, name, nn.Parameter(mine))
-            layer.dispatcher = AllToAllDispatch(mesh.expert, overlap)
+    for layer in model.moe_layers():
+        shard_layer(layer, mesh, overlap)
     return model
+
+
+def shard_layer(layer: MoELayer, mesh: Mesh, overlap: int = 1) -> MoELayer:
+    """Keep this rank's experts of one layer; see `shard_experts`."""
+    if mesh.expert.size > 1:
+        here = layer.num_experts // mesh.expert.size
+        layer.experts.first = mesh.expert.rank * here
+        for name, parameter in list(layer.experts.named_parameters()):
+            mine = parameter.detach()[layer.experts.first : layer.experts.first + here].clone()
+            setattr(layer.experts, name, nn.Parameter(mine))
+        layer.dispatcher = AllToAllDispatch(mesh.expert, overlap)
+    return layer
 
 
 def widen_pools(model: DiT, mesh: Mesh) -> DiT:

@@ -1,0 +1,82 @@
+"""Timings that can be compared: contenders take turns in one process, so that what else the machine does meets all of them alike."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one contender took, turn by turn."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def minimum(self) -> float:
+        """The quickest turn, in seconds."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The middle turn, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a share of the median: what to doubt a ratio by."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+    def over(self, other: "Timing") -> tuple[float, float]:
+        """(ratio of the medians, ratio of the minima) to another contender of the same turns."""
+        return self.median / other.median, self.minimum / other.minimum
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], turns: int, device: torch.device, meet: Callable[[], object]
+) -> dict[str, Timing]:
+    """Let each action run once to warm up and then `turns` times in turn, every second turn in the opposite order.
+
+    meet: called before each action, outside the clock, for ranks to wait for each other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(-1, turns):
+        for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
+            meet()
+            settle(device)
+            begin = time.perf_counter()
+            actions[name]()
+            settle(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load() -> float:
+    """The machine's average load of the last minute."""
+    return os.getloadavg()[0]
+
+
+def device_name(device: torch.device) -> str:
+    """What is measured on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows, the first of them headings, as lines with columns flush right (the first flush left)."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
