@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe_ep.config import SIZES, ConfigError, ModelConfig
+from diffmoe_ep.config import SIZES, ConfigError, ModelConfig, from_tree
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,12 @@ def add(verbs: Any) -> None:
     step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
     step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
     step.add_argument("--batch", type=int, default=4, help="samples of a step, 256 tokens each (default 4)")
+    step.add_argument(
+        "--cluster",
+        default=None,
+        metavar="FILE",
+        help="also the planner's prediction beside a measured step, for example configs/cluster/cpu2.yaml",
+    )
     many = benches.add_parser("experts", help="the cost of a token in our layer for 2 to 64 experts")
     many.add_argument("--hidden", type=int, default=384, help="width D (default 384)")
     many.add_argument("--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)")
@@ -79,7 +85,7 @@ def _bench_layer(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options)
     cases = CASES if options.sizes is None else [Case(*size) for size in options.sizes]
-    _measured(mesh, options, bench_layer(mesh, cases, options.turns, _compute(options)))
+    _measured(mesh, options, measured=bench_layer(mesh, cases, options.turns, _compute(options)))
 
 
 def _bench_step(options: argparse.Namespace) -> None:
@@ -88,7 +94,17 @@ def _bench_step(options: argparse.Namespace) -> None:
     mesh = _bench_mesh(options, alone=True)
     hidden, blocks, heads = SIZES[options.size]
     model = ModelConfig(size=options.size, hidden=hidden, blocks=blocks, heads=heads, num_experts=options.experts)
-    _measured(mesh, options, bench_step(model, mesh, options.batch, options.turns, _compute(options)))
+    found: dict[str, Any] = {"measured": bench_step(model, mesh, options.batch, options.turns, _compute(options))}
+    if options.cluster is not None:  # what the planner says of the same step, under DeepSpeed's engine
+        from diffmoe_ep.study.calibrate import compare
+        from diffmoe_ep.study.cluster import load_cluster
+
+        precision = "bf16" if options.compute == "bfloat16" else "float32"
+        tree = {"model": {"size": options.size, "num_experts": options.experts}, "train": {"batch": options.batch, "precision": precision}}
+        for family in ("dense", "diffmoe"):
+            config = from_tree(tree, [f"model.family={family}"])
+            found[family] = compare(config, load_cluster(options.cluster), mesh.device.type, max(3, options.turns // 2))
+    _measured(mesh, options, **found)
 
 
 def _bench_experts(options: argparse.Namespace) -> None:
@@ -98,7 +114,7 @@ def _bench_experts(options: argparse.Namespace) -> None:
     found = bench_experts(
         mesh, options.hidden, rows_each=options.rows or None, tokens=options.tokens, turns=options.turns, compute=_compute(options)
     )
-    _measured(mesh, options, found)
+    _measured(mesh, options, measured=found)
 
 
 def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
@@ -113,11 +129,11 @@ def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
     return meshes.start(world, world, 10)
 
 
-def _measured(mesh: "Mesh", options: argparse.Namespace, found: Any) -> None:
+def _measured(mesh: "Mesh", options: argparse.Namespace, **found: Any) -> None:
     from diffmoe_ep.parallel import mesh as meshes
 
     if mesh.is_first:
-        _told(options.json, measured=found)
+        _told(options.json, **found)
     meshes.stop()
 
 

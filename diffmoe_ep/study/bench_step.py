@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmoe_ep.config import EmaConfig, ModelConfig, PoolConfig
+from diffmoe_ep.config import Config, EmaConfig, ModelConfig, PoolConfig
 from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.model.plan import plan
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.study.bench_layer import Case, fill, our_layer
 from diffmoe_ep.study.timing import Timing, aligned, device_name, interleaved, load, settle
@@ -33,6 +34,8 @@ class StepBench:
     load: tuple[float, float]
     timings: dict[str, Timing]  # dense, experts
     parts: dict[str, dict[str, float]]  # of each model the median seconds of each part
+    flops: dict[str, float]  # of each model's step, by its plan
+    peak: float  # FLOPs a second of a large matmul, the best of all turns
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -47,9 +50,14 @@ class StepBench:
             table.append([part, f"{1e3 * one:.1f}", f"{1e3 * two:.1f}", f"{two / one:.2f}"])
         table.append(["whole step, median", f"{1e3 * dense.median:.1f}", f"{1e3 * ours.median:.1f}", f"{ours.over(dense)[0]:.2f}"])
         table.append(["whole step, minimum", f"{1e3 * dense.minimum:.1f}", f"{1e3 * ours.minimum:.1f}", f"{ours.over(dense)[1]:.2f}"])
+        rates = {name: self.flops[name] / timing.median for name, timing in self.timings.items()}
+        of_peak = {name: f"{rate / self.peak:.2f}" for name, rate in rates.items()}
+        table.append(["TFLOP/s", *(f"{rates[name] / 1e12:.3g}" for name in rates), f"{rates['experts'] / rates['dense']:.2f}"])
+        table.append(["MFU, of the matmul peak", of_peak["dense"], of_peak["experts"], ""])
         table.append(["spread", f"{dense.spread:.0%}", f"{ours.spread:.0%}", ""])
         head = f"one training step of {self.batch} samples, dense and with experts; {self.compute}, {self.device}"
-        return [head, *aligned(table), f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"]
+        end = f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"
+        return [head, *aligned(table), f"matmul peak {self.peak / 1e12:.3g} TFLOP/s; {end}"]
 
 
 def bench_step(model: ModelConfig, mesh: Mesh, batch: int = 4, turns: int = 20, compute: torch.dtype = torch.float32) -> StepBench:
@@ -58,10 +66,14 @@ def bench_step(model: ModelConfig, mesh: Mesh, batch: int = 4, turns: int = 20, 
     models = {"dense": replace(model, family="dense"), "experts": model}
     parts: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in models}
     actions = {name: _step(kind, mesh, batch, compute, parts[name]) for name, kind in models.items()}
-    found = interleaved(actions, turns, mesh.device, lambda: None)
+    side = 8192 if mesh.device.type == "cuda" else 1024
+    square = torch.randn(side, side, device=mesh.device, dtype=compute)
+    found = interleaved(actions | {"matmul": lambda: square @ square}, turns, mesh.device, lambda: None)
+    peak = 2 * side**3 / found.pop("matmul").minimum
+    flops = {name: batch * plan(replace(Config(), model=kind)).training for name, kind in models.items()}
     medians = {name: {part: Timing(tuple(values[1:])).median for part, values in own.items()} for name, own in parts.items()}
     kind = str(compute).removeprefix("torch.")
-    return StepBench(device_name(mesh.device), kind, batch, turns, (before, load()), found, medians)
+    return StepBench(device_name(mesh.device), kind, batch, turns, (before, load()), found, medians, flops, peak)
 
 
 def _step(model: ModelConfig, mesh: Mesh, batch: int, compute: torch.dtype, parts: dict[str, list[float]]) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from diffmoe_ep.model.plan import Plan, plan
 from diffmoe_ep.moe.capacity import InferenceRule
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "cluster")
 IMAGENET = [path for path in CONFIGS if path.parent.name == "imagenet"]
 BATCH = 4
 
