@@ -5,10 +5,10 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.write import Sample
+from data_prep.shard import Sample
 from diffmoe_ep.data.keyed import keyed, permutation
+from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.sample import encode
-from diffmoe_ep.data.shards import DataError, Manifest
 
 NUM_HELDOUT = 297  # of 1,797; 1,500 train
 SPLIT_SEED = 1797
@@ -27,6 +27,7 @@ def facts(split: Literal["train", "heldout"]) -> Manifest:
         num_classes=10,
         class_names=tuple("0123456789"),
         licence=LICENCE,
+        image_size=8,
     )
 
 

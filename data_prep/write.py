@@ -1,39 +1,22 @@
-"""Write a dataset: reproducible webdataset tars, an index beside each, the manifest last; an interrupted or damaged one is completed.
+"""Write a small dataset in one go: its samples in their order as shards, the manifest last; an interrupted or damaged one is completed.
 
-Every file is written aside as NAME.partial, synced and renamed, so a file with its final name is whole. Finished shards are
-noted in a journal beside them, so a run that was cut short keeps them; the journal goes when the manifest stands.
+A file with its final name is whole. Finished shards are noted in a journal beside them, so a run that was cut short keeps them; the
+journal goes when the manifest stands.
 """
 
 import json
-import os
 import re
-import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-from webdataset.writer import TarWriter
-
-from diffmoe_ep.data.shards import (
-    MANIFEST_NAME,
-    MEMBER,
-    DataError,
-    Dataset,
-    Manifest,
-    Shard,
-    load_index,
-    read_manifest,
-    sha256_of,
-    shard_problem,
-)
+from data_prep.shard import Sample, aside, write_shard, writing_to
+from diffmoe_ep.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest
+from diffmoe_ep.data.shards import Dataset, load_index, shard_problem
 
 JOURNAL_NAME = "journal.jsonl"
-Sample = tuple[str, Mapping[str, bytes]]  # key, field -> bytes
 
 
 def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset | None:
@@ -52,7 +35,7 @@ def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset 
         manifest = read_manifest(folder / MANIFEST_NAME)
     except DataError:
         return None
-    if replace(manifest, shards=(), num_samples=0) != facts:
+    if not same_but_shards(manifest, facts):
         found = f"{manifest.name}, {manifest.kind} {manifest.shape}"
         raise DataError(f"{folder} holds another data set ({found}); choose another folder with --out")
     stored = manifest.shards[0].num_samples
@@ -64,6 +47,12 @@ def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset 
     except DataError:
         return None
     return dataset
+
+
+def same_but_shards(manifest: Manifest, facts: Manifest) -> bool:
+    """Whether a manifest says what the facts say; what format 1 could not say is taken as said."""
+    unsaid = {"image_size": facts.image_size, "encoder": facts.encoder, "source": facts.source} if manifest.format == 1 else {}
+    return replace(manifest, shards=(), num_samples=0, format=facts.format, **unsaid) == facts  # type: ignore[arg-type]
 
 
 def write_dataset(
@@ -87,17 +76,17 @@ def write_dataset(
         with (folder / JOURNAL_NAME).open("w") as journal:
             print(_journal_head(facts, shard_size), file=journal)
             for number, group in enumerate(_groups(samples, shard_size)):
-                _check(group, facts)
                 name = f"{facts.name}-{number:06d}.tar"
                 shard = finished.get(name)
                 if shard is None or not _holds(folder, shard, group, facts):
-                    shard = _write_shard(folder, name, group, facts)
+                    shard = write_shard(folder, name, group, facts)
+                    assert shard is not None  # a group has samples
                 shards.append(shard)
                 print(json.dumps(asdict(shard)), file=journal, flush=True)
                 if progress is not None:
                     progress(len(group))
         manifest = replace(facts, shards=tuple(shards), num_samples=sum(shard.num_samples for shard in shards))
-        with _aside(folder / MANIFEST_NAME) as file:
+        with aside(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json().encode())
         expected = {MANIFEST_NAME} | {name for shard in shards for name in (shard.name, shard.index_name)}
         for path in folder.iterdir():  # leftovers of a run that was cut short; `existing_dataset` saw that there are no other files
@@ -108,29 +97,10 @@ def write_dataset(
     return dataset
 
 
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn the file system's refusals into a DataError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot prepare {folder} ({error}); choose a folder that you may write to with --out") from error
-
-
 def _groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     iterator = iter(samples)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _check(group: list[Sample], facts: Manifest) -> None:
-    keys = [key for key, _ in group]
-    bad = [key for key in keys if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key)]
-    if bad or len(set(keys)) < len(keys):
-        raise ValueError(f"{facts.name}: keys must differ and consist of 1 to 64 letters, digits, '_' or '-'; got {bad or keys}")
-    for key, fields in group:
-        if tuple(sorted(fields)) != facts.fields:
-            raise ValueError(f"{facts.name}: sample {key} has fields {sorted(fields)}, expected {list(facts.fields)}")
 
 
 def _holds(folder: Path, shard: Shard, group: list[Sample], facts: Manifest) -> bool:
@@ -140,51 +110,6 @@ def _holds(folder: Path, shard: Shard, group: list[Sample], facts: Manifest) -> 
     index = load_index(folder / shard.index_name, facts.fields)
     found = [(row["key"].decode(), *(int(row[field]["crc32"]) for field in facts.fields)) for row in index]
     return found == [(key, *(zlib.crc32(fields[field]) for field in facts.fields)) for key, fields in group]
-
-
-def _write_shard(folder: Path, name: str, group: list[Sample], facts: Manifest) -> Shard:
-    """Write one tar and its index; owner, mode and time in the tar are fixed, so its bytes depend on the samples alone."""
-    with _aside(folder / name) as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-        for key, fields in group:
-            writer.write({"__key__": key, **fields})
-    index = _index_of(folder / name, group, facts)
-    shard = Shard(name, (folder / name).stat().st_size, len(group), sha256_of(folder / name), "")
-    with _aside(folder / shard.index_name) as file:
-        np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
-    return replace(shard, index_sha256=sha256_of(folder / shard.index_name))
-
-
-def _index_of(path: Path, group: list[Sample], facts: Manifest) -> np.ndarray:
-    """The index of a finished tar, taken from the tar itself; so building it proves that what was written can be read."""
-    width = max(len(key) for key, _ in group)
-    index = np.zeros(len(group), dtype=[("key", f"S{width}"), *((field, MEMBER) for field in facts.fields)])
-    with tarfile.open(path) as tar:
-        members = {member.name: member for member in tar}
-        for row, (key, fields) in zip(index, group, strict=True):
-            row["key"] = key.encode()
-            for field, content in fields.items():
-                member = members[f"{key}.{field}"]
-                stored = tar.extractfile(member)
-                if stored is None or stored.read() != content:
-                    raise DataError(f"{path}: {member.name} does not read back as it was written; check the disk")
-                row[field] = (member.offset_data, member.size, zlib.crc32(content))
-    return index
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a passing name, sync it, and give it its own name when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _journal_head(facts: Manifest, shard_size: int) -> str:

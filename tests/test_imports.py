@@ -33,12 +33,14 @@ FENCES = {
     "diffusers": ("diffmoe_ep/encoders/", "diffmoe_ep/evaluate/"),
     "transformers": ("diffmoe_ep/encoders/",),
     "yaml": ("diffmoe_ep/config/",),
-    "os.environ": ("diffmoe_ep/parallel/mesh.py",),
+    "os.environ": ("diffmoe_ep/parallel/mesh.py", "data_prep/__main__.py"),  # who a process is among others
     "os.getenv": ("diffmoe_ep/parallel/mesh.py",),
     "os.putenv": ("diffmoe_ep/parallel/mesh.py",),
     "apex": ("diffmoe_ep/train/engine.py",),
 }
 EXTRAS = (
+    "boto3",
+    "botocore",
     "matplotlib",
     "PIL",
     "safetensors",

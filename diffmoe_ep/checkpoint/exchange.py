@@ -107,6 +107,7 @@ def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
             "train.optimizer.momentum",
             "train.ema.thresholds",
             "data.shuffle_block",
+            "data.lanes",
         ):
             raise CheckpointError(
                 f"{folder} was trained with {key} {there}, this run has {here}, so it would not be the same run; set "
@@ -114,7 +115,7 @@ def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
             )
     if fingerprint != meta["fingerprint"]:
         raise CheckpointError(
-            f"{folder} was trained on other data than data.folder {config.data.folder} holds now (fingerprint "
+            f"{folder} was trained on other data than data.folder (or data.mixture) holds now (fingerprint "
             f"{meta['fingerprint'][:12]} there, {fingerprint[:12]} here); restore the data, or give this run another folder"
         )
 

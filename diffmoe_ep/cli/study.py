@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe_ep.cli.data import add_bench
 from diffmoe_ep.config import SIZES, ConfigError, ModelConfig, from_tree
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def add(verbs: Any) -> None:
         verb.add_argument("--turns", type=int, default=20, help="interleaved turns (default 20)")
         verb.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)")
         verb.set_defaults(run=function)
+    add_bench(benches)
     for verb in (side, select, layer, step, many):
         verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
 

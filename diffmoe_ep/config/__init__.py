@@ -16,6 +16,7 @@ from diffmoe_ep.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PartConfig,
     PoolConfig,
     SampleConfig,
     ScheduleConfig,
@@ -25,7 +26,7 @@ from diffmoe_ep.config.schema import (
 
 __all__ = [
     "SIZES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
-    "ParallelConfig", "PoolConfig", "SampleConfig", "ScheduleConfig", "TrainConfig", "UserError", "check", "check_world", "dump",
-    "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "read_section", "to_tree",
-    "tokens_per_expert",
+    "ParallelConfig", "PartConfig", "PoolConfig", "SampleConfig", "ScheduleConfig", "TrainConfig", "UserError", "check", "check_world",
+    "dump", "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "read_section",
+    "to_tree", "tokens_per_expert",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from typing import Any
 
-from diffmoe_ep.config.schema import SIZES, Config, ConfigError, ModelConfig
+from diffmoe_ep.config.schema import SIZES, Config, ConfigError, DataConfig, ModelConfig
 
 
 def check(config: Config) -> None:
@@ -25,6 +25,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
         )
+    _check_data(config)
     _check_sampling(config)
     if config.parallel.zero not in (0, 1, 2):
         reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert shards; use 2"
@@ -46,6 +47,30 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if has_experts(model):
         _check_experts(config)
+
+
+def _check_data(config: Config) -> None:
+    data, micro = config.data, config.train.batch // config.train.accumulation
+    if data.mixture and data.folder != DataConfig.folder:
+        raise ConfigError(
+            f"data.folder is {data.folder} and data.mixture names datasets too; set data.folder={DataConfig.folder}, or no mixture"
+        )
+    folders = [part.folder for part in data.mixture]
+    for number, folder in enumerate(folders):
+        if not folder or folder in folders[:number]:
+            state = "is missing" if not folder else f"{folder} is named twice"
+            raise ConfigError(f"data.mixture[{number}].folder {state}; name each dataset once, with its weight")
+    if micro % data.lanes:
+        raise ConfigError(
+            f"data.lanes {data.lanes} does not divide the {micro} samples of a micro-step (train.batch / train.accumulation); "
+            f"lanes that do: {_divisors(micro)}"
+        )
+    waits = sum(min(2**attempt, 60) for attempt in range(min(data.retries, 10_000)))
+    if waits >= 60 * config.parallel.timeout_minutes:
+        raise ConfigError(
+            f"data.retries {data.retries} wait {waits} seconds for a shard, but the other ranks wait no longer than "
+            f"parallel.timeout_minutes {config.parallel.timeout_minutes}; lower data.retries or raise the timeout"
+        )
 
 
 def _check_sampling(config: Config) -> None:
@@ -74,6 +99,9 @@ def _check_limits(part: Any, prefix: str) -> None:
         value, limits = getattr(part, entry.name), entry.metadata.get("limits")
         if is_dataclass(value):
             _check_limits(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            for number, each in enumerate(value):
+                _check_limits(each, f"{prefix}{entry.name}[{number}].")
         elif limits is not None and not limits[0](value):
             raise ConfigError(f"{prefix}{entry.name} is {value}; it must be {limits[1]}")
 

@@ -163,6 +163,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         raise ConfigError(f"{key}: {_show(value)} is not one of {_name(hint)}" + (f"; did you mean {near[0]}?" if near else ""))
     elif get_origin(hint) is tuple:
         members = get_args(hint)
+        if members[-1] is Ellipsis and isinstance(value, list | tuple):
+            members = (members[0],) * len(value)
         if isinstance(value, list | tuple) and len(value) == len(members):
             return tuple(_value(member, item, f"{key}[{index}]") for index, (member, item) in enumerate(zip(members, value, strict=True)))
     elif hint is types.NoneType:
@@ -190,6 +192,10 @@ def _name(hint: Any) -> str:
         return " | ".join(str(member) for member in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(_name(member) for member in get_args(hint))
+    if is_dataclass(hint):
+        return "{" + ", ".join(f"{entry.name}: {_name(get_type_hints(hint)[entry.name])}" for entry in fields(hint)) + "}"
+    if hint is Ellipsis:
+        return "..."
     if get_origin(hint) is tuple:
         return f"[{', '.join(_name(member) for member in get_args(hint))}]"
     return {types.NoneType: "null", bool: "true | false"}.get(hint, hint.__name__)

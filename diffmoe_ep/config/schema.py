@@ -34,10 +34,19 @@ def section(kind: type) -> Any:
 
 
 @dataclass(frozen=True)
+class PartConfig:
+    """One dataset of a mixture."""
+
+    folder: str = knob("", "dataset folder, as data.folder")
+    weight: float = knob(1.0, "its share of the positions is its weight over the sum of all weights", POSITIVE)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the samples come from and how they are drawn."""
 
-    folder: str = knob("data", "dataset folder (manifest.json, webdataset shards and their indexes)")
+    folder: str = knob("data", "dataset folder (manifest.json, webdataset shards and their indexes), or its URL: https:, s3:, pipe:, ...")
+    mixture: tuple[PartConfig, ...] = knob((), "datasets mixed by weight, [{folder: a, weight: 3}, {folder: b}], in place of data.folder")
     workers: int = knob(2, "loader processes per rank; 0 reads in the training process; never changes what is read", NATURAL)
     prefetch: int = knob(4, "micro-batches that each worker keeps ready", POSITIVE)
     flip: bool = knob(True, "mirror each sample with probability 0.5 (keyed by its position)")
@@ -45,6 +54,16 @@ class DataConfig:
     shuffle_block: int = knob(
         8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order", NATURAL
     )
+    lanes: int = knob(
+        1, "equal slices of a micro-step that have shards of their own, so that a rank or node reads few; part of the order", POSITIVE
+    )
+    max_bad_fraction: float = knob(
+        0.001, "share of samples whose bytes may be bad: each is replaced by another of its block and listed; more stop the run", SHARE
+    )
+    retries: int = knob(5, "times that a shard which cannot be had is asked for again, after 1, 2, 4, ... 60 seconds", NATURAL)
+    cache: str = knob("cache", "folder of this host for shards fetched from a URL; all its processes share it")
+    cache_gb: float = knob(100.0, "most that is kept there, in 10^9 bytes", POSITIVE)
+    allow_commands: bool = knob(False, "whether a pipe: URL may run its shell command")
 
 
 SIZES = {  # hidden, blocks, heads; the paper's Table 1, the two largest inferred from the parameter counts of its Table 5

@@ -55,6 +55,8 @@ class Trace:
 class Digitless:
     """Random images in the place of a dataset on disk: all that a stream asks of one."""
 
+    folder, remote = "random images", None
+
     def __init__(self) -> None:
         self.manifest = Manifest("verify", "pixels", SHAPE, "float32", 1.0, 0.0, CLASSES, (), "none", num_samples=4096)
         self.sizes = (4096,)

@@ -19,6 +19,8 @@ from diffmoe_ep.checkpoint.exchange import check_continues, fragments, persisten
 from diffmoe_ep.checkpoint.layout import Fragment
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
+from diffmoe_ep.data import quarantine
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
@@ -64,7 +66,7 @@ def start_mesh(config: Config) -> Mesh:
     return meshes.start(config.parallel.expert, ranks, config.parallel.timeout_minutes)
 
 
-def prepare(config: Config, mesh: Mesh) -> tuple[Dataset, Path | None]:
+def prepare(config: Config, mesh: Mesh) -> tuple[Mixture, Path | None]:
     """Look at everything outside this process that could fail, on every rank, and agree before going on."""
     run = RunFolder(Path(config.folder))
     mesh.agree(run.problem())
@@ -73,7 +75,7 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Dataset, Path | None]:
     assert checkpoint is None or isinstance(checkpoint, Path)
     problem, dataset = None, None
     try:
-        dataset = Dataset.open(config.data.folder)
+        dataset = Mixture.open(config.data)
         check_data(config, dataset)
         if checkpoint is not None and config.resume == "never":
             raise ConfigError(
@@ -88,7 +90,7 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Dataset, Path | None]:
     return dataset, checkpoint
 
 
-def check_data(config: Config, dataset: Dataset) -> None:
+def check_data(config: Config, dataset: Mixture) -> None:
     """Raise ConfigError unless the data fit the model."""
     facts, model = dataset.manifest, config.model
     if facts.shape != (model.in_channels, model.input_size, model.input_size):
@@ -109,7 +111,7 @@ def check_data(config: Config, dataset: Dataset) -> None:
 class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
-    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset | Mixture, checkpoint: Path | None = None) -> None:
         self.config, self.mesh, self.dataset = config, mesh, dataset
         self.folder = RunFolder(Path(config.folder))
         self.model = self.build_model()
@@ -118,12 +120,15 @@ class Trainer:
         self.objective = objective_of(config.train.objective)
         self.meter = Meter(mesh)
         self.step = 0
+        self.num_bad = 0  # samples replaced on all ranks, as far as told
         if checkpoint is not None:
             self.load(checkpoint)
         self.stream = Stream(
             dataset, seed=config.seed, batch=config.train.batch, accumulation=config.train.accumulation, rank=mesh.rank, world=mesh.size,
             drop_condition=config.data.drop_condition, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
             workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.batch,
+            lanes=config.data.lanes, retries=config.data.retries, max_bad_fraction=config.data.max_bad_fraction,
+            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank),
         )  # fmt: skip
 
     def build_model(self) -> DiT:
@@ -152,7 +157,7 @@ class Trainer:
             if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
                 values = self.measure(told)
             if self.due(config.log.every):
-                values |= clock.lap(self.step, config.train.batch) | self.meter.lap()
+                values |= self.measure_data() | clock.lap(self.step, config.train.batch) | self.meter.lap()
                 self.engine.tell(values)
                 if metrics is not None and progress is not None:
                     metrics.write(values)
@@ -229,6 +234,19 @@ class Trainer:
         if predictors := self.predictors():
             values["threshold"] = float(torch.stack([predictor.bound(InferenceRule()).mean() for predictor in predictors]).mean())
         return values
+
+    def measure_data(self) -> dict[str, Any]:
+        """Bring to the host how often the data were gone through and how many samples had to be replaced since the run (re)started.
+
+        DataError on all ranks alike when these are too many.
+        """
+        num_bad = int(all_sum(torch.tensor(self.stream.num_bad, device=self.mesh.device), self.mesh.world))
+        if num_bad > self.num_bad and self.mesh.is_first:
+            quarantine.join(self.folder.path)
+        self.num_bad = num_bad
+        self.stream.check_bad(num_bad, everywhere=True)
+        passes = self.stream.passes()
+        return {"epoch": passes if len(passes) > 1 else next(iter(passes.values())), "bad_samples": num_bad}
 
     def sample_grid(self) -> None:
         """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ep.data.shards import Order
+from diffmoe_ep.data.order import Order
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 SEEDS = st.integers(0, 2**64 - 1)

@@ -16,8 +16,10 @@ import torch
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.keyed import keyed
+from diffmoe_ep.data.manifest import DataError, Manifest
+from diffmoe_ep.data.order import Order
 from diffmoe_ep.data.sample import Batch, encode
-from diffmoe_ep.data.shards import DataError, Dataset, Manifest, Order, load_index
+from diffmoe_ep.data.shards import Dataset, load_index
 from diffmoe_ep.data.stream import Stream
 
 PIXELS = Manifest("tiny", "pixels", (1, 2, 3), "uint8", 0.5, -1.0, 4, (), "made up")

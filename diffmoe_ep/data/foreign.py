@@ -1,0 +1,221 @@
+"""Index webdataset tars that others made: where their samples lie, in what shape, and what is wrong with them; the tars stay as they are.
+
+The members of a sample (KEY.EXTENSION, next to each other) are taken as their extensions say: one holds the label as decimal text, one
+the array as npy. Our names of these fields stand in the index only, so the tars' own names do not matter.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from diffmoe_ep.data.manifest import DTYPES, MANIFEST_NAME, DataError, Manifest, Shard, parse_manifest
+from diffmoe_ep.data.sample import decode
+from diffmoe_ep.data.shards import MEMBER, sha256_of
+
+ANY_LABEL = 10**18  # classes that labels are read with until the largest is known
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What the user says about foreign tars."""
+
+    kind: Literal["pixels", "moments"]
+    label: str = "cls"  # extension of the member that holds the label
+    array: str = "npy"  # extension of the member that holds the array
+    scale: float = 1.0  # final latent = stored * scale + shift
+    shift: float = 0.0
+    num_classes: int | None = None  # None: the largest label + 1
+    name: str = "foreign"  # of the dataset
+    licence: str = "not stated"  # of the data, and where they come from
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What indexing found."""
+
+    manifest: Manifest
+    problems: tuple[str, ...]  # samples and tars that were left out, and why
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A complete sample in a tar."""
+
+    key: bytes
+    members: dict[str, tuple[int, int, int]]  # our field -> offset, size, crc32
+
+
+def index_folder(folder: Path, out: Path, says: Foreign, progress: Callable[[str], object] | None = None) -> Indexed:
+    """Write an index for each tar of `folder`, and the manifest, into `out`, which links to the tars if it is another folder.
+
+    Samples that lack a member, repeat a key or cannot be read are left out and reported. DataError if nothing is left, or if `out`
+    holds a manifest already.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{folder} holds no .tar files; give the folder of a webdataset's (uncompressed) tars")
+    if (out / MANIFEST_NAME).exists():
+        raise DataError(f"{out / MANIFEST_NAME} exists; remove it to index anew, or choose another folder with --out")
+    scan = _Scan(says)
+    found: list[tuple[Path, list[_Sample]]] = []
+    for path in paths:
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", path.name):
+            found.append((path, list(scan.samples(path))))
+        else:
+            scan.problems.append(f"{path}: left out, its name is not plain (letters, digits, '_', '-', '.'); rename it")
+        if progress is not None:
+            progress(path.name)
+    if scan.facts is None:
+        raise DataError(f"{folder} holds no sample with members {says.label} and {says.array}; {_first(scan.problems)}")
+    facts, most = scan.facts, scan.largest_label + 1
+    if says.num_classes is not None and most > says.num_classes:
+        raise DataError(f"{folder} holds label {scan.largest_label}, --classes is {says.num_classes}; use --classes {most} or more")
+    out.mkdir(parents=True, exist_ok=True)
+    shards = tuple(_write_index(out, path, samples, facts.fields) for path, samples in found if samples)
+    count = sum(shard.num_samples for shard in shards)
+    manifest = replace(facts, num_classes=says.num_classes or most, shards=shards, num_samples=count)
+    parse_manifest(json.loads(manifest.to_json()), str(out / MANIFEST_NAME))  # DataError for facts that no dataset may have
+    _write(out / MANIFEST_NAME, manifest.to_json().encode())
+    return Indexed(manifest, tuple(scan.problems))
+
+
+class _Scan:
+    """Goes through tars, sample by sample, and keeps what is known of all of them."""
+
+    def __init__(self, says: Foreign) -> None:
+        self._says = says
+        self._wanted = {says.label: "cls", says.array: f"{says.kind}.npy"}
+        self._keys: set[bytes] = set()
+        self.facts: Manifest | None = None  # of the first sample; all must agree with it
+        self.largest_label = -1
+        self.problems: list[str] = []
+
+    def samples(self, path: Path) -> Iterator[_Sample]:
+        """The complete samples of a tar, in its order."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for key, members in self._groups(file, path):
+                where = f"{path}, key {key}"
+                missing = [extension for extension in self._wanted if extension not in members]
+                if missing:
+                    held = ", ".join(sorted(members)) or "none that is not hidden"
+                    self.problems.append(f"{where}: left out, it has no member {' and '.join(missing)} (it has {held})")
+                    continue
+                if key.encode() in self._keys:
+                    self.problems.append(f"{where}: left out, a sample with this key came before")
+                    continue
+                if any(offset + length > size for offset, length in members.values()):
+                    self.problems.append(f"{where}: left out, the tar ends within it")
+                    continue
+                offsets = {field: members[extension][0] for extension, field in self._wanted.items()}
+                contents = {
+                    field: os.pread(file.fileno(), members[extension][1], offsets[field]) for extension, field in self._wanted.items()
+                }
+                label = contents["cls"]
+                offsets["cls"] += len(label) - len(label.lstrip())  # many tools write white space around it, which is left out
+                contents["cls"] = label.strip()
+                try:
+                    self._check(contents)
+                except ValueError as error:
+                    self.problems.append(f"{where}: left out, {error}")
+                    continue
+                self._keys.add(key.encode())
+                facts = {field: (offsets[field], len(content), zlib.crc32(content)) for field, content in contents.items()}
+                yield _Sample(key.encode(), facts)
+
+    def _groups(self, file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+        """Key and members (extension -> offset, size) of the samples: neighbouring files of one name up to its first dot."""
+        group: dict[str, tuple[int, int]] = {}
+        current: str | None = None
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    folder, slash, name = member.name.rpartition("/")
+                    stem, dot, extension = name.partition(".")
+                    if not member.isreg() or not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
+                        continue
+                    key = folder + slash + stem
+                    if key != current:
+                        if current is not None:
+                            yield current, group
+                        current, group = key, {}
+                    if extension in group:
+                        self.problems.append(f"{path}, key {key}: member {extension} comes twice, the first is taken")
+                    else:
+                        group[extension] = (member.offset_data, member.size)
+        except (tarfile.TarError, EOFError) as error:
+            self.problems.append(f"{path}: it cannot be read to its end ({error}); what comes before is taken")
+        if current is not None:
+            yield current, group
+
+    def _check(self, contents: dict[str, bytes]) -> None:
+        """ValueError for a sample that differs from the others or cannot be used."""
+        if self.facts is None:
+            self.facts = self._facts(contents[f"{self._says.kind}.npy"])
+        _, label = decode(contents, self.facts)
+        assert isinstance(label, int)
+        self.largest_label = max(self.largest_label, label)
+
+    def _facts(self, content: bytes) -> Manifest:
+        says = self._says
+        try:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"its {says.array} is not an npy file ({error})") from error
+        expected = "(C, H, W)" if says.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
+        if array.dtype.name not in DTYPES[says.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
+            raise ValueError(f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}")
+        channels, height, width = array.shape[-3:]
+        flips = 1 if says.kind == "pixels" else array.shape[0]
+        if flips > 2 or (says.kind == "moments" and channels % 2):
+            raise ValueError(f"its array has shape {array.shape}; {says.kind} are {expected}")
+        return Manifest(
+            name=says.name, kind=says.kind, shape=(channels if says.kind == "pixels" else channels // 2, height, width),
+            dtype=array.dtype.name, scale=says.scale, shift=says.shift, num_classes=ANY_LABEL, class_names=(), licence=says.licence,
+            flips=flips,
+        )  # fmt: skip
+
+
+def _write_index(out: Path, tar: Path, samples: list[_Sample], fields: tuple[str, ...]) -> Shard:
+    width = max(len(sample.key) for sample in samples)
+    index = np.zeros(len(samples), dtype=[("key", f"S{width}"), *((field, MEMBER) for field in fields)])
+    for row, sample in zip(index, samples, strict=True):
+        row["key"] = sample.key
+        for field in fields:
+            row[field] = sample.members[field]
+    file = io.BytesIO()
+    np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
+    link = out / tar.name
+    if not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(tar.resolve())
+    elif not link.samefile(tar):
+        raise DataError(f"{link} exists and is another file; choose an empty folder with --out")
+    digest = hashlib.sha256(file.getvalue()).hexdigest()
+    shard = Shard(tar.name, tar.stat().st_size, len(samples), sha256_of(tar), digest)
+    _write(out / shard.index_name, file.getvalue())
+    return shard
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file aside and give it its name when it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _first(problems: list[str]) -> str:
+    return problems[0] if problems else "the tars are empty"

@@ -1,0 +1,43 @@
+"""The loader's hot path gives what the plain functions give, to the bit."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffmoe_ep.data.draw import Draws, final_latents
+from diffmoe_ep.data.keyed import PURPOSES, keyed
+from diffmoe_ep.data.manifest import Manifest
+from diffmoe_ep.data.sample import final_latent
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_draws_are_those_of_keyed(seed: int) -> None:
+    draws = Draws(seed)
+    for position in (0, 3, 2**40, 2**63 - 1):
+        for purpose in PURPOSES:
+            found, expected = draws.at(position, purpose), keyed(seed, position, purpose)
+            assert found.random(dtype=np.float32) == expected.random(dtype=np.float32)  # leaves half a word behind
+            np.testing.assert_array_equal(found.standard_normal(7, dtype=np.float32), expected.standard_normal(7, dtype=np.float32))
+            assert found.bit_generator.random_raw() == expected.bit_generator.random_raw()
+
+
+def test_draws_survive_the_way_to_a_worker() -> None:
+    copied = pickle.loads(pickle.dumps(Draws(5)))
+    assert copied.at(9, "noise").random() == keyed(5, 9, "noise").random()
+    assert copied.at(9, "noise").random() == keyed(5, 9, "noise").random()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("pixels", "uint8"), ("pixels", "float16"), ("pixels", "float32"), ("moments", "float16"), ("moments", "float32")]
+)
+def test_latents_of_a_batch_are_those_of_its_samples(kind: Any, dtype: str, count: int) -> None:
+    facts = Manifest("tiny", kind, (3, 5, 7), dtype, 0.18215, -0.125, 4, (), "made up", flips=2 if kind == "moments" else 1)
+    arrays = list((np.random.default_rng(1).normal(size=(count, *facts.stored_shape)) * 40).astype(dtype))
+    flipped, positions = [bool(number % 2) for number in range(count)], [number * 13 for number in range(count)]
+    found = final_latents(arrays, facts, flipped, positions, Draws(3))
+    expected = [final_latent(*each) for each in zip(arrays, [facts] * count, flipped, [3] * count, positions, strict=True)]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.stack(expected))
