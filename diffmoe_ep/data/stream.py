@@ -117,7 +117,7 @@ class Stream:
         epoch = self.mixture.num_samples  # counted whole, for bad samples may lie at its beginning
         seen = (max(self.samples_consumed - 1, self._first) // epoch - self._first // epoch + 1) * epoch
         if num_bad > self._max_bad_fraction * seen:
-            where = f", listed in {self._quarantine_file.parent}" if self._quarantine_file is not None else ""
+            where = f", listed in {self._quarantine_file.parent}/quarantine-rank*.jsonl" if self._quarantine_file is not None else ""
             raise DataError(
                 f"{num_bad} of {seen} samples are bad{where}: more than data.max_bad_fraction = {self._max_bad_fraction:g} of them; "
                 "mend the data (diffmoe data check tells what is wrong), or allow more",

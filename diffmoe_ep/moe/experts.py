@@ -43,7 +43,7 @@ class Experts(nn.Module):
 def choose_kernel(rows: Tensor, counts: Sequence[int], width: int) -> Kernel:
     """The kernel of `auto`.
 
-    CPU: `fused`, the quickest that was measured at every size and type, even and ragged (`diffmoe bench layer`).
+    CPU: `fused`; `diffmoe bench layer` measures it against the matmuls alone.
     GPU: `batched` for even counts; for ragged ones `grouped` in bfloat16 where torch can, else `fused`. Not measured yet.
     """
     if rows.device.type == "cpu":

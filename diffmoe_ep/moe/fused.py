@@ -1,11 +1,11 @@
-"""The experts as one autograd function: gradients are written in place, and what an expert works on stays in the cache.
+"""The experts as one autograd function: gradients are written in place, and what is worked on stays in the cache.
 
 Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
 
-Experts are taken in small runs (`_runs`): one whose activations fill the cache is a run by itself, several that are smaller and have
-equally many rows make one batched matmul. Of the activations only those before GELU are kept; those after it are computed again.
-Weights' gradients go straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so
-that bfloat16 needs no second copy of all experts.
+Experts are taken in runs (`_cut`): neighbours with equally many rows make one batched matmul, which gives each thread experts of its own;
+ragged ones go one by one. Of the activations only those before GELU are kept; those after it are computed again. Weights' gradients go
+straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no
+second copy of all experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from diffmoe_ep.moe.kernels import Weights, compute_type
 
-RUN = 2**19  # activations (n, F) that a run of several experts holds at most; 2 MiB in float32
+RUN = 2**23  # activations (n, F) that a run of several experts holds at most; 32 MiB in float32
+PIECE = 2**19  # activations that GELU's passes go over at a time
 # GELU's tanh form is x * sigmoid(z) with z = x * (SLOPE + BEND * x^2).
 SLOPE = 2 * sqrt(2 / pi)
 BEND = SLOPE * 0.044715
@@ -31,7 +32,7 @@ def fused(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     rows = rows.to(compute_type(rows)).contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *weights)):
         return cast(Tensor, _Fused.apply(rows, tuple(counts), *weights))
-    return _forward(rows, counts, weights, None)
+    return _forward(rows, list(_cut(counts, weights[0].shape[2])), weights, None)
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,27 @@ class _Run:
         return self.number == 1
 
 
-def _runs(counts: Sequence[int], width: int) -> Iterator[_Run]:
+def _cut(counts: Sequence[int], width: int) -> Iterator[_Run]:
     """Cut the experts into runs; those without rows, too, since their gradients are zeros."""
+    threads = torch.get_num_threads()
     expert, row = 0, 0
     while expert < len(counts):
         each, last = counts[expert], expert + 1
         while last < len(counts) and counts[last] == each and (last + 1 - expert) * each * width <= RUN:
             last += 1
+        if last - expert > threads and last < len(counts):
+            last -= (last - expert) % threads  # as many experts for every thread
         yield _Run(slice(expert, last), slice(row, row + (last - expert) * each), each)
         expert, row = last, row + (last - expert) * each
 
 
-def _forward(rows: Tensor, counts: Sequence[int], weights: Weights, kept: list[Tensor] | None) -> Tensor:
+def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Tensor] | None) -> Tensor:
     """Answers (R, D); each run's activations before GELU go to `kept`."""
     w1, b1, w2, b2 = weights
     kind = rows.dtype
     out = rows.new_empty(rows.shape[0], w2.shape[2])
     with torch.autocast(rows.device.type, enabled=False):
-        for run in _runs(counts, w1.shape[2]):
+        for run in runs:
             hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
             if kept is not None:
                 kept.append(hidden)
@@ -106,8 +110,10 @@ def _gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over what is in the cache cost little."""
     if not _by_sigmoid(x):
         return F.gelu(x, approximate="tanh")
-    gate = _gate(x * x, x)
-    return gate.mul_(x)
+    value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
+    for part, out in zip(_pieces(x), _pieces(value), strict=True):
+        torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
+    return value
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,17 +121,20 @@ def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     if not _by_sigmoid(x):
         again = F.gelu(x, approximate="tanh")
         return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
-    square = x * x
-    slope = (square * (3 * BEND)).add_(SLOPE)  # dz/dx
-    gate = _gate(square, x)
-    value = gate * x
-    slope.mul_(value).addcmul_(slope, gate, value=-1).add_(gate)  # s + x s (1 - s) dz/dx
-    return value, gradient.mul_(slope)
+    value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
+    gates, slopes = (x.new_empty(min(PIECE, x.numel())) for _ in range(2))
+    for part, out, into in zip(_pieces(x), _pieces(value), _pieces(gradient), strict=True):
+        gate, by_x = gates[: len(part)], slopes[: len(part)]
+        torch.addcmul(slope, part, part, value=BEND, out=gate).mul_(part).sigmoid_()  # s
+        torch.addcmul(slope, part, part, value=3 * BEND, out=by_x)  # dz/dx
+        torch.mul(gate, part, out=out)
+        by_x.mul_(out).addcmul_(by_x, gate, value=-1).add_(gate)  # x s (1 - s) dz/dx + s
+        into.mul_(by_x)
+    return value, gradient
 
 
-def _gate(square: Tensor, x: Tensor) -> Tensor:
-    """sigmoid(x * (SLOPE + BEND * square)), in place of square."""
-    return square.mul_(BEND).add_(SLOPE).mul_(x).sigmoid_()
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    return x.view(-1).split(PIECE)
 
 
 def _by_sigmoid(x: Tensor) -> bool:
@@ -137,9 +146,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        out = _forward(rows, counts, (w1, b1, w2, b2), kept)
+        ctx.runs, ctx.kinds = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)
+        out = _forward(rows, ctx.runs, (w1, b1, w2, b2), kept)
         ctx.save_for_backward(rows, w1, w2, *kept)
-        ctx.counts, ctx.kinds = counts, (b1.dtype, b2.dtype)
         return out
 
     @staticmethod
@@ -151,7 +160,7 @@ class _Fused(torch.autograd.Function):
         d_w1, d_w2 = torch.empty_like(w1), torch.empty_like(w2)
         d_b1, d_b2 = (weight.new_empty(weight.shape[0], weight.shape[2], dtype=of) for weight, of in zip((w1, w2), ctx.kinds, strict=True))
         with torch.autocast(rows.device.type, enabled=False):
-            for run, hidden in zip(_runs(ctx.counts, w1.shape[2]), kept, strict=True):
+            for run, hidden in zip(ctx.runs, kept, strict=True):
                 x, g = run.of(rows), run.of(out)
                 value, d_hidden = _gelu_backward(hidden, g @ run.weights(w2, kind).mT)
                 _product(value.mT, g, run.weights(d_w2))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
+from diffmoe_ep.parallel.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"

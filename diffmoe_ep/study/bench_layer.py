@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.study.timing import Timing, aligned, device_name, interleaved, load
 
-CONTENDERS = ("dense", "ours", "deepspeed", "loop", "matmuls")
+CONTENDERS = ("dense", "ours", "deepspeed", "loop", "matmuls", "batched")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Row:
         """A contender's median over the dense FFN's."""
         return self.timings[name].over(self.timings["dense"])[0]
 
+    @property
+    def over_matmuls(self) -> float | None:
+        """Our median over that of the same matmuls alone, one by one or batched, whichever is quicker."""
+        alone = [self.timings[name] for name in ("matmuls", "batched") if name in self.timings]
+        return max(self.timings["ours"].over(timing)[0] for timing in alone) if alone else None
+
 
 @dataclass(frozen=True)
 class LayerBench:
@@ -75,7 +82,7 @@ class LayerBench:
     def lines(self) -> list[str]:
         """As a table: milliseconds of the dense FFN, then every contender as a multiple of it (median; minimum of ours beside)."""
         names = [name for name in CONTENDERS[1:] if name in self.rows[0].timings]
-        heads = {"ours": "ours", "deepspeed": "DeepSpeed top-1", "loop": "plain loop", "matmuls": "matmuls alone"}
+        heads = {"ours": "ours", "deepspeed": "DeepSpeed top-1", "loop": "plain loop", "matmuls": "matmuls alone", "batched": "batched"}
         table = [
             ["D, tokens, N", "dense ms", "spread", *(heads[name] for name in names), "ours, by minima", "spread", "limit", "ours / matmuls"]
         ]
@@ -83,7 +90,7 @@ class LayerBench:
             dense, ours = row.timings["dense"], row.timings["ours"]
             cells = [f"{1e3 * dense.median:.1f}", f"{dense.spread:.0%}", *(f"{row.ratio(name):.2f}" for name in names)]
             cells += [f"{ours.over(dense)[1]:.2f}", f"{ours.spread:.0%}", f"{row.limit:.2f}"]
-            cells.append(f"{ours.over(row.timings['matmuls'])[0]:.2f}" if "matmuls" in row.timings else "-")
+            cells.append("-" if row.over_matmuls is None else f"{row.over_matmuls:.2f}")
             table.append([f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", *cells])
         head = f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}, {self.device}"
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
@@ -122,7 +129,7 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
             contenders["loop"] = PlainLoop(case)
     actions = {name: _training(module.to(mesh.device), x, probe, compute) for name, module in contenders.items()}
     if mesh.size == 1:
-        actions["matmuls"] = matmuls(case, mesh.device, compute)
+        actions |= matmuls(case, mesh.device, compute)
     ready = torch.zeros(1, device=mesh.device)
     found = interleaved(actions, turns, mesh.device, lambda: all_sum(ready, mesh.world))
     dense = 3 * 16 * case.hidden**2  # FLOPs of a token: two matmuls of 8 D^2, forward and twice backward
@@ -226,8 +233,11 @@ def deepspeed_layer(case: Case, mesh: Mesh) -> nn.Module:
     return Top1()
 
 
-def matmuls(case: Case, device: torch.device, compute: torch.dtype) -> Callable[[], None]:
-    """The matmuls of experts, router and predictor, forward and backward, and nothing else: no autograd, no activation, no rows moved."""
+def matmuls(case: Case, device: torch.device, compute: torch.dtype) -> dict[str, Callable[[], None]]:
+    """The matmuls of experts, router and predictor, forward and backward, and nothing else: no autograd, no activation, no rows moved.
+
+    Twice: the experts' one by one, and batched.
+    """
     size, each, number = case.hidden, case.tokens // case.experts, case.experts
 
     def made(*shape: int) -> Tensor:
@@ -241,11 +251,17 @@ def matmuls(case: Case, device: torch.device, compute: torch.dtype) -> Callable[
     others = [(tokens, wide), (tokens.T, tokens), *small, *small]
     small_outs = [made(a.shape[0], b.shape[1]) for a, b in others]
 
-    def run() -> None:
+    def each_expert(a: Tensor, b: Tensor, out: Tensor) -> None:
+        for one, weight, into in zip(a, b, out, strict=True):
+            torch.mm(one, weight, out=into)
+
+    def batched(a: Tensor, b: Tensor, out: Tensor) -> None:
+        torch.bmm(a, b, out=out)
+
+    def run(multiply: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         for (a, b), out in zip(products, outs, strict=True):
-            for expert in range(number):
-                torch.mm(a[expert], b[expert], out=out[expert])
+            multiply(a, b, out)
         for (a, b), out in zip(others, small_outs, strict=True):
             torch.mm(a, b, out=out)
 
-    return run
+    return {"matmuls": partial(run, each_expert), "batched": partial(run, batched)}

@@ -135,8 +135,8 @@ def test_a_mistake_ends_the_launcher_quickly(tmp_path: Path, launcher: Any) -> N
 
 
 @pytest.mark.timeout(300)
-def test_a_bad_sample_is_told_by_its_rank(digits: Path, tmp_path: Path) -> None:
-    """Damage that the quick check at the start cannot see: only the rank that reads the sample knows, says so, and all end."""
+def test_more_bad_samples_than_allowed_end_all_ranks_and_are_listed(digits: Path, tmp_path: Path) -> None:
+    """Damage that the quick check at the start cannot see: the rank that reads the samples says so, and all end."""
     data = tmp_path / "train"
     shutil.copytree(digits / "train", data)
     for shard in data.glob("*.tar"):
@@ -149,4 +149,10 @@ def test_a_bad_sample_is_told_by_its_rank(digits: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     told = done.stdout + done.stderr
-    assert re.search(r"diffmoe: error: rank [01]: .*digits-train-00000\d\.tar, key \S+: .*damaged \(crc32 differs\)", told), told
+    limit = re.escape("samples are bad, listed in ") + r"\S+quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.001"
+    assert re.search(r"diffmoe: error: (rank [01]: )?\d of 1500 " + limit, told), told
+    listed = [json.loads(line) for file in (tmp_path / "run").glob("quarantine-rank*.jsonl") for line in file.read_text().splitlines()]
+    assert len(listed) >= 2
+    for fault in listed:
+        assert re.fullmatch(r".*digits-train-00000\d\.tar", fault["shard"])
+        assert "damaged (crc32 differs)" in fault["reason"]

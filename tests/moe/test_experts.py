@@ -73,12 +73,13 @@ def test_kernels_are_the_formula(case: str, kernel: Kernel, granularity: int) ->
     close(computed(module, counts), formula(module, counts), 1e-12)
 
 
-@pytest.mark.parametrize("limit", [1, 2**6, 2**7])
+@pytest.mark.parametrize(("run", "piece"), [(1, 7), (2**7, 64), (2**9, 2**10), (300, 100)])
 @pytest.mark.parametrize("case", COUNTS)
-def test_the_cut_into_runs_changes_nothing(case: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One expert at a time, two, four: the runs of a large model, which sizes for tests would never make."""
+def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert at a time, two, four, and activations in several pieces, which sizes for tests would never make by themselves."""
     counts = COUNTS[case]
-    monkeypatch.setattr(fused_module, "RUN", limit)
+    monkeypatch.setattr(fused_module, "RUN", run)
+    monkeypatch.setattr(fused_module, "PIECE", piece)
     module = experts("fused", len(counts))
     close(computed(module, counts), formula(module, counts), 1e-12)
 

@@ -50,7 +50,7 @@ def measured(rank: int, world: int) -> list[str]:
     mesh = meshes.start(world, world, 2)
     found = bench_layer(mesh, [CASE], turns=2)
     row = found.rows[0]
-    assert set(row.timings) == ({"dense", "ours", "deepspeed", "loop", "matmuls"} if world == 1 else {"dense", "ours", "deepspeed"})
+    assert set(row.timings) == ({"dense", "ours", "deepspeed", "loop", "matmuls", "batched"} if world == 1 else {"dense", "ours", "deepspeed"})
     assert row.limit == pytest.approx(1 + 1 / 12 + CASE.experts / (4 * CASE.hidden))
     assert json.loads(json.dumps(found.as_dict()))["rows"][0]["timings"]["ours"]["seconds"] == list(row.timings["ours"].seconds)
     lines = found.lines()
