@@ -66,6 +66,16 @@ class DataConfig:
     allow_commands: bool = knob(False, "whether a pipe: URL may run its shell command")
 
 
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions become features (model.condition text)."""
+
+    encoder: Literal["t5", "clip"] = knob("t5", "whose features the model is conditioned on; their width is model.text_width")
+    folder: str | None = knob(None, "local folder of that encoder: for prompts, and for captions without stored features")
+    online: bool = knob(False, "encode captions while training, though features may be stored; never trained, one encoder on each rank")
+    precision: Literal["float32", "bfloat16"] = knob("float32", "type that the encoder computes in")
+
+
 SIZES = {  # hidden, blocks, heads; the paper's Table 1, the two largest inferred from the parameter counts of its Table 5
     "S": (384, 12, 6),
     "B": (768, 12, 12),
@@ -93,7 +103,10 @@ class ModelConfig:
     hidden: int = knob(384, "width D of a token", POSITIVE)
     blocks: int = knob(12, "transformer blocks L", POSITIVE)
     heads: int = knob(6, "attention heads H; hidden must be a multiple", POSITIVE)
-    num_classes: int = knob(1000, "classes; the label table has one row more, the null class", POSITIVE)
+    condition: Literal["class", "text"] = knob("class", "a label, added to the time; or a caption, by cross-attention in every block")
+    num_classes: int = knob(1000, "classes; the label table has one row more, the null class (condition class)", POSITIVE)
+    text_width: int = knob(4096, "width of a caption token's features (condition text); 4096: T5-XXL", POSITIVE)
+    text_length: int = knob(120, "tokens of a caption that the model sees; longer captions are cut (condition text)", POSITIVE)
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
     num_experts: int = knob(16, "experts N of an MoE layer", POSITIVE)
     granularity: int = knob(1, "m: experts are 4D/m wide, so N experts do the work of N/m", POSITIVE)
@@ -133,6 +146,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's decays of the two moments")
     eps: float = knob(1e-8, "AdamW's epsilon", POSITIVE)
     weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd", NATURAL)
+    expert_rate: float = knob(1.0, "the routed experts' rate as a multiple of rate", NATURAL)
+    router_rate: float = knob(1.0, "the routers' rate as a multiple of rate", NATURAL)
     momentum: float = knob(0.0, "momentum of sgd", SHARE)
 
 
@@ -169,6 +184,7 @@ class TrainConfig:
     )
     compile: bool = knob(False, "compile adaLN, attention and dense FFNs (torch.compile; needs a compiler; on CPU it does not pay)")
     clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
+    freeze: tuple[str, ...] = knob((), "patterns of parameter names (*, ?) that stay as they start, for example [\"patches.*\", \"*.attention.*\"]")
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     ema: EmaConfig = section(EmaConfig)
@@ -232,7 +248,12 @@ class Config:
     folder: str = knob("runs/run", "run folder: config, metrics, sample grids, checkpoints")
     seed: int = knob(0, "seed of everything random; drawn per sample position, expert and step, never per rank", NATURAL)
     resume: Literal["auto", "never"] = knob("auto", "auto: continue from the folder's newest checkpoint; never: refuse such a folder")
+    init_from: str | None = knob(
+        None, "start from the weights (and thresholds) of this run, checkpoint or exported folder; step, rate, data and moments are new"
+    )
+    init_weights: Literal["ema", "model"] = knob("ema", "which of its weights: the averaged or the live ones")
     data: DataConfig = section(DataConfig)
+    text: TextConfig = section(TextConfig)
     model: ModelConfig = section(ModelConfig)
     pool: PoolConfig = section(PoolConfig)
     train: TrainConfig = section(TrainConfig)
