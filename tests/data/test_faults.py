@@ -216,7 +216,8 @@ def test_too_many_bad_samples_stop_at_once(folder: Path, tmp_path: Path) -> None
     truncated_tar(folder)  # four of sixty
     run = quarantine.rank_file(tmp_path / "run", 0)
     source = make(dataset, max_bad_fraction=0.05, quarantine_file=run)
-    with pytest.raises(DataError, match=r"4 of 60 samples are bad, listed in .*run.quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.05") as caught:
+    told = r"4 of 60 samples are bad, listed in .*run.quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.05"
+    with pytest.raises(DataError, match=told) as caught:
         list(islice(source, STEPS))
     assert "\n" not in str(caught.value)
     assert source.samples_consumed < NUM_SAMPLES

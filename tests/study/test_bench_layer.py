@@ -50,7 +50,8 @@ def measured(rank: int, world: int) -> list[str]:
     mesh = meshes.start(world, world, 2)
     found = bench_layer(mesh, [CASE], turns=2)
     row = found.rows[0]
-    assert set(row.timings) == ({"dense", "ours", "deepspeed", "loop", "matmuls", "batched"} if world == 1 else {"dense", "ours", "deepspeed"})
+    alone = {"loop", "matmuls", "batched"} if world == 1 else set()  # what one rank can be measured against
+    assert set(row.timings) == {"dense", "ours", "deepspeed"} | alone
     assert row.limit == pytest.approx(1 + 1 / 12 + CASE.experts / (4 * CASE.hidden))
     assert json.loads(json.dumps(found.as_dict()))["rows"][0]["timings"]["ours"]["seconds"] == list(row.timings["ours"].seconds)
     lines = found.lines()
