@@ -24,7 +24,7 @@ from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, to_tree
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.embed import sine_positions
-from diffmoe_ep.model.parallelize import is_expert, shard_experts
+from diffmoe_ep.model.parallelize import build_sharded, is_expert
 from diffmoe_ep.parallel.mesh import Mesh
 
 Clock = Literal["forward", "reversed"]
@@ -139,8 +139,7 @@ def load_single(folder: str | Path, config: Config | None = None, mesh: Mesh | N
     """
     single, mesh = read_single(folder), mesh or Mesh()
     config = config or single.config
-    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
-    model = shard_experts(DiT(config.model, config.pool, compute_type), mesh)
+    model = build_sharded(config, mesh)
     into = model.state_dict() | {POSITIONS: model.positions}
     here = config.model.num_experts // mesh.expert.size
     for name, tensor in stored_tensors(Path(folder), single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):

@@ -184,7 +184,7 @@ class TrainConfig:
     )
     compile: bool = knob(False, "compile adaLN, attention and dense FFNs (torch.compile; needs a compiler; on CPU it does not pay)")
     clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
-    freeze: tuple[str, ...] = knob((), 'patterns of names (*, ?): parameters that stay as they start, such as ["patches.*", "*.attention.*"]')
+    freeze: tuple[str, ...] = knob((), 'patterns of names (*, ?): parameters that stay as they start, as ["patches.*", "*.attention.*"]')
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     ema: EmaConfig = section(EmaConfig)

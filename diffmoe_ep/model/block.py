@@ -1,6 +1,6 @@
 """The transformer block with adaLN-Zero conditioning, its dense feed-forward network, and the head.
 
-Legend: B samples, T tokens, D hidden size.
+Legend: B samples, T tokens, D hidden size, M places for a caption's tokens.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmoe_ep.config import ModelConfig, PoolConfig
-from diffmoe_ep.model.attention import Attention
+from diffmoe_ep.model.attention import Attention, CrossAttention
 from diffmoe_ep.moe.experts import FeedForward
 from diffmoe_ep.moe.layer import Kept, LayerReport, MoELayer
 
 Recompute = Literal["none", "ffn", "block"]
 Step = tuple[Tensor, LayerReport | None]
+Caption = tuple[Tensor, Tensor]  # (B, M, D), and (B, M) bool: where a token stands
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -31,11 +32,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition."""
+    """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition; between them a look at the caption."""
 
     def __init__(self, model: ModelConfig, pool: PoolConfig, is_moe: bool) -> None:
         super().__init__()
         self.attention = Attention(model.hidden, model.heads)
+        self.cross_attention = CrossAttention(model.hidden, model.heads) if model.condition == "text" else None
         self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden, 4 * model.hidden)
         self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
 
@@ -45,22 +47,26 @@ class Block(nn.Module):
         if isinstance(self.ffn, FeedForward):
             self.ffn.forward = torch.compile(self.ffn.forward)  # type: ignore[method-assign]
 
-    def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none") -> Step:
-        """Tokens x (B, T, D) and condition c (B, D) -> tokens, and what the MoE layer did.
+    def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none", caption: Caption | None = None) -> Step:
+        """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens, and what the MoE layer did.
 
         recompute: what is not kept for the backward but computed again there: nothing, the feed-forward part, or the whole block.
         """
         if recompute == "block":
-            return computed_again(self._whole, x, c)
-        x, modulation = self._attend(x, c)
+            return computed_again(self._whole, x, c, caption)
+        x, modulation = self._attend(x, c, caption)
         return computed_again(self._feed, x, modulation) if recompute == "ffn" else self._feed(x, modulation, Kept())
 
-    def _whole(self, x: Tensor, c: Tensor, kept: Kept) -> Step:
-        return self._feed(*self._attend(x, c), kept)
+    def _whole(self, x: Tensor, c: Tensor, caption: Caption | None, kept: Kept) -> Step:
+        return self._feed(*self._attend(x, c, caption), kept)
 
-    def _attend(self, x: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        shift_a, scale_a, gate_a, *modulation = self.modulation(F.silu(c)).chunk(6, dim=1)
-        return x + gate_a[:, None] * self.attention(modulate(normalise(x), shift_a, scale_a)), tuple(modulation)
+    def _attend(self, x: Tensor, c: Tensor, caption: Caption | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        shift, scale, gate, *modulation = self.modulation(F.silu(c)).chunk(6, dim=1)
+        x = x + gate[:, None] * self.attention(modulate(normalise(x), shift, scale))
+        if self.cross_attention is not None:
+            assert caption is not None
+            x = x + self.cross_attention(normalise(x), *caption)
+        return x, tuple(modulation)
 
     def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], kept: Kept) -> Step:
         shift, scale, gate = modulation

@@ -19,8 +19,9 @@ class Count:
     router: int
     predictor: int
     attention: int
+    cross_attention: int  # over captions
     modulation: int  # adaLN of the blocks
-    other: int  # patches, time, labels, head
+    other: int  # patches, time, labels or captions, head
     capacity: float  # C of training at pool.capacity 1: what the tokens choose (tc: top_k / m), else 1
     unit: float  # share of the routed experts that works on an average token at C = 1: m / N
 
@@ -37,7 +38,8 @@ class Count:
     @property
     def always(self) -> int:
         """The parameters that work on every token."""
-        return self.dense_ffn + self.shared + self.router + self.predictor + self.attention + self.modulation + self.other
+        beside = self.attention + self.cross_attention + self.modulation + self.other
+        return self.dense_ffn + self.shared + self.router + self.predictor + beside
 
     def activated(self, capacity: float | None = None) -> float:
         """Parameters that work on an average token at a capacity (None: training's): C * experts * m / N, and all that always runs."""
@@ -65,7 +67,8 @@ def count(model: ModelConfig) -> Count:
     linear = hidden**2 + hidden
     patches = model.in_channels * model.patch**2 * hidden + hidden
     time = 256 * hidden + hidden + linear
-    labels = (model.num_classes + 1) * hidden
+    text = model.condition == "text"
+    condition = model.text_width * (hidden + 1) + hidden + linear if text else (model.num_classes + 1) * hidden
     head = 2 * linear + (hidden + 1) * model.patch**2 * model.out_channels
     return Count(
         dense_ffn=(model.blocks - moe) * ffn,
@@ -74,8 +77,9 @@ def count(model: ModelConfig) -> Count:
         router=moe * num_experts * hidden,
         predictor=moe * (linear + num_experts * hidden + num_experts) if has_predictor(model) else 0,
         attention=model.blocks * 4 * linear,
+        cross_attention=model.blocks * 4 * linear if text else 0,
         modulation=model.blocks * 6 * linear,
-        other=patches + time + labels + head,
+        other=patches + time + condition + head,
         capacity=model.top_k / model.granularity if model.family == "tc" else 1.0,
         unit=model.granularity / num_experts,
     )
@@ -93,4 +97,4 @@ def equation_40(model: ModelConfig, capacity: float | None = None) -> float:
     dense, shared = model.blocks - moe, model.shared_experts / model.granularity
     active = dense + moe * (capacity + shared)
     whole = dense + moe * (model.num_experts / model.granularity + shared)
-    return active / whole * sizes.ffn + sizes.attention + sizes.modulation + sizes.other
+    return active / whole * sizes.ffn + sizes.attention + sizes.cross_attention + sizes.modulation + sizes.other

@@ -1,6 +1,6 @@
 """The diffusion transformer, dense or DiffMoE, as a plain single-device model.
 
-Legend: B samples, C channels, T tokens, D hidden size, L blocks.
+Legend: B samples, C channels, T tokens, D hidden size, L blocks, M places for a caption's tokens.
 
 `model(x, t, condition)` gives an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and swaps the dispatcher
 for a run on many ranks; samplers and objectives only see a callable.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ep.config import ModelConfig, PoolConfig, has_experts
-from diffmoe_ep.model.block import Block, Head, Recompute
-from diffmoe_ep.model.embed import LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
+from diffmoe_ep.data.condition import Condition, Text
+from diffmoe_ep.model.block import Block, Caption, Head, Recompute
+from diffmoe_ep.model.embed import CaptionEmbed, LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import LayerReport, MoELayer
 
@@ -33,7 +34,7 @@ def is_moe(model: ModelConfig, block: int) -> bool:
 
 
 class DiT(nn.Module):
-    """Patches -> L blocks conditioned on time and class -> patches."""
+    """Patches -> L blocks conditioned on time, and on a label or a caption -> patches."""
 
     positions: Tensor
 
@@ -58,26 +59,47 @@ class DiT(nn.Module):
         self.channels = model.out_channels if channels is None else channels
         self.patches = PatchEmbed(model.in_channels, model.hidden, model.patch)
         self.time = TimeEmbed(model.hidden)
-        self.label = LabelEmbed(model.num_classes, model.hidden)
+        self.label = LabelEmbed(model.num_classes, model.hidden) if model.condition == "class" else None
+        self.caption = CaptionEmbed(model.text_width, model.hidden) if model.condition == "text" else None
         self.blocks = nn.ModuleList(Block(model, pool, is_moe(model, index)) for index in range(model.blocks))
         self.head = Head(model)
         self.register_buffer("positions", sine_positions(model.hidden, model.input_size // model.patch), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
-        """Images x (B, C, H, W) at times t (B,) with labels condition (B,) int64 (num_classes: the null class) -> Output."""
+    def allocate(self, device: torch.device | str) -> "DiT":
+        """Give a model that was built on the meta device its memory; weights are still to be filled, buffers are as they start."""
+        self.to_empty(device=device)
+        self.positions.copy_(sine_positions(self.config.hidden, self.config.input_size // self.config.patch))
+        for layer in self.moe_layers():
+            if layer.predictor is not None:
+                layer.predictor.reset()
+        return self
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
+        """Images x (B, C, H, W) at times t (B,) with condition -> Output.
+
+        condition: labels (B,) int64 (num_classes: the null class), or Text (B, M, E) where model.condition is text.
+        """
         with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
             tokens = self.patches(x)  # (B, T, D)
             tokens = tokens + self.positions.to(tokens.dtype)
-            c = self.time(t) + self.label(condition)  # (B, D)
+            c, caption = self._conditions(t, condition)
             reports = []
             for block in self.blocks:
-                tokens, report = block(tokens, c, self.recompute)  # (B, T, D)
+                tokens, report = block(tokens, c, self.recompute, caption)  # (B, T, D)
                 if report is not None:
                     reports.append(report)
             patches = self.head(tokens, c, self.channels)  # (B, T, patch * patch * channels)
         wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
         prediction = unpatchify(wide, self.config.patch, self.channels)
         return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
+
+    def _conditions(self, t: Tensor, condition: Condition) -> tuple[Tensor, Caption | None]:
+        """What modulates every block (B, D), and what every block looks at."""
+        if self.caption is not None:
+            assert isinstance(condition, Text), "this model takes captions"
+            return self.time(t), self.caption(condition)
+        assert self.label is not None and isinstance(condition, Tensor), "this model takes labels"
+        return self.time(t) + self.label(condition), None
 
     def _auxiliary(self, reports: list[LayerReport], like: Tensor) -> Tensor:
         total = like.new_zeros(())

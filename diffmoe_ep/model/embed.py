@@ -1,6 +1,6 @@
-"""From pixels, time and condition to vectors, and back from tokens to pixels.
+"""From pixels, time, labels and captions to vectors, and back from tokens to pixels.
 
-Legend: B samples, C channels, T tokens, D hidden size.
+Legend: B samples, C channels, T tokens, D hidden size, M places for a caption's tokens, E width of their features.
 """
 
 import math
@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffmoe_ep.data.condition import Text
 
 
 class PatchEmbed(nn.Module):
@@ -68,6 +70,24 @@ class LabelEmbed(nn.Module):
         """(B,) -> (B, D)."""
         embedded: Tensor = self.table(label)
         return embedded
+
+
+class CaptionEmbed(nn.Module):
+    """Map the features of a caption's tokens to the hidden size; a trained row stands for the null caption. One for all blocks."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.empty(width))
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, text: Text) -> tuple[Tensor, Tensor]:
+        """Captions -> (B, M, D), and (B, M) bool, true where a token stands; the null caption is one token long."""
+        place = torch.arange(text.features.shape[1], device=text.features.device)
+        mask = place < text.lengths.clamp(min=1)[:, None]  # (B, M)
+        features = torch.where((text.lengths == 0)[:, None, None], self.null, text.features.to(self.null.dtype))
+        features = torch.where(mask[:, :, None], features, 0.0)  # what stands behind may be anything, NaN too
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh")), mask
 
 
 def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:

@@ -10,13 +10,16 @@ from diffmoe_ep.model.dit import DiT
 
 ZERO, XAVIER, ROUTER, NORMAL = "zero", "xavier", "router", "normal"
 
-# The first ending that fits a parameter's name says how it starts; adaLN-Zero: modulations and the last map start at zero.
+# The first ending that fits a parameter's name says how it starts; adaLN-Zero: modulations and the last map start at zero, and so does
+# what cross-attention adds.
 RULES = (
     ("bias", ZERO),
     ("modulation.weight", ZERO),
     ("head.projection.weight", ZERO),
+    ("cross_attention.projection.weight", ZERO),
     ("router.weight", ROUTER),
     ("label.table.weight", NORMAL),
+    ("caption.null", NORMAL),
     ("time.fc1.weight", NORMAL),
     ("time.fc2.weight", NORMAL),
     ("weight", XAVIER),

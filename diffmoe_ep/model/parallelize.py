@@ -6,10 +6,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffmoe_ep.config import Config
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.parallel.mesh import Mesh
+
+
+def build_sharded(config: Config, mesh: Mesh, channels: int | None = None) -> DiT:
+    """This rank's part of a config's model, on the mesh's device, its weights still to be filled.
+
+    It is cut before it gets any memory, so that a rank never holds more than its own share. channels: see `DiT`.
+    """
+    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
+    with torch.device("meta"):
+        model = DiT(config.model, config.pool, compute_type, config.train.recompute, channels)
+        shard_experts(model, mesh, config.parallel.overlap)
+    return model.allocate(mesh.device)
 
 
 def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:

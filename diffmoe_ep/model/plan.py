@@ -1,6 +1,6 @@
 """What a model holds and costs, from its config alone: parameters by module, activated parameters, FLOPs of one sample.
 
-Legend: T tokens of a sample, D hidden size, N experts of an MoE layer, m granularity, C capacity.
+Legend: T tokens of a sample, M places of a caption, D hidden size, N experts of an MoE layer, m granularity, C capacity.
 
 FLOPs are those of the matmuls, 2 for each multiply-add, as model FLOPs utilisation counts them: what is recomputed, and norms, softmax
 and activations, are left out. Training is three forwards (the gradients by weights and by inputs cost one each).
@@ -93,6 +93,7 @@ def _parts(model: ModelConfig, sizes: Count, capacity: float) -> tuple[Part, ...
         Part("experts", sizes.experts, capacity * sizes.unit * sizes.experts, flops["experts"]),
         Part("shared experts", sizes.shared, sizes.shared, flops["shared experts"]),
         Part("attention", sizes.attention, sizes.attention, flops["attention"]),
+        Part("cross-attention", sizes.cross_attention, sizes.cross_attention, flops["cross-attention"]),
         Part("adaLN", sizes.modulation, sizes.modulation, flops["adaLN"]),
         Part("router", sizes.router, sizes.router, flops["router"]),
         Part("predictor", sizes.predictor, sizes.predictor, flops["predictor"]),
@@ -112,6 +113,9 @@ def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
 
     pixels = model.patch**2
     mixing = linear(tokens, hidden, tokens) + linear(tokens, tokens, hidden)  # scores, and values by them, over all heads
+    caption = model.text_length if model.condition == "text" else 0  # all places, also those that a caption leaves empty
+    looking = linear(tokens, hidden, 2 * hidden) + linear(caption, hidden, 2 * hidden) + 2 * linear(tokens, hidden, caption)
+    embedding = linear(caption, model.text_width, hidden) + linear(caption, hidden, hidden)
     time = linear(1, 256, hidden) + linear(1, hidden, hidden)
     head = linear(1, hidden, 2 * hidden) + linear(tokens, hidden, pixels * model.out_channels)
     return {
@@ -119,10 +123,11 @@ def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
         "experts": moe * ffn(capacity * model.granularity * tokens, width),  # a sample's rows in all N experts together
         "shared experts": moe * model.shared_experts * ffn(tokens, width),
         "attention": model.blocks * (linear(tokens, hidden, 3 * hidden) + mixing + linear(tokens, hidden, hidden)),
+        "cross-attention": model.blocks * looking if caption else 0,
         "adaLN": model.blocks * linear(1, hidden, 6 * hidden),
         "router": moe * linear(tokens, hidden, model.num_experts),
         "predictor": moe * linear(tokens, hidden, hidden + model.num_experts) if has_predictor(model) else 0,
-        "other": linear(tokens, model.in_channels * pixels, hidden) + time + head,
+        "other": linear(tokens, model.in_channels * pixels, hidden) + time + embedding + head,
     }
 
 
@@ -141,6 +146,8 @@ def _check_capacity(model: ModelConfig, capacity: float, trained: float) -> None
 def _title(model: ModelConfig) -> str:
     words = [model.family if model.size is None else f"{model.family}, size {model.size}"]
     words.append(f"{model.blocks} blocks, hidden {model.hidden}, {model.heads} heads, {num_tokens(model)} tokens")
+    if model.condition == "text":
+        words.append(f"captions of {model.text_length} tokens, width {model.text_width}")
     if has_experts(model):
         fine = f" of width 4D/{model.granularity}" if model.granularity > 1 else ""
         shared = f" and {model.shared_experts} shared" if model.shared_experts else ""

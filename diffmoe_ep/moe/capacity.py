@@ -31,8 +31,14 @@ class CapacityPredictor(nn.Module):
         self.fc1 = nn.Linear(hidden, hidden)
         self.fc2 = nn.Linear(hidden, num_experts)
         self.decay = decay
-        self.register_buffer("threshold", torch.zeros(num_experts))  # (N,) moving average tau, starts at 0
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # how often it was moved
+        self.register_buffer("threshold", torch.empty(num_experts))  # (N,) moving average tau, starts at 0
+        self.register_buffer("updates", torch.empty((), dtype=torch.int64))  # how often it was moved
+        self.reset()
+
+    def reset(self) -> None:
+        """Let the thresholds start anew."""
+        self.threshold.zero_()
+        self.updates.zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (S, D), detached here so that the predictor cannot steer the network, to logits (S, N) in at least float32."""

@@ -1,7 +1,8 @@
 """Bytes that one rank holds in a training step, by part and by moment, from a config and a layout alone.
 
 Legend: P parameters of a rank, S tokens of its micro-step, D hidden size, F width of an expert, N experts, R rows that its experts get,
-A (token, expert) pairs of its tokens, T tokens of a sample, H heads, c bytes of the compute type (4, or 2 under bf16).
+A (token, expert) pairs of its tokens, T tokens of a sample, M places of a caption, H heads, c bytes of the compute type (4, or 2 under
+bf16).
 
 Weights are float32 at every stage and are the master weights; bf16 is a compute type, by autocast. ZeRO 1 and 2 keep the weights whole
 on every rank (as views of flat groups) and hold beside them a float32 copy of this rank's part, which the optimiser moves, and that
@@ -101,6 +102,7 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     norm_in = tokens * hidden * FLOAT if kind == "cuda" else whole  # CUDA's autocast normalises in float32
     statistics = 2 * tokens * (FLOAT if kind == "cuda" else compute)  # mean and deviation of each token
     scales = part.samples * hidden * compute  # 1 + scale
+    caption = part.samples * model.text_length  # places for the tokens of captions
     modulated = norm_in + statistics + scales + 2 * whole  # the norm's input, its output, and what goes into the matmul
 
     attention = modulated
@@ -108,6 +110,11 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     attention += 3 * whole  # query, key, value
     attention += whole + tokens * model.heads * FLOAT  # mixed values and log-sum-exp
     attention += whole  # output, for its gate
+    if model.condition == "text":
+        attention += norm_in + statistics + whole  # the norm's input and its output, from which queries come
+        attention += whole + 2 * caption * hidden * compute  # query, key, value
+        attention += whole + tokens * model.heads * FLOAT  # mixed values and log-sum-exp
+        attention += caption * compute  # the mask as numbers
 
     dense = modulated
     dense += tokens * 4 * hidden * 2 * compute  # before and after GELU
@@ -134,6 +141,10 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
 
     patches = tokens * model.in_channels * model.patch**2 * compute
     condition = part.samples * (256 * compute + 2 * hidden * compute + LONG + hidden * (FLOAT + compute) + 2 * hidden * compute)
+    if model.condition == "text":
+        condition -= part.samples * LONG  # no labels
+        condition += caption * (model.text_width * compute + 3 * hidden * compute)  # features, before and after GELU, output
+        condition += 2 * caption + part.samples  # masks
     prediction = part.samples * model.in_channels * model.input_size**2 * FLOAT  # the difference that the loss squares
     outside = patches + condition + modulated + prediction
     choice = tokens * experts + indices + order  # a byte for each token and expert

@@ -71,10 +71,15 @@ def weights(model: ModelConfig, expert: int) -> tuple[Weight, ...]:
     hidden = model.hidden
     found = _linear(model.in_channels * model.patch**2, hidden, copied=False)
     found += _linear(256, hidden, copied=False) + _linear(hidden, hidden)
-    found.append(Weight((model.num_classes + 1) * hidden, False, False))
+    text = model.condition == "text"
+    if text:
+        found += [Weight(model.text_width, False, False), *_linear(model.text_width, hidden), *_linear(hidden, hidden)]
+    else:
+        found.append(Weight((model.num_classes + 1) * hidden, False, False))
     for block in range(model.blocks):
         moe = is_moe(model, block)
         attention, ffn = _linear(hidden, 3 * hidden) + _linear(hidden, hidden), _ffn(model, moe, expert)
+        attention += _linear(hidden, hidden) * 4 if text else []
         for part, is_ffn in ((attention, False), (ffn, True), (_linear(hidden, 6 * hidden), False)):
             found += [replace(weight, moe=moe, block=True, ffn=is_ffn) for weight in part]
     return tuple(found + _linear(hidden, 2 * hidden) + _linear(hidden, model.patch**2 * model.out_channels))

@@ -140,6 +140,13 @@ def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
     attention = [*modulated, linear(tokens, hidden, 3 * hidden), mixing, linear(tokens, hidden, hidden), *gated]
     attention.append(linear(part.samples, hidden, 6 * hidden))
     pixels = model.patch**2
+    caption: list[Work] = []
+    if model.condition == "text":
+        places = part.samples * model.text_length
+        looking = Work(4.0 * tokens * model.text_length * hidden, size * (2.0 * tokens + 2.0 * places) * hidden, 1)
+        attention += [passes(2), linear(tokens, hidden, hidden), linear(places, hidden, hidden), linear(places, hidden, hidden)]
+        attention += [looking, linear(tokens, hidden, hidden), passes(3)]
+        caption = [linear(places, model.text_width, hidden), passes(2, places), linear(places, hidden, hidden)]
     ends = [linear(tokens, model.in_channels * pixels, hidden), *modulated, linear(tokens, hidden, pixels * model.out_channels)]
     dense = [*modulated, *gated] * model.blocks + ffn(tokens, 4 * hidden) * (model.blocks - moe)
 
@@ -156,6 +163,6 @@ def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
         routing += [linear(tokens, hidden, hidden), passes(2), linear(tokens, hidden, experts)]
         routing += [passes(8, columns=experts, bytes_=4, calls=6)]
     return {
-        "attention": attention * model.blocks + ends, "feed-forward": dense,
+        "attention": attention * model.blocks + caption + ends, "feed-forward": dense,
         "experts": [*expert, *rows] * moe, "router and predictor": routing * moe,
     }  # fmt: skip

@@ -25,7 +25,8 @@ def on_meta(model: ModelConfig, pool: PoolConfig | None = None) -> DiT:
 def numel(model: DiT) -> dict[str, int]:
     """Parameters by field of Count, sorted by their names alone."""
     kinds = {".experts.": "experts", ".shared.": "shared", ".router.": "router", ".predictor.": "predictor", ".attention.": "attention"}
-    sums = dict.fromkeys(["dense_ffn", "experts", "shared", "router", "predictor", "attention", "modulation", "other"], 0)
+    kinds |= {".cross_attention.": "cross_attention"}
+    sums = dict.fromkeys([*kinds.values(), "dense_ffn", "modulation", "other"], 0)
     for name, parameter in model.named_parameters():
         kind = next((kind for part, kind in kinds.items() if part in name), None)
         if kind is None and name.startswith("blocks."):
@@ -98,7 +99,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
         hidden=4 * heads * draw(st.integers(1, 5)),
         blocks=draw(st.integers(1, 5)),
         heads=heads,
+        condition=draw(st.sampled_from(["class", "text"])),
         num_classes=draw(st.integers(1, 9)),
+        text_width=draw(st.integers(1, 9)),
         interleave=draw(st.booleans()),
         num_experts=granularity * draw(st.integers(1, 4)),
         granularity=granularity,

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import Config, ConfigError, from_tree, keys, load, to_tree
+from diffmoe_ep.data.condition import Text
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.plan import Plan, plan
 from diffmoe_ep.moe.capacity import InferenceRule
@@ -37,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tc": {"family": "tc"},
     "tc, fine": {"family": "tc", "granularity": 2, "num_experts": 8, "top_k": 2},
     "tc, twice": {"family": "tc", "top_k": 2},
+    "dense, text": {"family": "dense", "condition": "text", "text_width": 10, "text_length": 7},
+    "diffmoe, text": {"family": "diffmoe", "condition": "text", "text_width": 10, "text_length": 7},
 }
 
 
@@ -58,22 +61,24 @@ def counted(model: DiT, backward: bool = False) -> Counter[str]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, config.in_channels, config.input_size, config.input_size, generator=generator)
     counter = FlopCounterMode(display=False)
+    text = Text(torch.randn(BATCH, config.text_length, config.text_width, generator=generator), torch.arange(BATCH))
+    condition = text if config.condition == "text" else torch.zeros(BATCH, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        out = model(x, torch.rand(BATCH, generator=generator), torch.zeros(BATCH, dtype=torch.int64))
+        out = model(x, torch.rand(BATCH, generator=generator), condition)
         if backward:
             (out.prediction.square().mean() + out.auxiliary).backward()
     flops = {name.removeprefix("DiT."): sum(found.values()) / BATCH for name, found in counter.get_flop_counts().items()}
     parts = Counter({"other": flops["Global"]})
     kinds = {"experts": "experts", "shared": "shared experts", "router": "router", "predictor": "predictor"}
     for name, number in flops.items():
-        match = re.fullmatch(r"blocks\.\d+\.(attention|modulation|ffn|ffn\.(\w+))", name)
+        match = re.fullmatch(r"blocks\.\d+\.(attention|cross_attention|modulation|ffn|ffn\.(\w+))", name)
         if match is None or match[2] in ("fc1", "fc2"):
             continue
         if match[2]:
             parts[kinds[match[2]]] += number
             parts["FFN"] -= number
         else:
-            kind = {"attention": "attention", "modulation": "adaLN", "ffn": "FFN"}[match[1]]
+            kind = {"attention": "attention", "cross_attention": "cross-attention", "modulation": "adaLN", "ffn": "FFN"}[match[1]]
             parts[kind] += number
             parts["other"] -= number
     return parts

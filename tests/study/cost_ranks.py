@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_ep.config import Config, has_experts, pool_samples
+from diffmoe_ep.data.condition import Condition, Text
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import shard_experts, widen_pools
@@ -50,11 +51,19 @@ def built(config: Config) -> tuple[DiT, meshes.Mesh]:
     return model, mesh
 
 
+def condition_for(config: Config, num: int) -> Condition:
+    """Labels, or captions of several lengths, the null caption among them."""
+    if config.model.condition == "class":
+        return torch.zeros(num, dtype=torch.int64)
+    places = config.model.text_length
+    return Text(torch.randn(num, places, config.model.text_width), torch.arange(num) % (places + 1))
+
+
 def forward_allocates(rank: int, config: Config) -> int:
     """Bytes that a forward and its loss leave allocated, by the allocator's own account."""
     model, _ = built(config)
     shape = (config.train.batch, config.model.in_channels, config.model.input_size, config.model.input_size)
-    x, t, condition = torch.randn(shape), torch.rand(shape[0]), torch.zeros(shape[0], dtype=torch.int64)
+    x, t, condition = torch.randn(shape), torch.rand(shape[0]), condition_for(config, shape[0])
 
     def loss() -> torch.Tensor:
         output = model(x, t, condition)
@@ -85,7 +94,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
     def step(watch: bool) -> None:
         torch.manual_seed(rank)
         shape = (local, config.model.in_channels, config.model.input_size, config.model.input_size)
-        x, t, condition = torch.randn(shape), torch.rand(local), torch.zeros(local, dtype=torch.int64)
+        x, t, condition = torch.randn(shape), torch.rand(local), condition_for(config, local)
         saved: dict[int, Any] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tc": {"family": "tc", "num_experts": 8},
     "fine and shared": {"family": "diffmoe", "num_experts": 8, "granularity": 2, "shared_experts": 1},
     "every block": {"family": "diffmoe", "num_experts": 8, "interleave": False, "blocks": 3},
+    "text": {"family": "diffmoe", "num_experts": 8, "condition": "text", "text_width": 48, "text_length": 20},
 }
 # family, precision, W, EP, ZeRO
 LAYOUTS = [
@@ -42,6 +43,8 @@ LAYOUTS = [
     ("tc", "bf16", 2, 2, 1),
     ("fine and shared", "float32", 2, 2, 0),
     ("every block", "bf16", 2, 1, 1),
+    ("text", "bf16", 2, 2, 1),
+    ("text", "float32", 2, 2, 2),
 ]
 
 
@@ -92,7 +95,7 @@ def test_every_part_is_what_the_tensors_hold(tmp_path: Path, family: str, precis
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recompute", ["none", "ffn", "block"])
-@pytest.mark.parametrize(("family", "precision"), [("dense", "float32"), ("diffmoe", "bf16"), ("diffmoe", "float32")])
+@pytest.mark.parametrize(("family", "precision"), [("dense", "float32"), ("diffmoe", "bf16"), ("diffmoe", "float32"), ("text", "bf16")])
 def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision: str, recompute: str) -> None:
     """The allocator's own account of a forward, with activations kept and computed again."""
     config = small(tmp_path, family, precision, 1, 0, recompute=recompute)
