@@ -3,9 +3,9 @@
 Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
 
 Experts are taken in runs (`_cut`): neighbours with equally many rows make one batched matmul, which gives each thread experts of its own;
-ragged ones go one by one. Of the activations only those before GELU are kept; those after it are computed again. Weights' gradients go
-straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no
-second copy of all experts.
+ragged ones go one by one. Of the activations only those before GELU are kept and those after it computed again, unless they are few
+(`keeps_all`): then the weights' own traffic rules, and passes over activations count. Weights' gradients go straight into their place in
+a full tensor. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no second copy of all experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from diffmoe_ep.moe.kernels import Weights, compute_type
 
 RUN = 2**23  # activations (n, F) that a run of several experts holds at most; 32 MiB in float32
 PIECE = 2**19  # activations that GELU's passes go over at a time
+FEW = 2**22  # activations (R, F) of which all that the backward needs is kept
 # GELU's tanh form is x * sigmoid(z) with z = x * (SLOPE + BEND * x^2).
 SLOPE = 2 * sqrt(2 / pi)
 BEND = SLOPE * 0.044715
@@ -78,17 +79,28 @@ def _cut(counts: Sequence[int], width: int) -> Iterator[_Run]:
         expert, row = last, row + (last - expert) * each
 
 
-def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Tensor] | None) -> Tensor:
-    """Answers (R, D); each run's activations before GELU go to `kept`."""
+Gelu = tuple[Tensor, ...]  # of a run: what goes into GELU and, if all is kept, its gate (the sigmoid) and what comes out
+
+
+def keeps_all(rows: int, width: int, device: str, dtype: torch.dtype) -> bool:
+    """Whether the backward is spared GELU's forward, for three times the memory."""
+    return rows * width <= FEW and _by_sigmoid(device, dtype)
+
+
+def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Gelu] | None) -> Tensor:
+    """Answers (R, D); what each run's backward needs goes to `kept`."""
     w1, b1, w2, b2 = weights
     kind = rows.dtype
+    keeps = keeps_all(rows.shape[0], w1.shape[2], rows.device.type, kind)
     out = rows.new_empty(rows.shape[0], w2.shape[2])
     with torch.autocast(rows.device.type, enabled=False):
         for run in runs:
             hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
+            gate = torch.empty_like(hidden) if kept is not None and keeps else None
+            value = _gelu(hidden, gate)
             if kept is not None:
-                kept.append(hidden)
-            _affine(_gelu(hidden), run.weights(w2, kind), run.weights(b2, kind), run.of(out))
+                kept.append((hidden,) if gate is None else (hidden, gate, value))
+            _affine(value, run.weights(w2, kind), run.weights(b2, kind), run.of(out))
     return out
 
 
@@ -106,29 +118,35 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over what is in the cache cost little."""
-    if not _by_sigmoid(x):
+def _gelu(x: Tensor, gate: Tensor | None) -> Tensor:
+    """GELU in its tanh form, and its gate if asked for. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
+    if not _by_sigmoid(x.device.type, x.dtype):
         return F.gelu(x, approximate="tanh")
     value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
-    for part, out in zip(_pieces(x), _pieces(value), strict=True):
-        torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
+    for part, out, between in zip(_pieces(x), _pieces(value), _pieces(value if gate is None else gate), strict=True):
+        _gelu_piece(part, slope, between, out)
     return value
 
 
-def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of x again, and the gradient by x, into `gradient`."""
-    if not _by_sigmoid(x):
+def _gelu_piece(x: Tensor, slope: Tensor, gate: Tensor, value: Tensor) -> None:
+    torch.addcmul(slope, x, x, value=BEND, out=gate).mul_(x).sigmoid_()
+    torch.mul(gate, x, out=value)
+
+
+def _gelu_backward(x: Tensor, kept: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU of x and the gradient by x, into `gradient`. kept: gate and value, or nothing: then they are computed again."""
+    if not _by_sigmoid(x.device.type, x.dtype):
         again = F.gelu(x, approximate="tanh")
         return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
-    value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
-    gates, slopes = (x.new_empty(min(PIECE, x.numel())) for _ in range(2))
-    for part, out, into in zip(_pieces(x), _pieces(value), _pieces(gradient), strict=True):
-        gate, by_x = gates[: len(part)], slopes[: len(part)]
-        torch.addcmul(slope, part, part, value=BEND, out=gate).mul_(part).sigmoid_()  # s
+    slope, slopes = x.new_tensor(SLOPE), x.new_empty(min(PIECE, x.numel()))
+    gate, value = kept or (torch.empty_like(slopes), torch.empty_like(x))
+    gates = _pieces(gate)
+    for number, (part, out, into) in enumerate(zip(_pieces(x), _pieces(value), _pieces(gradient), strict=True)):
+        by_x, s = slopes[: len(part)], gates[number] if kept else gate[: len(part)]
+        if not kept:
+            _gelu_piece(part, slope, s, out)
         torch.addcmul(slope, part, part, value=3 * BEND, out=by_x)  # dz/dx
-        torch.mul(gate, part, out=out)
-        by_x.mul_(out).addcmul_(by_x, gate, value=-1).add_(gate)  # x s (1 - s) dz/dx + s
+        by_x.mul_(out).addcmul_(by_x, s, value=-1).add_(s)  # x s (1 - s) dz/dx + s
         into.mul_(by_x)
     return value, gradient
 
@@ -137,32 +155,34 @@ def _pieces(x: Tensor) -> Sequence[Tensor]:
     return x.view(-1).split(PIECE)
 
 
-def _by_sigmoid(x: Tensor) -> bool:
+def _by_sigmoid(device: str, dtype: torch.dtype) -> bool:
     """In half precision each pass would round; a GPU does it all in one pass of its own."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return device == "cpu" and dtype in (torch.float32, torch.float64)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        kept: list[Tensor] = []
+        kept: list[Gelu] = []
         ctx.runs, ctx.kinds = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)
         out = _forward(rows, ctx.runs, (w1, b1, w2, b2), kept)
-        ctx.save_for_backward(rows, w1, w2, *kept)
+        ctx.save_for_backward(rows, w1, w2, *(tensor for of_run in kept for tensor in of_run))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, w1, w2, *kept = ctx.saved_tensors
+        each = len(kept) // len(ctx.runs)  # tensors of a run
         kind, out = rows.dtype, gradients[0].contiguous()
         d_rows = torch.empty_like(rows)
         d_w1, d_w2 = torch.empty_like(w1), torch.empty_like(w2)
         d_b1, d_b2 = (weight.new_empty(weight.shape[0], weight.shape[2], dtype=of) for weight, of in zip((w1, w2), ctx.kinds, strict=True))
         with torch.autocast(rows.device.type, enabled=False):
-            for run, hidden in zip(ctx.runs, kept, strict=True):
+            for number, run in enumerate(ctx.runs):
+                hidden, *saved = kept[number * each : (number + 1) * each]
                 x, g = run.of(rows), run.of(out)
-                value, d_hidden = _gelu_backward(hidden, g @ run.weights(w2, kind).mT)
+                value, d_hidden = _gelu_backward(hidden, saved, g @ run.weights(w2, kind).mT)
                 _product(value.mT, g, run.weights(d_w2))
                 run.weights(d_b2).copy_(g.sum(-2))
                 _product(x.mT, d_hidden, run.weights(d_w1))

@@ -145,8 +145,7 @@ def _training(module: nn.Module, x: Tensor, probe: Tensor, compute: torch.dtype)
         with torch.autocast(x.device.type, compute, enabled=compute != torch.float32):
             out = module(x)
         mixed, loss = out if isinstance(out, tuple) else (out, None)
-        objective = (mixed * probe).sum()
-        (objective if loss is None else objective + loss).backward()
+        torch.autograd.backward([mixed] if loss is None else [mixed, loss], [probe.to(mixed.dtype), None][: 1 if loss is None else 2])
         for parameter in parameters:
             parameter.grad = None
 

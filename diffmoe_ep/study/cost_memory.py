@@ -18,9 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from diffmoe_ep.config import Config, has_predictor
 from diffmoe_ep.model.count import expert_width
 from diffmoe_ep.model.dit import is_moe
+from diffmoe_ep.moe.fused import keeps_all
 from diffmoe_ep.study.cost_shape import Layout, Recompute, Share, Weight, partitions, share, weights
 
 FLOAT = 4  # bytes
@@ -131,7 +134,9 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     moe += indices + pairs * FLOAT  # which pairs, and their weights
     moe += rows * hidden * compute  # the experts' input
     kernel = kernel_of(config, layout, kind)
-    moe += rows * width * KERNELS[kernel][0] * compute
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    saved = 3 if kernel == "fused" and keeps_all(rows, width, kind, dtype) else KERNELS[kernel][0]
+    moe += rows * width * saved * compute
     moe += rows * experts // layout.expert * compute if kernel == "grouped" else 0  # which expert each row is of
     moe += pairs * hidden * compute  # answers, for their weights
     moe += order
@@ -153,6 +158,7 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
 
 
 # What each expert kernel keeps for the backward: (R, F) tensors (before GELU, and after it), and whether cast copies of the weights.
+# `fused` keeps three where they are small (`keeps_all`).
 KERNELS = {"loop": (2, True), "batched": (2, True), "grouped": (2, True), "fused": (1, False)}
 
 

@@ -248,3 +248,28 @@ def test_every_model_of_the_papers_tables_has_its_config() -> None:
     flow += [f"diffmoe_{name}" for name in ("s_e16", "b_e16", "l_e8", "l_e16", "xl_e16")]
     ddpm = ["dense_l", "dense_xl", "tc_l_e16", "ec_l_e16", *(f"diffmoe_{name}" for name in ("s_e16", "b_e16", "l_e8", "l_e16"))]
     assert {path.stem for path in IMAGENET} == {f"{name}_flow" for name in flow} | {f"{name}_ddpm" for name in ddpm}
+
+
+TEXT = {"dense_1.2b": 1_236_063_376, "diffmoe_e16_4.6b": 4_596_486_512, "sft_journeydb": 4_596_486_512}
+SISTERS = {"diffmoe_e16_410m": 410e6, "diffmoe_e16_56m": 56e6}
+
+
+@pytest.mark.parametrize("name", [*TEXT, *SISTERS])
+def test_text_configs_are_what_their_comments_say(name: str) -> None:
+    path = ROOT / "configs" / "text" / f"{name}.yaml"
+    text, config = path.read_text(), loaded(path)
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    made = plan(config)
+    assert made.total == TEXT[name] if name in TEXT else abs(made.total - SISTERS[name]) < 1e6
+    assert config.folder == f"runs/text/{name}" and f"configs/text/{name}.yaml" in comment
+    assert not config.data.flip  # captions say left and right
+    if name != "sft_journeydb":
+        assert f"Parameters: {made.total:,}, " in comment and f"{made.forward / 1e9:.1f} GFLOPs" in comment
+    if name.startswith("diffmoe"):
+        assert f"of which {made.activated:,.0f} work" in comment and f"({made.equation_40 / 1e6:,.1f}M by" in comment
+
+
+def test_the_fine_tuned_model_is_the_pretrained_one() -> None:
+    trained, tuned = (loaded(ROOT / "configs" / "text" / f"{name}.yaml") for name in ("diffmoe_e16_4.6b", "sft_journeydb"))
+    assert tuned.model == trained.model and tuned.pool == trained.pool
+    assert tuned.init_from == trained.folder

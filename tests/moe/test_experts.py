@@ -73,13 +73,17 @@ def test_kernels_are_the_formula(case: str, kernel: Kernel, granularity: int) ->
     close(computed(module, counts), formula(module, counts), 1e-12)
 
 
+@pytest.mark.parametrize("few", [0, 2**22])
 @pytest.mark.parametrize(("run", "piece"), [(1, 7), (2**7, 64), (2**9, 2**10), (300, 100)])
 @pytest.mark.parametrize("case", COUNTS)
-def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cut_into_runs_and_pieces_changes_nothing(
+    case: str, run: int, piece: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One expert at a time, two, four, and activations in several pieces, which sizes for tests would never make by themselves."""
     counts = COUNTS[case]
     monkeypatch.setattr(fused_module, "RUN", run)
     monkeypatch.setattr(fused_module, "PIECE", piece)
+    monkeypatch.setattr(fused_module, "FEW", few)
     module = experts("fused", len(counts))
     close(computed(module, counts), formula(module, counts), 1e-12)
 
@@ -164,8 +168,10 @@ def test_fused_accumulates_into_gradients_that_are_there() -> None:
     close([parameter.grad for parameter in module.parameters() if parameter.grad is not None], wanted, 1e-12)
 
 
-def test_fused_keeps_one_activation_of_each_row_and_hidden_unit() -> None:
-    """Half of what autograd keeps for a dense FFN: nothing after GELU."""
+@pytest.mark.parametrize(("few", "each"), [(0, 1), (2**22, 3)])
+def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_three_of_few(few: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is half of what autograd keeps for a dense FFN: nothing after GELU."""
+    monkeypatch.setattr(fused_module, "FEW", few)
     module = experts("fused", kind=torch.float32)
     rows, _ = inputs([2, 2, 4, 0], torch.float32)
     owned = {parameter.data_ptr() for parameter in module.parameters()} | {rows.data_ptr()}
@@ -178,7 +184,7 @@ def test_fused_keeps_one_activation_of_each_row_and_hidden_unit() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(rows, [2, 2, 4, 0])
-    assert sum(kept) == 8 * 4 * HIDDEN
+    assert sum(kept) == each * 8 * 4 * HIDDEN
 
 
 def test_a_kernel_that_cannot_run_says_so() -> None:
@@ -234,7 +240,9 @@ def test_gelu_is_the_tanh_form() -> None:
 def test_gelu_of_large_numbers_stays_finite() -> None:
     """Far out GELU is 0 or x, and its slope 0 or 1, and nothing overflows on the way."""
     x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
-    value, slope = fused_module._gelu_backward(x, torch.ones_like(x))
-    assert torch.equal(fused_module._gelu(x), F.relu(x))
-    assert torch.equal(value, F.relu(x))
-    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
+    gate = torch.empty_like(x)
+    assert torch.equal(fused_module._gelu(x, gate), F.relu(x))
+    for kept in ((), (gate, F.relu(x))):
+        value, slope = fused_module._gelu_backward(x, kept, torch.ones_like(x))
+        assert torch.equal(value, F.relu(x))
+        assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
