@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ep.cli.data import add_bench
-from diffmoe_ep.config import SIZES, ConfigError, ModelConfig, from_tree
+from diffmoe_ep.config import SIZES, ConfigError, ModelConfig, from_tree, load
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,12 @@ def add(verbs: Any) -> None:
         metavar="FILE",
         help="also the planner's prediction beside a measured step, for example configs/cluster/cpu2.yaml",
     )
+    model = benches.add_parser("train", help="training steps of a config's model on this device beside the plan's time and memory")
+    model.add_argument("config", help="YAML file; its samples are made up, the same at every step, so that the loss must fall")
+    model.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch=8 train.optimizer.rate=1e-3")
+    model.add_argument("--cluster", required=True, metavar="FILE", help="for example configs/cluster/h200x1.yaml")
+    model.add_argument("--turns", type=int, default=10, help="timed steps (default 10)")
+    model.set_defaults(run=_bench_train)
     many = benches.add_parser("experts", help="the cost of a token in our layer for 2 to 64 experts")
     many.add_argument("--hidden", type=int, default=384, help="width D (default 384)")
     many.add_argument("--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)")
@@ -52,7 +58,7 @@ def add(verbs: Any) -> None:
         verb.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)")
         verb.set_defaults(run=function)
     add_bench(benches)
-    for verb in (side, select, layer, step, many):
+    for verb in (side, select, layer, step, many, model):
         verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
 
     verify = verbs.add_parser("verify", help="check on these ranks and this back end that many ranks compute what one computes")
@@ -107,6 +113,15 @@ def _bench_step(options: argparse.Namespace) -> None:
             config = from_tree(tree, [f"model.family={family}"])
             found[family] = compare(config, load_cluster(options.cluster), mesh.device.type, max(3, options.turns // 2))
     _measured(mesh, options, **found)
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from diffmoe_ep.study.calibrate import compare
+    from diffmoe_ep.study.cluster import load_cluster
+
+    config, cluster = load(options.config, options.overrides), load_cluster(options.cluster)
+    mesh = _bench_mesh(options, alone=True)
+    _measured(mesh, options, measured=compare(config, cluster, str(mesh.device), options.turns))
 
 
 def _bench_experts(options: argparse.Namespace) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from diffmoe_ep.config import Config, num_tokens
+from diffmoe_ep.data.condition import Condition, Text
 from diffmoe_ep.study.cluster import Cluster, Measurement
 from diffmoe_ep.study.cost import estimate
 from diffmoe_ep.study.cost_plan import Estimate
 from diffmoe_ep.study.cost_shape import Layout
-from diffmoe_ep.study.cost_words import span, table
+from diffmoe_ep.study.cost_words import size, span, table
 
 ROUNDS = 10
 FRESH = 1 << 24  # elements that an allocator asks the system for each time
@@ -38,11 +40,18 @@ class Comparison:
     median: float
     slowest: float
     load: float  # of the machine: processes that wanted to run in the last minute
+    losses: tuple[float, ...] = ()  # of the steps in turn, on the same few samples
+    peak: int | None = None  # most bytes that the device's allocator held; None on a CPU
 
     @property
     def error(self) -> float:
         """Predicted over measured, less one: 0.1 is a tenth too slow."""
         return self.estimate.step.seconds / self.seconds - 1
+
+    @property
+    def utilisation(self) -> float:
+        """MFU as measured."""
+        return self.estimate.step.utilisation * self.estimate.step.seconds / self.seconds
 
     def lines(self) -> list[str]:
         """The comparison to read."""
@@ -50,19 +59,27 @@ class Comparison:
         parts = [
             (name, span(taken), f"{taken / self.estimate.step.seconds:.0%}") for name, taken in self.estimate.step.parts.items() if taken
         ]
-        return [
+        told = [
             f"{self.name}: predicted {span(self.estimate.step.seconds)}, measured {span(self.seconds)}, error {self.error:+.1%} "
             f"(median {span(self.median)}, slowest {span(self.slowest)}, load {self.load:.2f})",
+            f"MFU {self.utilisation:.1%} of the device's bf16 peak, predicted {self.estimate.step.utilisation:.1%}",
             "rates of this device: " + ", ".join(f"{key} {value}" for key, value in rates),
-            *table([("predicted", "time", "share"), *parts]),
         ]
+        if self.peak is not None:
+            planned = self.estimate.memory.total
+            told.append(f"memory: predicted {size(planned)}, the allocator's peak {size(self.peak)}, error {planned / self.peak - 1:+.1%}")
+        if self.losses:
+            told.append(f"loss on the same samples: {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} after {len(self.losses)} steps")
+        return [*told, *table([("predicted", "time", "share"), *parts])]
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as plain data."""
         return {
             "name": self.name, "predicted": self.estimate.step.seconds, "measured": self.seconds, "median": self.median,
             "slowest": self.slowest, "error": self.error, "load": self.load,
-            "parts": self.estimate.step.parts, "rates": asdict(self.measurement),
+            "parts": self.estimate.step.parts, "rates": asdict(self.measurement), "mfu": self.utilisation,
+            "mfu_predicted": self.estimate.step.utilisation, "losses": self.losses, "peak": self.peak,
+            "peak_predicted": self.estimate.memory.total,
         }  # fmt: skip
 
 
@@ -130,42 +147,53 @@ def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int =
     config = replace(config, parallel=replace(config.parallel, expert=1))
     alone = replace(cluster, kind="cuda" if device.startswith("cuda") else "cpu", nodes=1, ranks_per_node=1)
     probe, step, taken = Probe(config, device), training_step(config, device), []
-    step()
-    step()  # the optimiser's state is made, buffers are there
+    losses = [step(), step()]  # the optimiser's state is made, buffers are there
     for _ in range(rounds):
         probe.round()
-        taken.append(timed(step, probe.where))
+        taken.append(timed(lambda: losses.append(step()), probe.where))
+    peak = torch.cuda.max_memory_allocated(probe.where) if probe.where.type == "cuda" else None
     found = probe.measurement()
     predicted = estimate(config, Layout(1, 1, config.parallel.zero, config.train.recompute), alone.measured(found))
     name = f"{config.model.family}, hidden {config.model.hidden}, {config.model.blocks} blocks, {config.train.batch} samples"
-    return Comparison(name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0])
+    told = tuple(float(loss) for loss in losses)
+    return Comparison(name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0], told, peak)
 
 
-def training_step(config: Config, device: str = "cpu") -> Callable[[], None]:
-    """A training step of the config on this one rank: engine and averaged weights as in training, samples made up."""
+def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
+    """A training step of the config on this one rank, which gives its loss: engine and averaged weights as in training.
+
+    The samples are made up and the same at every step: random latents, with random labels or captions.
+    """
     from diffmoe_ep.diffusion.objective import objective_of
-    from diffmoe_ep.model.dit import DiT
     from diffmoe_ep.model.initialize import initialize
+    from diffmoe_ep.model.parallelize import build_sharded
     from diffmoe_ep.parallel import mesh as meshes
     from diffmoe_ep.train.ema import Ema
     from diffmoe_ep.train.engine import Engine  # seconds to import
 
     mesh = meshes.start(1, 1, config.parallel.timeout_minutes, device)
-    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
-    model = initialize(DiT(config.model, config.pool, compute_type, config.train.recompute), config.seed)
+    model = initialize(build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed)
     engine, ema = Engine(model, config, mesh), Ema(model, config.train.ema)
     objective, shape = objective_of(config.train.objective), (config.model.in_channels, config.model.input_size, config.model.input_size)
     micro = config.train.batch // config.train.accumulation
     latent, noise = (torch.randn(micro, *shape, device=mesh.device) for _ in range(2))
-    u, condition = torch.rand(micro, device=mesh.device), torch.zeros(micro, dtype=torch.int64, device=mesh.device)
+    u = torch.rand(micro, device=mesh.device)
+    condition: Condition = torch.arange(micro, device=mesh.device) % config.model.num_classes
+    if config.model.condition == "text":
+        features = torch.randn(micro, config.model.text_length, config.model.text_width, device=mesh.device)
+        condition = Text(features, 1 + torch.arange(micro, device=mesh.device) % config.model.text_length)
 
-    def step() -> None:
+    def step() -> Tensor:
+        loss = torch.zeros((), device=mesh.device)
         for _ in range(config.train.accumulation):
             noised = objective.noised(latent, noise, u)
             output = engine.forward(noised.x, noised.t, condition)
-            engine.backward(objective.loss(output.prediction, noised) + output.auxiliary)
+            diffusion = objective.loss(output.prediction, noised)
+            engine.backward(diffusion + output.auxiliary)
             engine.step(config.train.optimizer.rate)
+            loss += diffusion.detach() / config.train.accumulation
         ema.update(1)
+        return loss
 
     return step
 

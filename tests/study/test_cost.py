@@ -255,10 +255,13 @@ def test_measured_rates_take_the_place_of_the_files(tmp_path: Path) -> None:
 def test_a_comparison_tells_its_error() -> None:
     planned = plan_cluster(model(), cluster("h800x8"))
     one = planned.estimates[0]
-    found = Comparison("a step", Measurement(bf16_tflops=700.0), one, one.step.seconds / 1.25, 1.0, 2.0, 0.5)
+    peak = one.memory.total * 2
+    found = Comparison("a step", Measurement(bf16_tflops=700.0), one, one.step.seconds / 1.25, 1.0, 2.0, 0.5, (1.5, 0.5), peak)
+    assert found.utilisation == pytest.approx(1.25 * one.step.utilisation)
     assert found.error == pytest.approx(0.25)
     text = "\n".join(found.lines())
     assert "error +25.0%" in text and "bf16_tflops 700" in text and "load 0.50" in text
+    assert "error -50.0%" in text and "1.5000 at first, 0.5000 after 2 steps" in text
     assert json.loads(json.dumps(found.as_dict()))["error"] == pytest.approx(0.25)
 
 
