@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data_prep import digits, digits_captions, imagenet, journeydb, text_image, write
+from data_prep import digits, digits_captions, imagenet, journeydb, text_image, tiny_t5, write
 from data_prep.encode import Encoding
 from data_prep.prepare import Preparation
 from data_prep.source import Source
@@ -48,7 +48,8 @@ def prepare_digits_captions(options: argparse.Namespace) -> None:
     encoding = _encoding(options)
     for split in SPLITS:
         number = options.samples if split == "train" else options.heldout
-        source = digits_captions.source(split, number, options.image_size, options.shard_size)
+        kept = options.legible if split == "train" else 1.0
+        source = digits_captions.source(split, number, options.image_size, options.shard_size, kept, options.caption_weights)
         _prepare(options, options.out / split, source, encoding, f"digits-captions-{split}", digits_captions.LICENCE, channels=1)
 
 
@@ -69,6 +70,14 @@ def prepare_journeydb(options: argparse.Namespace) -> None:
     weights = (options.prompt_weight, options.caption_weight)
     source = journeydb.source(options.source, options.annotations, options.rank, options.world, *weights, options.min_side)
     _prepare(options, options.out, source, _encoding(options), options.name, options.licence)
+
+
+def prepare_tiny_t5(options: argparse.Namespace) -> None:
+    """Write a text encoder for the captions of the digits."""
+    _demand_no_dataset(options.out)
+    made = tiny_t5.make(options.out, options.steps, options.seed, options.width, options.layers)
+    learnt = f"trained for {options.steps} steps on captions of the digits" if options.steps else "random, not trained"
+    print(f"{options.out}: a T5 encoder of bytes, {learnt} ({'written' if made else 'already there'})")
 
 
 def _demand_no_dataset(out: Path) -> None:
@@ -166,6 +175,20 @@ def _amount(text: str) -> float:
     return amount
 
 
+def _weights(text: str) -> tuple[float, float, float]:
+    try:
+        places, counts, relations = (_amount(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not three weights such as 2,1,1") from None
+    return places, counts, relations
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or int(text) < 16 or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"{text} is not a width: a multiple of 16")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
@@ -183,8 +206,20 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--samples", type=_number, default=20000, help="canvases of OUT/train, from the digits of the train split")
     source.add_argument("--heldout", type=_number, default=1000, help="canvases of OUT/heldout, from the held-out digits")
     source.add_argument("--image-size", type=_number, default=24, help="side of the canvas, 24 or more")
+    source.add_argument("--legible", type=_share, default=1.0, help="share of OUT/train's digits of each class: those easiest to read")
+    source.add_argument(
+        "--caption-weights", type=_weights, default=digits_captions.WEIGHTS, help="how often captions tell places, counts, a relation"
+    )
     _add_text(source)
     _add_ranks(source)
+
+    encoder = sources.add_parser("tiny_t5", help="a T5 encoder of bytes for those captions, trained here in a minute or two")
+    encoder.add_argument("--out", type=Path, required=True, help="folder to write")
+    encoder.add_argument("--steps", type=_natural, default=tiny_t5.STEPS, help="steps of 64 captions; 0: random (default %(default)s)")
+    encoder.add_argument("--seed", type=_natural, default=0, help="of weights and text (default %(default)s)")
+    encoder.add_argument("--width", type=_width, default=64, help="of a token's features (default %(default)s)")
+    encoder.add_argument("--layers", type=_number, default=3, help="(default %(default)s)")
+    encoder.set_defaults(run=prepare_tiny_t5)
 
     source = add("imagenet", prepare_imagenet, "images in a folder per class, or uncompressed tars of such (image-net.org's own too)", 1000)
     source.add_argument("--source", type=Path, required=True, help="folder of class folders, folder of tars, or one tar")

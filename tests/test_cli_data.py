@@ -57,6 +57,18 @@ def test_check_passes_what_is_sound(tmp_path: Path, facts: Manifest, capsys: pyt
     assert capsys.readouterr().out == f"{tmp_path / 'tiny'}: 10 sound samples in 3 shards, 0 problems\n"
 
 
+def test_check_knows_what_else_lies_in_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a preparation and a run note beside the shards is theirs; what looks like a shard and is none is told."""
+    (folder / "journal").mkdir()
+    for name in ("journal/tiny-000000.json", "bad.jsonl", "bad.jsonl.7.partial", "quarantine.jsonl", "quarantine-rank0.jsonl", "README"):
+        (folder / name).write_text("{}\n")
+    call("check", folder)
+    assert capsys.readouterr().out.endswith(", 0 problems\n")
+    for name in ("tiny-000009.tar", "tiny-000009.index.npy", "tiny-000009.tar.partial"):
+        (folder / name).write_text("")
+    assert problems(folder, capsys) == [f"tiny-000009.{ending} is not in the manifest" for ending in ("index.npy", "tar", "tar.partial")]
+
+
 def flip(path: Path, offset: int) -> None:
     with path.open("r+b") as file:
         file.seek(offset)

@@ -359,7 +359,7 @@ def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, di
     model, provenance = single.config.model, single.provenance
     weights = str(provenance.get("weights", "ema"))
     if single.clock == "forward" and single.config.train.objective == "flow":
-        ours = _reversed(ours, model)
+        ours = turned_clock(ours, model)
     sets = {weights: _to_theirs(ours, model)}
     shape = provenance.get("positions") if _is_imported(single) else (1, -1, model.hidden)
     if shape is not None:
@@ -379,7 +379,7 @@ def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, di
     return {which: {prefixes.get(which, "") + name: tensor for name, tensor in tensors.items()} for which, tensors in sets.items()}
 
 
-def _reversed(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def turned_clock(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Weights that predict x_0 - eps at t' = 1 - t, of weights that predict eps - x_0 at t.
 
     The sign is the head's. The clock is the first linear map's of the time, since cos f(1 - t') = cos f cos f t' + sin f sin f t' and

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe_ep.cli.draw import bar_for, drawer, load_source, numbers, out_folder, source_of
+from diffmoe_ep.cli.draw import bar_for, drawer, encoded, load_source, numbers, out_folder, source_of
 
 if TYPE_CHECKING:
     from diffmoe_ep.evaluate.draw import Drawn
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 def add(verbs: Any) -> None:
     """Declare capacity report and capacity search."""
     capacity = verbs.add_parser("capacity", help="where a trained model spends its compute").add_subparsers(required=True, metavar="WHAT")
-    report = capacity.add_parser("report", help="capacity by sampling step, layer, expert and class, as CSV and plots")
+    report = capacity.add_parser("report", help="capacity by sampling step, layer, expert, and class or prompt, as CSV and plots")
     report.add_argument("--out", required=True, type=Path, help="folder for tables and plots")
     report.add_argument("--classes", type=numbers, default=None, metavar="0,1,2", help="classes (default: all)")
     report.add_argument("--per-class", dest="samples", type=int, default=8, help="samples of each class (default 8)")
+    report.add_argument("--per-prompt", dest="samples", type=int, help="the same of each prompt")
+    report.add_argument("--prompt", action="append", default=[], metavar="WORDS", help="what to draw (a model of captions); again for more")
+    report.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="text file of prompts, one on each line")
     report.set_defaults(run=_capacity_report)
     search = capacity.add_parser("search", help="try constant thresholds and pick the best with C at most 1 (interval search)")
     search.add_argument(
@@ -42,11 +45,14 @@ def _thresholds(text: str) -> list[Any]:
 
 def _capacity_report(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.capacity import check_report, report
+    from diffmoe_ep.evaluate.prompts import read_prompts
     from diffmoe_ep.parallel import mesh as meshes
 
+    words = [*options.prompt, *(read_prompts(options.prompts) if options.prompts is not None else [])]
     source, out = source_of(options), out_folder(options.out)
-    check_report(source.config.model, options.samples, options.classes)
+    check_report(source.config.model, options.samples, options.classes, len(words))
     model, mesh = load_source(source)
+    prompts = encoded(source, mesh, words) if words else None
     with bar_for(mesh, "classes") as bar:
 
         def show(done: int, total: int) -> None:
@@ -55,7 +61,7 @@ def _capacity_report(options: argparse.Namespace) -> None:
 
         found = report(
             model, drawer(source, model, mesh), source.config.sample, source.facts, mesh,
-            per_class=options.samples, seed=source.seed, out=out, classes=options.classes, progress=show,
+            per_class=options.samples, seed=source.seed, out=out, classes=options.classes, prompts=prompts, progress=show,
         )  # fmt: skip
     if found is not None:
         print("\n".join(found.lines()))

@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from diffmoe_ep.evaluate.capacity import Drawer
     from diffmoe_ep.evaluate.draw import Drawn
+    from diffmoe_ep.evaluate.prompts import Prompts
     from diffmoe_ep.model.dit import DiT
     from diffmoe_ep.parallel.mesh import Mesh
 
@@ -23,23 +24,30 @@ if TYPE_CHECKING:
 def add(verbs: Any) -> None:
     """Declare sample and evaluate."""
     sample = verbs.add_parser("sample", help="draw images from a run or checkpoint")
-    sample.add_argument("--out", required=True, type=Path, help="folder for samples.npz and grid.png")
+    sample.add_argument("--out", required=True, type=Path, help="folder for samples.npz, grid.png and, with prompts, prompts.json")
     sample.add_argument("--threshold", type=float, default=None, help="one constant threshold for all experts (sample.threshold)")
     sample.add_argument("--classes", type=numbers, default=None, metavar="0,1,2", help="classes in turn (default: all)")
+    sample.add_argument("--prompt", action="append", default=[], metavar="WORDS", help="what to draw (a model of captions); again for more")
+    sample.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="text file of prompts, one on each line; # starts a comment")
+    sample.add_argument("--negative", default=None, metavar="WORDS", help="what guidance leads away from, in place of no words at all")
+    sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt (default 1); image n has seed --seed + n")
     sample.set_defaults(run=_sample)
 
     evaluate = verbs.add_parser("evaluate", help="score samples of a run or checkpoint against real images")
+    evaluate.add_argument(
+        "--composition", action="store_true", help="of a model of digits_captions: single object, two objects, counting, position"
+    )
     evaluate.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
     evaluate.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
-    evaluate.add_argument("--out", type=Path, default=None, help="folder for scores.json and grid.png")
+    evaluate.add_argument("--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png")
     evaluate.set_defaults(run=_evaluate)
 
-    for verb, num in ((sample, 100), (evaluate, 500)):
+    for verb, num in ((sample, "100; with prompts, see --per-prompt"), (evaluate, "500; 400 for --composition")):
         verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
         verb.add_argument(
             "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
         )
-        verb.add_argument("--samples", type=int, default=num, help=f"number of samples (default {num})")
+        verb.add_argument("--samples", type=int, default=None, help=f"number of samples (default {num})")
         verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
 
 
@@ -75,12 +83,39 @@ def source_of(options: argparse.Namespace) -> Source:
 
 def load_source(source: Source) -> "tuple[DiT, Mesh]":
     """Load the checkpoint over all launched ranks."""
-    from diffmoe_ep.checkpoint.exchange import load_sharded
+    mesh = _mesh(source)
+    return _load(source, mesh), mesh
+
+
+def _mesh(source: Source) -> "Mesh":
     from diffmoe_ep.parallel import mesh as meshes
 
-    config = source.config
-    mesh = meshes.start(config.parallel.expert, 1, config.parallel.timeout_minutes)
-    return load_sharded(source.checkpoint, config.sample.weights, config, mesh), mesh
+    parallel = source.config.parallel
+    return meshes.start(parallel.expert, 1, parallel.timeout_minutes)
+
+
+def _load(source: Source, mesh: "Mesh") -> "DiT":
+    from diffmoe_ep.checkpoint.exchange import load_sharded
+
+    return load_sharded(source.checkpoint, source.config.sample.weights, source.config, mesh)
+
+
+def encoded(source: Source, mesh: "Mesh", words: Sequence[str]) -> "Prompts":
+    """Prompts with their features, the same bits on every rank: the first one encodes, and says on standard error what is empty or cut."""
+    from diffmoe_ep.evaluate.prompts import Prompts, encode, load_encoder
+
+    found, problem = None, None
+    if mesh.is_first:
+        try:
+            found, said = encode(load_encoder(source.config, source.facts, mesh.device), words, source.config.model.text_length)
+            for line in said:
+                print(f"diffmoe: {line}", file=sys.stderr)
+        except ValueError as error:  # ConfigError: told on all ranks
+            problem = str(error)
+    mesh.agree(problem)
+    shared = mesh.same(found)
+    assert isinstance(shared, Prompts)
+    return shared
 
 
 def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
@@ -89,27 +124,37 @@ def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
     return tqdm(unit="step", desc=title, disable=not (mesh.is_first and sys.stderr.isatty()))
 
 
-def _draw(source: Source, labels: "Tensor") -> "Drawn | None":
-    """Load the checkpoint and draw a sample for each label; the first rank gets them."""
+def _draw(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
+    """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has seed + n."""
     from diffmoe_ep.evaluate.draw import draw
+    from diffmoe_ep.evaluate.prompts import Prompts
 
-    model, mesh = load_source(source)
-    with bar_for(mesh, f"{len(labels)} samples") as bar:
+    mesh = _mesh(source)
+    conditions: Tensor | Prompts
+    away = None
+    if isinstance(asked, Sequence):
+        prompts = encoded(source, mesh, [*asked, *([negative] if negative is not None else [])])
+        conditions, away = prompts.part(0, len(asked)), prompts.part(len(asked), len(prompts)) if negative is not None else None
+    else:
+        conditions = asked
+    seed = range(source.seed, source.seed + len(asked)) if isinstance(asked, Sequence) else source.seed
+    model = _load(source, mesh)
+    with bar_for(mesh, f"{len(asked)} samples") as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         objective = source.config.train.objective
-        return draw(model, labels, source.config.sample, mesh, seed=source.seed, objective=objective, progress=show)
+        return draw(model, conditions, source.config.sample, mesh, seed=seed, negative=away, objective=objective, progress=show)
 
 
 def drawer(source: Source, model: "DiT", mesh: "Mesh") -> "Drawer":
     """Draw with the loaded model and any sampling settings."""
     from diffmoe_ep.evaluate.draw import draw
 
-    def drawer(labels: "Tensor", sample: SampleConfig, progress: Callable[[int, int], None] | None) -> "Drawn | None":
-        return draw(model, labels, sample, mesh, seed=source.seed, objective=source.config.train.objective, progress=progress)
+    def drawer(asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None) -> "Drawn | None":
+        return draw(model, asked, sample, mesh, seed=source.seed, objective=source.config.train.objective, progress=progress)
 
     return drawer
 
@@ -129,34 +174,90 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of class numbers such as 0,1,2") from None
 
 
+def _words(options: argparse.Namespace) -> list[str]:
+    """The prompts that the command names, each as often as it is to be drawn; sets --samples to their number."""
+    from diffmoe_ep.evaluate.prompts import read_prompts
+
+    words = [*options.prompt, *(read_prompts(options.prompts) if options.prompts is not None else [])]
+    if options.per_prompt < 1:
+        raise ConfigError(f"--per-prompt is {options.per_prompt}; it must be at least 1")
+    if words and options.samples is not None:
+        raise ConfigError(f"--samples is {options.samples}, but prompts say how many are drawn; give --per-prompt, or no prompts")
+    if words:
+        options.samples = len(words) * options.per_prompt
+    elif options.samples is None:
+        options.samples = 100
+    return [text for text in words for _ in range(options.per_prompt)]
+
+
+def _asked(options: argparse.Namespace, words: list[str], config: Config) -> "Tensor | list[str]":
+    """Labels or prompts, as the model takes them; ConfigError where the command gives the other kind, or none."""
+    from diffmoe_ep.evaluate.draw import check_labels, classes_in_turn
+
+    if config.model.condition == "text":
+        if options.classes is not None:
+            raise ConfigError("--classes is given, but the model is conditioned on captions and has no classes; give --prompt or --prompts")
+        if not words:
+            raise ConfigError('the model is conditioned on captions; say what to draw: --prompt "...", or --prompts FILE')
+        if options.negative is not None and config.sample.guidance == 1:
+            raise ConfigError("--negative needs guidance, but sample.guidance is 1; set it higher, or leave --negative away")
+        return words
+    if words or options.negative is not None:
+        raise ConfigError("prompts are given, but the model is conditioned on classes; give --classes")
+    classes = options.classes if options.classes is not None else list(range(config.model.num_classes))
+    check_labels(classes, config.model)
+    return classes_in_turn(options.samples, classes)
+
+
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from diffmoe_ep.evaluate.draw import check_labels, check_pictures, classes_in_turn, pixels_of, write_grid
+    from diffmoe_ep.evaluate.draw import check_pictures, pixels_of, write_grid
     from diffmoe_ep.parallel import mesh as meshes
 
     if options.threshold is not None:
         options.overrides = [*options.overrides, f"sample.threshold={options.threshold}"]
-    source, out = source_of(options), out_folder(options.out)
+    words = _words(options)
+    source = source_of(options)
     config, pictures = source.config, source.facts["kind"] == "pixels"
-    classes = options.classes if options.classes is not None else list(range(config.model.num_classes))
-    check_labels(classes, config.model)
+    asked = _asked(options, words, config)
+    out = out_folder(options.out)
     if pictures:
         check_pictures(source.facts)
-    drawn = _draw(source, classes_in_turn(options.samples, classes))
+    drawn = _draw(source, asked, options.negative)
     if drawn is not None:
+        written = ["samples.npz"]
         arrays: dict[str, Any] = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()}
         if pictures:
             arrays["pixels"] = pixels_of(drawn, source.facts).numpy()
         np.savez(out / "samples.npz", **arrays)
+        if drawn.prompts:
+            written.append("prompts.json")
+            _write_json(out / "prompts.json", _images(source, drawn, options.negative))
         if pictures:
-            write_grid(drawn, source.facts, out / "grid.png")
+            written.append("grid.png")
+            columns = options.per_prompt if 1 < options.per_prompt <= 10 else 10
+            write_grid(drawn, source.facts, out / "grid.png", columns=columns)
         print(
-            f"{len(drawn.labels)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} steps, "
+            f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} steps, "
             f"guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
         )
-        print(f"written to {out}: samples.npz" + (", grid.png" if pictures else ""))
+        print(f"written to {out}: {', '.join(written)}")
     meshes.stop()
+
+
+def _images(source: Source, drawn: "Drawn", negative: str | None) -> dict[str, Any]:
+    """What each image was asked for: with its prompt and seed alone it can be drawn again."""
+    images = [{"prompt": text, "seed": source.seed + number} for number, text in enumerate(drawn.prompts)]
+    return {**_protocol(source), "negative": negative, "images": images}
+
+
+def _protocol(source: Source) -> dict[str, Any]:
+    return {"checkpoint": str(source.checkpoint), "seed": source.seed, "sample": to_tree(source.config.sample)}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -164,9 +265,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel import mesh as meshes
 
-    train, heldout = load_images(options.reference), load_images(options.heldout)
+    if options.samples is None:
+        options.samples = 400 if options.composition else 500
     source = source_of(options)
+    takes_text = source.config.model.condition == "text"
+    if takes_text != options.composition:
+        raise ConfigError(
+            "the model is conditioned on captions; its samples are scored with --composition"
+            if takes_text
+            else "--composition scores samples of prompts, but the model is conditioned on classes; leave it away"
+        )
     check_pictures(source.facts)
+    if options.composition:
+        return _compose(options, source)
+    train, heldout = load_images(options.reference), load_images(options.heldout)
     check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     drawn = _draw(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
@@ -174,8 +286,40 @@ def _evaluate(options: argparse.Namespace) -> None:
         scores = score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity)
         print("\n".join(scores.lines()))
         if out is not None:
-            protocol = {"checkpoint": str(source.checkpoint), "seed": source.seed, "sample": to_tree(source.config.sample)}
-            (out / "scores.json").write_text(json.dumps({**scores.as_dict(), "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
+            _write_json(out / "scores.json", {**scores.as_dict(), "protocol": _protocol(source)})
             write_grid(drawn, source.facts, out / "grid.png")
             print(f"written to {out}: scores.json, grid.png")
+    meshes.stop()
+    return None
+
+
+def _compose(options: argparse.Namespace, source: Source) -> None:
+    """Score how well prompts are followed."""
+    from diffmoe_ep.evaluate.composition import TASKS, composition, prompts
+    from diffmoe_ep.evaluate.detect import load_canvases
+    from diffmoe_ep.evaluate.draw import pixels_of, write_grid
+    from diffmoe_ep.evaluate.pipeline import check_real
+    from diffmoe_ep.parallel import mesh as meshes
+
+    each, rest = divmod(options.samples, len(TASKS))
+    if rest or each < 2:
+        raise ConfigError(f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}")
+    train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
+    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    out = None if options.out is None else out_folder(options.out)
+    asked = prompts(each)
+    drawn = _draw(source, [prompt.text for prompt in asked])
+    if drawn is not None:
+        found = composition(pixels_of(drawn, source.facts).numpy(), asked, train, heldout, drawn.capacity)
+        print("\n".join(found.lines()))
+        if out is not None:
+            judged = [
+                {**image, "task": prompt.task, "right": right}
+                for image, prompt, right in zip(_images(source, drawn, None)["images"], asked, found.verdicts, strict=True)
+            ]
+            _write_json(out / "composition.json", {**found.as_dict(), "protocol": _protocol(source), "images": judged})
+            shown = [number for number in range(len(asked)) if number % each < 30]  # the first rows of each task
+            part = replace(drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown))
+            write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
+            print(f"written to {out}: composition.json, grid.png")
     meshes.stop()

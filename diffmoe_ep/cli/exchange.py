@@ -49,6 +49,7 @@ def _export(options: argparse.Namespace) -> None:
     from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.single import is_single, save_single
     from diffmoe_ep.checkpoint.store import resolve
+    from diffmoe_ep.train.start import ancestry_of
 
     if options.out is None and options.to_reference is None:
         raise ConfigError("nothing to write: give --out FOLDER (safetensors), --to-reference FILE.pt, or both")
@@ -58,7 +59,7 @@ def _export(options: argparse.Namespace) -> None:
             checkpoint, folder = resolve(options.path), options.out or Path(aside) / "model"
             weights: Literal["ema", "model"] = options.weights or "ema"
             config = override(config_of(checkpoint), [f"sample.weights={weights}"])
-            provenance = {"checkpoint": checkpoint.name, "weights": weights}
+            provenance = {"checkpoint": checkpoint.name, "weights": weights, "ancestry": [dict(one) for one in ancestry_of(checkpoint)]}
             save_single(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
         elif options.out is not None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")

@@ -1,7 +1,9 @@
 """Cross-checks of a config that need no device, and the numbers that follow from it."""
 
+import os
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.config.schema import SIZES, Config, ConfigError, DataConfig, ModelConfig
@@ -25,6 +27,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
         )
+    _check_start(config)
     _check_data(config)
     _check_sampling(config)
     if config.parallel.zero not in (0, 1, 2):
@@ -47,6 +50,18 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if has_experts(model):
         _check_experts(config)
+
+
+def _check_start(config: Config) -> None:
+    if config.init_from is None:
+        return
+    if not config.init_from:
+        raise ConfigError("init_from is empty; give a run folder, a checkpoint or an exported folder, or null to start from the seed")
+    if Path(os.path.normpath(config.init_from)).is_relative_to(os.path.normpath(config.folder)):
+        raise ConfigError(
+            f"init_from {config.init_from} is this run's own folder; a run continues its own checkpoints without it (resume=auto): "
+            "set init_from=null, or give the new run another folder"
+        )
 
 
 def _check_data(config: Config) -> None:

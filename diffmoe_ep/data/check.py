@@ -11,6 +11,10 @@ from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Shard, re
 from diffmoe_ep.data.sample import decode
 from diffmoe_ep.data.shards import Dataset, load_index, sha256_of
 
+# How names of shards' files end, whole or cut short: who joins tars by a pattern would read such strangers too. Other files beside the
+# shards (what a preparation notes of its progress and of bad images, a quarantine list) are nobody's samples.
+OF_SHARDS = (".tar", ".index.npy", ".tar.partial", ".index.npy.partial")
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -53,7 +57,7 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
         if progress is not None:
             progress(shard.num_samples)
     named = {MANIFEST_NAME} | {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in named and path.suffix in (".tar", ".partial", ".npy"))
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in named and path.name.endswith(OF_SHARDS))
     problems += [f"{folder / name} is not in the manifest" for name in strangers]
     return Checked(len(manifest.shards), num_good, tuple(problems))
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from diffmoe_ep.data.manifest import DTYPES, MANIFEST_NAME, DataError, Manifest, Shard, parse_manifest
+from diffmoe_ep.data.manifest import DTYPES, MANIFEST_NAME, NPY_ERRORS, DataError, Manifest, Shard, parse_manifest
 from diffmoe_ep.data.sample import decode
 from diffmoe_ep.data.shards import MEMBER, sha256_of
 
@@ -161,29 +161,30 @@ class _Scan:
     def _check(self, contents: dict[str, bytes]) -> None:
         """ValueError for a sample that differs from the others or cannot be used."""
         if self.facts is None:
-            self.facts = self._facts(contents[f"{self._says.kind}.npy"])
+            self.facts = facts_of(contents[f"{self._says.kind}.npy"], self._says)
         _, label = decode(contents, self.facts)
         assert isinstance(label, int)
         self.largest_label = max(self.largest_label, label)
 
-    def _facts(self, content: bytes) -> Manifest:
-        says = self._says
-        try:
-            array = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"its {says.array} is not an npy file ({error})") from error
-        expected = "(C, H, W)" if says.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
-        if array.dtype.name not in DTYPES[says.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
-            raise ValueError(f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}")
-        channels, height, width = array.shape[-3:]
-        flips = 1 if says.kind == "pixels" else array.shape[0]
-        if flips > 2 or (says.kind == "moments" and channels % 2):
-            raise ValueError(f"its array has shape {array.shape}; {says.kind} are {expected}")
-        return Manifest(
-            name=says.name, kind=says.kind, shape=(channels if says.kind == "pixels" else channels // 2, height, width),
-            dtype=array.dtype.name, scale=says.scale, shift=says.shift, num_classes=ANY_LABEL, class_names=(), licence=says.licence,
-            flips=flips,
-        )  # fmt: skip
+
+def facts_of(content: bytes, says: Foreign) -> Manifest:
+    """What a dataset of arrays such as this npy is, as far as one can tell; ValueError for what no dataset holds."""
+    try:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except NPY_ERRORS as error:
+        raise ValueError(f"its {says.array} is not an npy file ({error})") from error
+    expected = "(C, H, W)" if says.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
+    if array.dtype.name not in DTYPES[says.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
+        raise ValueError(f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}")
+    channels, height, width = array.shape[-3:]
+    flips = 1 if says.kind == "pixels" else array.shape[0]
+    if not 1 <= flips <= 2 or array.size == 0 or (says.kind == "moments" and channels % 2):
+        raise ValueError(f"its array has shape {array.shape}; {says.kind} are {expected}")
+    return Manifest(
+        name=says.name, kind=says.kind, shape=(channels if says.kind == "pixels" else channels // 2, height, width),
+        dtype=array.dtype.name, scale=says.scale, shift=says.shift, num_classes=ANY_LABEL, class_names=(), licence=says.licence,
+        flips=flips,
+    )  # fmt: skip
 
 
 def _write_index(out: Path, tar: Path, samples: list[_Sample], fields: tuple[str, ...]) -> Shard:

@@ -4,7 +4,10 @@ import numpy as np
 from numpy.random import Generator, Philox
 
 # The highest word of Philox's 256-bit counter. Numbers are part of every run's identity: add new ones, never change one.
-PURPOSES = {"noise": 1, "time": 2, "flip": 3, "drop": 4, "posterior": 5, "order": 6, "start": 7, "mixture": 8, "substitute": 9}
+PURPOSES = {
+    "noise": 1, "time": 2, "flip": 3, "drop": 4, "posterior": 5, "order": 6, "start": 7, "mixture": 8, "substitute": 9, "caption": 10,
+    "resample": 11,
+}  # fmt: skip
 
 
 def keyed(seed: int, number: int, purpose: str, part: int = 0) -> Generator:

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 from diffmoe_ep.config import UserError
@@ -18,6 +19,8 @@ MANIFEST_NAME = "manifest.json"
 REMEDY = "prepare the dataset (again), for the digits: python -m data_prep digits --out data/digits"
 DTYPES = {"pixels": ("uint8", "float16", "float32"), "moments": ("float16", "float32")}
 TEXT_DTYPE = "float16"  # of stored text features
+# What NumPy raises for bytes that are no npy file, or announce more than there can be.
+NPY_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError, OverflowError, MemoryError)
 
 
 class DataError(UserError):
@@ -112,7 +115,7 @@ def read_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot read the manifest ({error.strerror}); {REMEDY}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file ({error}); {REMEDY}") from error
     return parse_manifest(content, str(path))
 
@@ -189,8 +192,10 @@ def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:
     if missing or unknown:
         found = f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         raise DataError(f"{where}: wrong keys ({found}); {REMEDY}")
-    typed = {key: float(content[key]) if kind is float and type(content[key]) is int else content[key] for key, kind in kinds.items()}
+    typed = dict(content)
     for key, kind in kinds.items():
+        if kind is float and type(content[key]) is int and abs(content[key]) < 2**53:
+            typed[key] = float(content[key])
         if type(typed[key]) is not kind:
             raise DataError(f"{where}: {key} is {typed[key]!r} ({type(typed[key]).__name__}), expected {kind.__name__}; {REMEDY}")
     return typed

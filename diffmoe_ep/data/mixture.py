@@ -2,9 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,11 +28,15 @@ class Mixture:
 
     @classmethod
     def open(cls, data: DataConfig) -> "Mixture":
-        """Open what the config names: `data.folder`, or all of `data.mixture`; DataError or ConfigError for what does not fit."""
+        """Open what the config names: `data.folder`, or all of `data.mixture`; DataError or ConfigError for what does not fit.
+
+        Where bad samples may be replaced, shards that are damaged already are tolerated, and told in `problems`.
+        """
         access = Access(cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries)
+        tolerant = data.max_bad_fraction > 0
         if not data.mixture:
-            return cls([Dataset.open(data.folder, access)])
-        return cls([Dataset.open(part.folder, access) for part in data.mixture], [part.weight for part in data.mixture])
+            return cls([Dataset.open(data.folder, access, tolerant)])
+        return cls([Dataset.open(part.folder, access, tolerant) for part in data.mixture], [part.weight for part in data.mixture])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,9 +44,19 @@ class Mixture:
         return tuple(str(part.folder) if part.remote is None else shown(part.remote.url) for part in self.parts)
 
     @property
+    def problems(self) -> tuple[str, ...]:
+        """Damage that was seen and tolerated when the datasets were opened, in words that name the files."""
+        return tuple(problem for part in self.parts for problem in part.problems)
+
+    @property
     def manifest(self) -> Manifest:
         """The first dataset's manifest; what a model needs to know of the samples is the same in all of them."""
         return self.parts[0].manifest
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Of each dataset."""
+        return tuple(part.manifest for part in self.parts)
 
     @property
     def num_samples(self) -> int:
@@ -69,8 +82,7 @@ class Mixture:
             part.close()
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A stored sample."""
 
     dataset: int  # its number in the mixture
@@ -158,7 +170,8 @@ class MixedOrder:
 
 
 # What must be equal for samples to be of one kind. Pixels may be scaled from whatever they are stored as; latents are of one encoder.
-_SHARED = ("kind", "shape", "condition", "num_classes", "class_names", "text")
+# Of text, only the features that are read must be of one encoder: `captions.check_text` sees to it.
+_SHARED = ("kind", "shape", "condition", "num_classes", "class_names")
 _SHARED_LATENTS = ("scale", "shift", "encoder")
 
 

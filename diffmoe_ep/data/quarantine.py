@@ -76,8 +76,8 @@ def join(folder: Path) -> None:
 
 def _lines(path: Path) -> Iterable[Fault]:
     """The whole lines of a rank's file; one that a kill cut short is passed over."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield Fault(**json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue

@@ -65,7 +65,7 @@ class Access:
     cache: str = "cache"  # folder of fetched files, shared by all processes of a host
     cache_gb: float = 100.0  # its bound, in 10^9 bytes
     allow_commands: bool = False  # whether `pipe:` may run a shell command
-    retries: int = 8  # further attempts after one that failed
+    retries: int = 5  # further attempts after one that failed
     silence: float = 90.0  # seconds without a byte after which an attempt has failed; above the minute for which curl tries again itself
     slowest: float = 65536.0  # bytes per second below which an attempt has failed
     pause: float = 1.0  # seconds before the second attempt; doubled for each further one
@@ -81,7 +81,9 @@ class RemoteFolder:
 
     def __init__(self, url: str, access: Access) -> None:
         """ConfigError for a URL that cannot be used as it is."""
-        _check_url(url, access)
+        check_url(url, access)
+        if url.startswith("pipe:") and "{name}" not in url:
+            raise ConfigError(f"data.folder = {url} does not say where the file's name stands; put {{name}} into the command")
         self.url = url
         self.access = access
         self.cache = Cache(Path(access.cache), int(access.cache_gb * 1e9))
@@ -158,7 +160,7 @@ class RemoteFolder:
         return self.__dict__ | {"_ahead": None}
 
     def _chunks(self, name: str, size: int) -> Iterator[bytes]:
-        return _chunks(_url_of(self.url, name), size, self.access)
+        return chunks(_url_of(self.url, name), size, self.access)
 
     def _small(self, name: str) -> bytes:
         parts, size = [], 0
@@ -280,7 +282,8 @@ def _url_of(url: str, name: str) -> str:
     return url.replace("{name}", name) if "{name}" in url else f"{url.rstrip('/')}/{name}"
 
 
-def _check_url(url: str, access: Access) -> None:
+def check_url(url: str, access: Access) -> None:
+    """ConfigError for a URL that cannot be used as it is."""
     scheme = url.partition(":")[0]
     if scheme != "s3" and scheme not in OPENER_SCHEMES:
         raise ConfigError(
@@ -289,8 +292,6 @@ def _check_url(url: str, access: Access) -> None:
     if scheme == "pipe":
         if not access.allow_commands:
             raise ConfigError(f"data.folder = {url} runs a command; set data.allow_commands = true if you trust it")
-        if "{name}" not in url:
-            raise ConfigError(f"data.folder = {url} does not say where the file's name stands; put {{name}} into the command")
         return
     host = urlsplit(url).hostname
     if not host:
@@ -305,7 +306,7 @@ def _is_this_machine(host: str) -> bool:
     return host == "localhost"
 
 
-def _chunks(url: str, size: int, access: Access) -> Iterator[bytes]:
+def chunks(url: str, size: int, access: Access) -> Iterator[bytes]:
     """The content of a URL, up to about `size` bytes long; OSError says what went wrong."""
     return _from_s3(url, access) if url.startswith("s3:") else _from_opener(url, size, access)
 

@@ -9,18 +9,22 @@ the features of all captions, one after the other at their true lengths, one mem
 import io
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from tokenize import TokenError
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffmoe_ep.data.condition import Text
 from diffmoe_ep.data.keyed import keyed
-from diffmoe_ep.data.manifest import REMEDY, TEXT_DTYPE, DataError, Manifest
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextFeatures
+from diffmoe_ep.data.shards import Content, Dataset
+
+LARGEST_WEIGHT = 1e100  # of a caption, so that sums stay finite
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,19 @@ class Batch:
     latent: torch.Tensor  # (B, C, H, W) float32, final: scaled and shifted
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
     u: torch.Tensor  # (B,) float32 in [0, 1), which the objective maps to a time
-    condition: torch.Tensor  # (B,) int64 label; num_classes, the null class, where it was dropped
+    condition: torch.Tensor | Text  # (B,) int64 label, the null class num_classes where it was dropped; or captions, then of length 0
     position: torch.Tensor  # (B,) int64 place in the endless stream
+    captions: tuple[str, ...] = ()  # the captions' words where they are still to be encoded, nothing where it was dropped
 
     def __len__(self) -> int:
         return len(self.position)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        tensors = (self.latent, self.noise, self.u, self.condition, self.position)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        latent, noise, u, position = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.latent, self.noise, self.u, self.position)
+        )
+        return Batch(latent, noise, u, self.condition.to(device, non_blocking=non_blocking), position, self.captions)
 
 
 @dataclass(frozen=True)
@@ -70,33 +77,55 @@ def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[
     return stored | {"cls": str(condition).encode()}
 
 
-def decode(fields: Mapping[str, bytes], manifest: Manifest) -> tuple[np.ndarray, Condition]:
+def decode(fields: Mapping[str, Content], manifest: Manifest) -> tuple[np.ndarray, Condition]:
     """The stored array and condition of a sample, checked against the manifest; ValueError, without shard and key, for other content."""
-    name = f"{manifest.kind}.npy"
-    array = _decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape)
+    array = decode_array(fields, manifest)
     return array, decode_label(fields, manifest) if manifest.condition == "class" else decode_captions(fields, manifest)
 
 
-def decode_label(fields: Mapping[str, bytes], manifest: Manifest) -> int:
+def decode_array(fields: Mapping[str, Content], manifest: Manifest) -> np.ndarray:
+    """The stored array of a sample; ValueError if it is another than the manifest announces or has values that are not finite."""
+    name = f"{manifest.kind}.npy"
+    return _checked(_decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape), name)
+
+
+def decode_label(fields: Mapping[str, Content], manifest: Manifest) -> int:
     """The label of a sample; ValueError if it is not one."""
-    text = fields["cls"]
+    text = bytes(fields["cls"])
     if not text.isdigit() or len(text) > 18 or int(text) >= manifest.num_classes:
         raise ValueError(f"cls: label {text[:20]!r} is not a number below num_classes = {manifest.num_classes}")
     return int(text)
 
 
-def decode_captions(fields: Mapping[str, bytes], manifest: Manifest) -> tuple[Caption, ...]:
+def decode_captions(fields: Mapping[str, Content], manifest: Manifest) -> tuple[Caption, ...]:
     """The captions of a sample, with their features where some are stored; ValueError for any other content."""
     entries = _decode_entries(fields["captions.json"], manifest)
     features = []
     for encoder in manifest.text:
         lengths = [entry["lengths"][encoder.name] for entry in entries]
-        rows = _decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (sum(lengths), encoder.width))
+        rows = _checked(_decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (sum(lengths), encoder.width)), encoder.field)
         features.append(np.split(rows, np.cumsum(lengths)[:-1]))
     return tuple(
         Caption(entry["text"], float(entry["weight"]), tuple(of_encoder[number] for of_encoder in features))
         for number, entry in enumerate(entries)
     )
+
+
+def decode_caption(fields: Mapping[str, Content], manifest: Manifest, encoder: TextFeatures | None, pick: float) -> Caption:
+    """One of a sample's captions by weight, for `pick` from 0 to 1, with its features of one encoder; the others are not looked at.
+
+    ValueError for content that is not what the manifest announces.
+    """
+    entries = _decode_entries(fields["captions.json"], manifest)
+    limits = list(accumulate(float(entry["weight"]) for entry in entries))
+    number = min(bisect_right(limits, pick * limits[-1]), len(entries) - 1)
+    text, weight = entries[number]["text"], float(entries[number]["weight"])
+    if encoder is None:
+        return Caption(text, weight)
+    ends = list(accumulate(entry["lengths"][encoder.name] for entry in entries))
+    rows = _decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (ends[-1], encoder.width))
+    begin = ends[number] - entries[number]["lengths"][encoder.name]
+    return Caption(text, weight, (_checked(rows[begin : ends[number]], encoder.field),))
 
 
 def read_sample(dataset: Dataset, shard: int, sample: int) -> tuple[np.ndarray, Condition]:
@@ -126,10 +155,10 @@ def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[
     return fields
 
 
-def _decode_entries(content: bytes, manifest: Manifest) -> list[dict[str, Any]]:
+def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]]:
     """The list in captions.json, checked: text, weight, and the length of its features for every text encoder."""
     try:
-        entries = json.loads(content)
+        entries = json.loads(bytes(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"captions.json is not JSON ({error})") from error
     if not isinstance(entries, list) or not entries:
@@ -139,7 +168,9 @@ def _decode_entries(content: bytes, manifest: Manifest) -> list[dict[str, Any]]:
         text, weight, lengths = known.get("text"), known.get("weight"), known.get("lengths")
         if not isinstance(text, str) or not text:
             raise ValueError(f"captions.json: {str(entry)[:60]!r} has no text")
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:
+        if not _is_unicode(text):
+            raise ValueError(f"captions.json: {text[:60]!r} holds half a character")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < LARGEST_WEIGHT:
             raise ValueError(f"captions.json: weight {str(weight)[:20]} is not a number above 0")
         if not isinstance(lengths, dict) or list(lengths) != [encoder.name for encoder in manifest.text]:
             raise ValueError(f"captions.json: lengths {str(lengths)[:60]} are not those of {[encoder.name for encoder in manifest.text]}")
@@ -149,35 +180,59 @@ def _decode_entries(content: bytes, manifest: Manifest) -> list[dict[str, Any]]:
     return entries
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair stands alone in it, which JSON can say and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _encode_npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return file.getvalue()
 
 
-def _decode_npy(content: bytes, name: str, dtype_name: str, stored_shape: tuple[int, ...]) -> np.ndarray:
-    expected = f"{dtype_name} {stored_shape}"
-    start = 10 + int.from_bytes(content[8:10], "little")  # the size of a version 1.0 header stands in bytes 8 and 9
-    try:
-        shape, fortran_order, dtype = _parse_header(content[:start])
-    except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
-        raise ValueError(f"{name} is not an npy file of version 1.0 ({error})") from error
-    if shape != stored_shape or dtype != np.dtype(dtype_name) or fortran_order:
-        raise ValueError(f"{name} holds {dtype} {shape}{' in Fortran order' if fortran_order else ''}, the manifest says {expected}")
-    size = dtype.itemsize * math.prod(shape)
+def _decode_npy(content: Content, name: str, dtype_name: str, stored_shape: tuple[int, ...]) -> np.ndarray:
+    header, dtype, size = _expected(dtype_name, stored_shape)
+    start = len(header)
+    if content[:start] != header:  # of another shape, or of another writer, who spaces it otherwise
+        start = 10 + int.from_bytes(content[8:10], "little")  # the size of a version 1.0 header stands in bytes 8 and 9
+        try:
+            shape, fortran_order, found = _parse_header(bytes(content[:start]))
+        except NPY_ERRORS as error:
+            raise ValueError(f"{name} is not an npy file of version 1.0 ({error})") from error
+        if shape != stored_shape or found != dtype or fortran_order:
+            order = " in Fortran order" if fortran_order else ""
+            raise ValueError(f"{name} holds {found} {shape}{order}, the manifest says {dtype_name} {stored_shape}")
     if len(content) - start != size:
-        raise ValueError(f"{name} has {len(content) - start} bytes of values, {expected} needs {size}")
-    array = np.frombuffer(content, dtype=dtype, offset=start).reshape(shape)
-    if dtype.kind == "f" and not _all_finite(array):
+        raise ValueError(f"{name} has {len(content) - start} bytes of values, {dtype_name} {stored_shape} needs {size}")
+    return np.frombuffer(content, dtype, offset=start).reshape(stored_shape)
+
+
+@lru_cache(maxsize=1024)
+def _expected(dtype_name: str, shape: tuple[int, ...]) -> tuple[bytes, np.dtype, int]:
+    """The npy header that NumPy writes for such an array, its dtype, and the bytes of its values."""
+    file, dtype = io.BytesIO(), np.dtype(dtype_name)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return file.getvalue(), dtype, dtype.itemsize * math.prod(shape)
+
+
+def _checked(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.kind == "f" and not _all_finite(array):
         raise ValueError(f"{name} holds values that are not finite")
     return array
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; for float16 by the bits of the exponent, ten times as fast as NumPy's own test."""
-    if array.dtype == np.float16:
-        return array.size == 0 or bool((array.view(np.uint16) & 0x7FFF).max() < 0x7C00)
-    return bool(np.isfinite(array).all())
+    """Whether no value is infinite or NaN; for float16, whose bits order as numbers do, ten times as fast as NumPy's own test."""
+    if array.dtype != np.float16:
+        return bool(np.isfinite(array).all())
+    flat = array.reshape(-1)
+    # As unsigned numbers the largest are negative and not finite, as signed ones the largest are positive and not finite.
+    return not flat.size or bool(np.maximum.reduce(flat.view(np.uint16)) < 0xFC00 and np.maximum.reduce(flat.view(np.int16)) < 0x7C00)
 
 
 @lru_cache(maxsize=1024)

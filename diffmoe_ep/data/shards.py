@@ -11,21 +11,21 @@ be a URL: manifest, indexes and whole shards come through a local cache then (`r
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
-from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Manifest, Shard, read_manifest
+from diffmoe_ep.data.crc import fastest_crc32
+from diffmoe_ep.data.manifest import MANIFEST_NAME, NPY_ERRORS, REMEDY, DataError, Manifest, Shard, read_manifest
 from diffmoe_ep.data.remote import Access, RemoteFolder, Unavailable, is_remote
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
+Content = bytes | memoryview  # of a member
 MOST_BETWEEN = 1 << 14  # bytes between a sample's members that are rather read along than passed over
 
 
@@ -34,7 +34,7 @@ def load_index(path: Path, fields: Sequence[str]) -> np.ndarray:
     try:
         index = np.lib.format.open_memmap(path, mode="r")
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError) as error:
+    except (OSError, *NPY_ERRORS) as error:
         raise DataError(f"{path}: cannot read the index ({error}); {REMEDY}") from error
     _check_columns(index, fields, str(path))
     if index.ndim != 1 or index.offset + index.nbytes != size:
@@ -47,7 +47,7 @@ def parse_index(content: bytes, fields: Sequence[str], where: str) -> np.ndarray
     file = io.BytesIO(content)
     try:
         index = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError) as error:
+    except NPY_ERRORS as error:
         raise DataError(f"{where}: cannot read the index ({error}); {REMEDY}") from error
     _check_columns(index, fields, where)
     if index.ndim != 1 or file.tell() != len(content):
@@ -78,7 +78,7 @@ def _parse_header(header: bytes, fields: tuple[str, ...]) -> tuple[int, int]:
         if np.lib.format.read_magic(file) != (1, 0):
             return 0, 0
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError):
+    except NPY_ERRORS:
         return 0, 0
     columns: Mapping[str, Any] = dtype.fields or {}
     sound = len(shape) == 1 and list(columns) == ["key", *fields] and columns["key"][0].kind == "S"
@@ -87,6 +87,14 @@ def _parse_header(header: bytes, fields: tuple[str, ...]) -> tuple[int, int]:
 
 def shard_problem(folder: Path, shard: Shard, fields: Sequence[str], checksum: bool) -> str | None:
     """What is wrong with a shard or its index, in words that name the file, or None; `checksum` reads every byte."""
+    try:
+        return shard_damage(folder, shard, fields, checksum)
+    except Unavailable as error:
+        return str(error)
+
+
+def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bool) -> str | None:
+    """As `shard_problem`, but for files that are missing or cannot be read, which raise Unavailable: what they hold may be sound."""
     path = folder / shard.name
     try:
         size = path.stat().st_size
@@ -99,9 +107,9 @@ def shard_problem(folder: Path, shard: Shard, fields: Sequence[str], checksum: b
             if sha256_of(folder / name) != expected:
                 return f"{folder / name} is damaged (its sha256 is not the manifest's)"
     except FileNotFoundError as error:
-        return f"{error.filename} is missing"
+        raise Unavailable(f"{error.filename} is missing") from error
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+        raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
     except DataError as error:
         return str(error).removesuffix(f"; {REMEDY}")
     return None
@@ -144,14 +152,17 @@ class Dataset:
         self.remote = folder if isinstance(folder, RemoteFolder) else None
         self.manifest = manifest
         self.fingerprint = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        self.problems: tuple[str, ...] = ()  # damage that was seen and tolerated when it was opened
         self._max_open = max_open
         self._fields = manifest.fields
+        self._crc32 = fastest_crc32()
         self._open: dict[int, Opened] = {}  # the one opened first goes first
 
     @classmethod
-    def open(cls, folder: str | Path, access: Access | None = None) -> "Dataset":
+    def open(cls, folder: str | Path, access: Access | None = None, tolerant: bool = False) -> "Dataset":
         """Open a prepared folder after a quick check (manifest, every file's size, every index's count); DataError names what is wrong.
 
+        tolerant: damaged shards are only noted in `problems`, since bad samples will be replaced; missing ones are never tolerated.
         Of a URL only the manifest is fetched and checked here; `access` says how it may be read.
         """
         if is_remote(folder):
@@ -164,31 +175,41 @@ class Dataset:
         except OSError as error:
             raise DataError(f"data folder {folder} cannot be read ({error.strerror}); grant access to it") from error
         dataset = cls(folder, read_manifest(folder / MANIFEST_NAME))
-        dataset._raise_problems(checksum=False)
+        dataset.problems = dataset._find_problems(checksum=False, tolerant=tolerant)
         return dataset
 
     def verify(self) -> None:
         """Compare every byte with the manifest's checksums; DataError names the damaged files. Remote files are compared when they come."""
-        self._raise_problems(checksum=True)
+        self._find_problems(checksum=True, tolerant=False)
 
-    def _raise_problems(self, checksum: bool) -> None:
+    def _find_problems(self, checksum: bool, tolerant: bool) -> tuple[str, ...]:
+        """The damage that is tolerated; DataError for what is not."""
         if not isinstance(self.folder, Path):
-            return
-        found = [shard_problem(self.folder, shard, self.manifest.fields, checksum) for shard in self.manifest.shards]
-        problems = [problem for problem in found if problem]
+            return ()
+        tolerated: list[str] = []
+        problems: list[str] = []
+        for shard in self.manifest.shards:
+            try:
+                damage = shard_damage(self.folder, shard, self.manifest.fields, checksum)
+            except Unavailable as error:
+                problems.append(str(error))
+                continue
+            if damage is not None:
+                (tolerated if tolerant else problems).append(damage)
         if problems:
-            more = f" (and {len(problems) - 3} more of {len(found)} shards)" if len(problems) > 3 else ""
+            more = f" (and {len(problems) - 3} more of {len(self.manifest.shards)} shards)" if len(problems) > 3 else ""
             raise DataError(f"shards do not match {self.folder / MANIFEST_NAME}: {', '.join(problems[:3])}{more}; {REMEDY}")
+        return tuple(tolerated)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Samples of each shard, in storage order."""
         return tuple(shard.num_samples for shard in self.manifest.shards)
 
-    def read(self, shard: int, sample: int) -> dict[str, bytes]:
-        """The stored bytes of a sample's fields; DataError when they are damaged, Unavailable when the file cannot be had."""
+    def read(self, shard: int, sample: int, fields: Sequence[str] | None = None) -> dict[str, Content]:
+        """The bytes of a sample's fields, of all or of some; DataError when they are damaged, Unavailable when the file cannot be had."""
         try:
-            return self._read(shard, sample)
+            return self._read(shard, sample, fields)
         except Unavailable:
             raise
         except DataError:
@@ -196,19 +217,25 @@ class Dataset:
             if self.remote is None or not self.remote.discard_damaged(self.manifest.shards[shard]):
                 raise
             self._release(shard)
-            return self._read(shard, sample)
+            return self._read(shard, sample, fields)
 
-    def _read(self, shard: int, sample: int) -> dict[str, bytes]:
+    def _read(self, shard: int, sample: int, fields: Sequence[str] | None) -> dict[str, Content]:
         opened = self._open.get(shard) or self._opened(shard)
         begin, length, *numbers = opened.members[sample].tolist()
-        block, contents = b"", {}
+        contents: dict[str, Content] = {}
+        block: memoryview | None = None
         try:
-            if length:
-                block = os.pread(opened.descriptor, length, begin)
+            if length and (fields is None or len(fields) == len(self._fields)):
+                block = memoryview(os.pread(opened.descriptor, length, begin))
             place = iter(numbers)
-            for field, offset, size, crc32 in zip(self._fields, place, place, place, strict=True):
-                content = block[offset - begin : offset - begin + size] if length else os.pread(opened.descriptor, size, offset)
-                if zlib.crc32(content) != crc32 or len(content) != size:
+            for field, offset, size, expected in zip(self._fields, place, place, place, strict=True):
+                if block is not None:
+                    content: Content = block[offset - begin : offset - begin + size]
+                elif fields is None or field in fields:
+                    content = os.pread(opened.descriptor, size, offset)
+                else:
+                    continue
+                if self._crc32(content) != expected or len(content) != size:
                     state = "truncated" if len(content) < size else "damaged (crc32 differs)"
                     raise DataError(f"{self.where(shard, sample)}: {field} is {state}; {REMEDY}")
                 contents[field] = content
@@ -231,7 +258,7 @@ class Dataset:
         place = 2 + 3 * self._fields.index(field)
         offset, size, crc32 = opened.members[sample, place : place + 3].tolist()
         content = os.pread(opened.descriptor, size, offset)
-        if zlib.crc32(content) != crc32:
+        if self._crc32(content) != crc32:
             raise DataError(f"{self.where(shard, sample)}: {field} is damaged (crc32 differs); {REMEDY}")
         return content
 

@@ -1,4 +1,4 @@
-"""How much compute a trained model spends, and on what: by sampling step, layer, expert and class.
+"""How much compute a trained model spends, and on what: by sampling step, layer, expert, and class or prompt.
 
 Capacity 1 is the compute of a dense model: C of an expert is N * processed / tokens (Eq. 8, 9), measured while samples are drawn.
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_experts, has_predictor, num_tokens, to_tree, tokens_per_expert
 from diffmoe_ep.evaluate import capacity_plots as plots
-from diffmoe_ep.evaluate.draw import Drawn, check_labels, classes_in_turn, highest, pixels_of
+from diffmoe_ep.evaluate.draw import Drawn, check_labels, highest, pixels_of
 from diffmoe_ep.evaluate.generate import CapacityRecord
+from diffmoe_ep.evaluate.prompts import Prompts
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, is_moe
 from diffmoe_ep.moe.dispatch import Dispatch, Route
@@ -27,20 +28,19 @@ from diffmoe_ep.parallel.collectives import collect_objects
 from diffmoe_ep.parallel.mesh import Mesh
 
 Progress = Callable[[int, int], None]  # (done, in all)
-Drawer = Callable[
-    [Tensor, SampleConfig, Progress | None], Drawn | None
-]  # labels (n,), how, told after each step; None but on the first rank
-EXTREMES = 10  # classes at either end of the ranking that are shown
+Asked = Tensor | Prompts  # labels (n,), or as many prompts
+Drawer = Callable[[Asked, SampleConfig, Progress | None], Drawn | None]  # for what, how, told after each step; None but on the first rank
+EXTREMES = 10  # classes or prompts at either end of the ranking that are shown
 
 
 @dataclass(frozen=True)
 class ClassCapacity:
-    """What the samples of one class cost."""
+    """What the samples of one class, or of one prompt, cost."""
 
-    label: int
-    name: str
+    label: int  # or the prompt's number
+    name: str  # or the prompt
     per_step: Tensor  # (steps,) float64 C
-    samples: Drawn | None  # kept for the classes at either end of the ranking
+    samples: Drawn | None  # kept for those at either end of the ranking
 
     @property
     def capacity(self) -> float:
@@ -52,6 +52,7 @@ class ClassCapacity:
 class AgainstTopK:
     """The predictor's choice beside that of a top-k over the same sample's tokens, at batch 1 (Figure 6)."""
 
+    names: tuple[str, ...]  # of the samples' classes, or their prompts
     k: int  # tokens that the top-k lets an expert take of a sample's
     counts: Tensor  # (steps, layers, 3) float64 (token, expert) pairs along the predictor's samples: predictor's, top-k's, those of both
     predictor: Drawn  # samples drawn with the predictor
@@ -78,7 +79,7 @@ def _shared(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a model spends its compute, measured on `per_class` samples of each class, drawn class by class."""
+    """Where a model spends its compute, measured on `per_class` samples of each class (or prompt), drawn class by class."""
 
     model: ModelConfig
     sample: SampleConfig
@@ -90,6 +91,16 @@ class Report:
     topk: AgainstTopK | None  # None: the model has no predictor, or a sample has too few tokens for every expert to take one
     activated: float  # parameters that work on an average token at the measured capacity, counted exactly
     estimate: float  # the same by the paper's Eq. 40
+
+    @property
+    def kind(self) -> str:
+        """What is ranked: class or prompt."""
+        return "prompt" if self.model.condition == "text" else "class"
+
+    @property
+    def kinds(self) -> str:
+        """The same for many."""
+        return "prompts" if self.kind == "prompt" else "classes"
 
     @property
     def blocks(self) -> list[int]:
@@ -107,15 +118,16 @@ class Report:
         idle, busiest = (divmod(int(place), experts.shape[1]) for place in (experts.argmin(), experts.argmax()))
         shown = min(5, number // 2)
         rows = [
-            (f"capacity of {number * self.per_class} samples", f"{self.per_class} of each of {number} classes, seed {self.seed}"),
+            (f"capacity of {number * self.per_class} samples", f"{self.per_class} of each of {number} {self.kinds}, seed {self.seed}"),
             ("C_infer^avg", f"{self.record.average():.4f}  (1 = compute of a dense model)"),
             ("by step", f"{steps[lowest]:.3f} (step {lowest}) to {steps[largest]:.3f} (step {largest})"),
             ("by layer", ", ".join(f"block {block} {value:.3f}" for block, value in zip(self.blocks, experts.mean(1), strict=True))),
             ("by expert", f"{experts[idle]:.3f} ({self._expert(idle)}) to {experts[busiest]:.3f} ({self._expert(busiest)})"),
         ]
         if shown:
-            rows.append(("hardest classes", ", ".join(f"{one.name} {one.capacity:.3f}" for one in self.classes[:shown])))
-            rows.append(("easiest classes", ", ".join(f"{one.name} {one.capacity:.3f}" for one in self.classes[: -shown - 1 : -1])))
+            for which, part in (("hardest", self.classes[:shown]), ("easiest", self.classes[: -shown - 1 : -1])):
+                gap = "; " if self.kind == "prompt" else ", "
+                rows.append((f"{which} {self.kinds}", gap.join(f"{one.name} {one.capacity:.3f}" for one in part)))
         rows.append(("activated parameters", f"{self.estimate / 1e6:,.3f}M by Eq. 40, {self.activated / 1e6:,.3f}M counted exactly"))
         if self.topk is not None:
             ours, theirs, _ = self.topk.counts.sum((0, 1)).tolist()
@@ -134,11 +146,11 @@ class Report:
             "capacity": self.record.average(),
             "capacity_per_step": self.record.per_step().tolist(),
             "capacity_per_layer": self.record.per_layer_expert().mean(1).tolist(),
-            "capacity_per_class": {one.name: one.capacity for one in self.classes},
+            f"capacity_per_{self.kind}": {one.name: one.capacity for one in self.classes},
             "activated": self.activated,
             "activated_by_equation_40": self.estimate,
             "agreement_with_topk": None if self.topk is None else self.topk.overall(),
-            "per_class": self.per_class,
+            f"per_{self.kind}": self.per_class,
             "seed": self.seed,
             "sample": to_tree(self.sample),
         }
@@ -147,17 +159,22 @@ class Report:
         return f"block {self.blocks[place[0]]}, expert {place[1]}"
 
 
-def check_report(model: ModelConfig, per_class: int, classes: Sequence[int] | None = None) -> None:
+def check_report(model: ModelConfig, per_class: int, classes: Sequence[int] | None = None, prompts: int | None = None) -> None:
     """Raise ConfigError, before anything is drawn, unless a capacity report can be made of this model."""
     if not has_experts(model):
         raise ConfigError("model.family is dense: it has no experts, and its capacity is 1 at every step; name a run that has experts")
     if not any(is_moe(model, block) for block in range(model.blocks)):
         raise ConfigError(f"the model has no MoE layer: model.interleave leaves block 0 dense and model.blocks is {model.blocks}")
     if per_class < 1:
-        raise ConfigError(f"--per-class is {per_class}; it must be at least 1")
+        raise ConfigError(f"{'--per-prompt' if model.condition == 'text' else '--per-class'} is {per_class}; it must be at least 1")
+    if model.condition == "text" and not prompts:
+        raise ConfigError('the model is conditioned on captions; say what to draw: --prompt "...", or --prompts FILE')
+    if model.condition == "class" and prompts:
+        raise ConfigError("prompts are given, but the model is conditioned on classes; give --classes, or nothing for all of them")
     if classes is not None and not classes:
         raise ConfigError("no classes are named; leave --classes out for all of them")
-    check_labels(list(classes or ()), model)
+    if classes is not None or model.condition == "class":
+        check_labels(list(classes or ()), model)
     if find_spec("matplotlib") is None:
         raise ConfigError("capacity plots need matplotlib, which is not installed: pip install 'diffmoe_ep[log]'")
 
@@ -173,24 +190,33 @@ def report(
     seed: int,
     out: Path | None = None,
     classes: Sequence[int] | None = None,
+    prompts: Prompts | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
-    """Draw `per_class` samples of each class and tell where the compute went; None on all ranks but the first.
+    """Draw `per_class` samples of each class, or of each of the prompts, and tell where the compute went; None on all ranks but the first.
 
     draw draws with `module`, which is watched meanwhile, over the ranks of `mesh`, always from the same noise (seed says which), so that
     classes differ by their condition alone. A class is drawn by itself: under
     selection `count` and `topk` its chunks are its pools. With `out`, tables and plots are written there.
     """
     model = module.config
-    check_report(model, per_class, classes)
-    labels = sorted(set(classes)) if classes is not None else list(range(model.num_classes))
+    check_report(model, per_class, classes, None if prompts is None else len(prompts))
+    if prompts is not None:
+        labels, names = list(range(len(prompts))), list(prompts.words)
+    else:
+        labels = sorted(set(classes)) if classes is not None else list(range(model.num_classes))
+        names = facts.get("class_names") or [str(label) for label in range(model.num_classes)]
     k = _topk_of_a_sample(model, sample)
     total = len(labels) + (2 if k else 0)
-    names, record, measured = facts.get("class_names") or [str(label) for label in range(model.num_classes)], CapacityRecord.empty(), []
+    record, measured = CapacityRecord.empty(), []
+
+    def asked(numbers: list[int]) -> Asked:
+        return torch.tensor(numbers) if prompts is None else prompts.taken(numbers)
+
     for done, label in enumerate(labels):
         if progress is not None:
             progress(done, total)
-        drawn = draw(torch.full((per_class,), label), sample, None)
+        drawn = draw(asked([label] * per_class), sample, None)
         if done == 0:
             mesh.agree(None if drawn is None else _unsteady(drawn, sample))
         if drawn is not None:
@@ -199,7 +225,8 @@ def report(
             measured.sort(key=lambda one: -one.capacity)  # stable: equal ones stay in order
             middle = measured[EXTREMES:-EXTREMES]
             measured[EXTREMES:-EXTREMES] = [replace(one, samples=None) for one in middle]
-    against = _against_topk(module, draw, labels, sample, mesh, k) if k else None
+    some = [labels[place] for place in _spread(len(labels), EXTREMES)]
+    against = _against_topk(module, draw, asked(some), [names[label] for label in some], sample, mesh, k) if k else None
     if progress is not None:
         progress(total, total)
     if not mesh.is_first:
@@ -296,10 +323,11 @@ def _topk_of_a_sample(model: ModelConfig, sample: SampleConfig) -> int | None:
         return None
 
 
-def _against_topk(module: DiT, draw: Drawer, classes: list[int], sample: SampleConfig, mesh: Mesh, k: int) -> AgainstTopK | None:
-    """Draw one sample of up to ten classes, one at a time, with the predictor and with a top-k; None on all ranks but the first."""
+def _against_topk(
+    module: DiT, draw: Drawer, asked: Asked, names: list[str], sample: SampleConfig, mesh: Mesh, k: int
+) -> AgainstTopK | None:
+    """Draw a sample of each class or prompt asked for, one at a time, with the predictor and with a top-k; None but on the first rank."""
     alone = replace(sample, chunk=1)
-    labels = classes_in_turn(min(EXTREMES, len(classes)), [classes[place] for place in _spread(len(classes), EXTREMES)])
     counts = torch.zeros(sample.steps, len(module.moe_layers()), 3, dtype=torch.float64)
     with _watched(module, k, counts) as watches:
 
@@ -307,13 +335,13 @@ def _against_topk(module: DiT, draw: Drawer, classes: list[int], sample: SampleC
             for watch in watches:
                 watch.step = done % sample.steps
 
-        predictor = draw(labels, alone, follow)
+        predictor = draw(asked, alone, follow)
     with _choosing_from_one_sample(module):
-        topk = draw(labels, replace(alone, selection="topk"), None)
+        topk = draw(asked, replace(alone, selection="topk"), None)
     parts: list[Tensor] | None = collect_objects(counts, mesh.world)
     if parts is None or predictor is None or topk is None:
         return None
-    return AgainstTopK(k, torch.stack(parts).sum(0), predictor, topk)
+    return AgainstTopK(tuple(names), k, torch.stack(parts).sum(0), predictor, topk)
 
 
 def _spread(number: int, most: int) -> list[int]:
@@ -342,8 +370,8 @@ def write_tables(found: Report, out: Path) -> list[str]:
     )
     table(out / "capacity_per_layer_expert.csv", ("step", "layer", "block", "expert", "capacity"), rows)
     ranking = ((rank, one.label, one.name, found.per_class, one.capacity) for rank, one in enumerate(found.classes, 1))
-    table(out / "capacity_per_class.csv", ("rank", "class", "name", "samples", "capacity"), ranking)
-    names = ["capacity_per_step.csv", "capacity_per_layer_expert.csv", "capacity_per_class.csv"]
+    table(out / f"capacity_per_{found.kind}.csv", ("rank", found.kind, "name", "samples", "capacity"), ranking)
+    names = ["capacity_per_step.csv", "capacity_per_layer_expert.csv", f"capacity_per_{found.kind}.csv"]
     if found.topk is not None:
         pairs, agreement = found.topk.counts.long().tolist(), found.topk.agreement().tolist()
         lines = (
@@ -361,28 +389,26 @@ def write_plots(found: Report, out: Path) -> list[str]:
     cube, blocks = found.per_layer_expert_step().numpy(), found.blocks
     ranked = [(one.name, one.capacity) for one in found.classes]
     curves = torch.stack([one.per_step for one in found.classes]).numpy()  # (classes, steps)
-    plots.steps(out / "capacity_per_step.png", found.record.per_step().numpy(), curves, [name for name, _ in ranked])
+    plots.steps(out / "capacity_per_step.png", found.record.per_step().numpy(), curves, [name for name, _ in ranked], found.kind)
     plots.expert_map(out / "capacity_per_layer_expert.png", cube, blocks)
     plots.expert_curves(out / "expert_dynamics.png", cube, blocks)
-    plots.classes(out / "capacity_per_class.png", ranked, found.record.average())
-    names = ["capacity_per_step.png", "capacity_per_layer_expert.png", "expert_dynamics.png", "capacity_per_class.png"]
+    plots.classes(out / f"capacity_per_{found.kind}.png", ranked, found.record.average(), found.kind)
+    names = ["capacity_per_step.png", "capacity_per_layer_expert.png", "expert_dynamics.png", f"capacity_per_{found.kind}.png"]
     shown, pictures = min(EXTREMES, len(ranked) // 2), _as_pictures(found)
     if pictures is not None and shown:
         hardest, easiest = (
             [(one.name, one.capacity, pictures(one.samples)) for one in part if one.samples is not None]
             for part in (found.classes[:shown], found.classes[: -shown - 1 : -1])
         )
-        plots.extremes(out / "hardest_easiest.png", hardest, easiest)
+        plots.extremes(out / "hardest_easiest.png", hardest, easiest, found.kinds)
         names.append("hardest_easiest.png")
     if found.topk is not None:
         against = found.topk
-        class_names = [
-            found.facts["class_names"][label] if found.facts.get("class_names") else str(label) for label in against.predictor.labels
-        ]
         strips = None if pictures is None else (pictures(against.topk), pictures(against.predictor))
         capacities = (against.topk.capacity.per_step().numpy(), against.predictor.capacity.per_step().numpy())
         together = (against.agreement_per_step().numpy(), against.overall())
-        plots.topk(out / "topk_against_predictor.png", strips, class_names, capacities, against.agreement().numpy(), together, blocks)
+        agreement, path = against.agreement().numpy(), out / "topk_against_predictor.png"
+        plots.topk(path, strips, against.names, capacities, agreement, together, blocks)
         names.append("topk_against_predictor.png")
     return names
 

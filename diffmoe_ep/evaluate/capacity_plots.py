@@ -4,6 +4,7 @@ Legend: C capacity, 1 is the compute of a dense model; N experts. Steps run from
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,15 +27,17 @@ MOST_PANELS = 8  # MoE layers that get a panel of their own
 MOST_NAMES = 20  # classes up to which each bar has its name
 
 
-def steps(path: Path, capacity: Numbers, curves: Numbers, names: Sequence[str]) -> None:
-    """C over sampling steps (steps,), and what the classes (classes, steps), hardest first, add to it (Figure 1c)."""
+def steps(path: Path, capacity: Numbers, curves: Numbers, names: Sequence[str], kind: str = "class") -> None:
+    """C over sampling steps (steps,), and what the classes or prompts (n, steps), hardest first, add to it (Figure 1c)."""
     figure = _figure(9, 4.6)
     axes = figure.subplots()
     place = np.arange(len(capacity))
     if len(curves) > 1:
-        axes.fill_between(place, curves.min(0), curves.max(0), color=BLUE, alpha=0.13, linewidth=0, label=f"range of {len(curves)} classes")
-        axes.plot(place, curves[0], color=HARD, linewidth=1.3, label=f"hardest class: {names[0]} ({curves[0].mean():.3f})")
-        axes.plot(place, curves[-1], color=EASY, linewidth=1.3, label=f"easiest class: {names[-1]} ({curves[-1].mean():.3f})")
+        many = f"range of {len(curves)} {'prompts' if kind == 'prompt' else 'classes'}"
+        axes.fill_between(place, curves.min(0), curves.max(0), color=BLUE, alpha=0.13, linewidth=0, label=many)
+        for end, colour, which in ((0, HARD, "hardest"), (-1, EASY, "easiest")):
+            label = f"{which} {kind}: {_cut(names[end], 48)} ({curves[end].mean():.3f})"
+            axes.plot(place, curves[end], color=colour, linewidth=1.3, label=label)
     axes.plot(place, capacity, color=BLUE, linewidth=2.4, marker="o" if len(capacity) == 1 else None, label=f"all ({capacity.mean():.3f})")
     _dense(axes)
     _finish(axes, "Computation over sampling steps", "sampling step, from noise to image", "capacity C")
@@ -101,10 +104,13 @@ def expert_curves(path: Path, capacity: Numbers, blocks: Sequence[int]) -> None:
     _save(figure, path)
 
 
-def classes(path: Path, ranked: Sequence[tuple[str, float]], mean: float) -> None:
-    """C of every class, hardest first, as bars (Figure 1d); of many classes only the ends are named."""
+def classes(path: Path, ranked: Sequence[tuple[str, float]], mean: float, kind: str = "class") -> None:
+    """C of every class or prompt, hardest first, as bars (Figure 1d); of many classes only the ends are named, of many prompts shown."""
     from matplotlib import colormaps
 
+    if kind == "prompt":
+        _prompts(path, ranked, mean)
+        return
     number = len(ranked)
     values = np.array([value for _, value in ranked])
     named = list(range(number)) if number <= MOST_NAMES else [*range(5), *range(number - 5, number)]
@@ -132,21 +138,50 @@ def classes(path: Path, ranked: Sequence[tuple[str, float]], mean: float) -> Non
     _save(figure, path)
 
 
-def extremes(path: Path, hardest: Sequence[tuple[str, float, Pictures]], easiest: Sequence[tuple[str, float, Pictures]]) -> None:
-    """Samples of the hardest and of the easiest classes, a row each: name, C and up to eight samples (Figures 13, 14)."""
+def _prompts(path: Path, ranked: Sequence[tuple[str, float]], mean: float) -> None:
+    """C of the prompts at either end of the ranking, as lying bars with their words."""
+    ends = list(ranked) if len(ranked) <= MOST_NAMES else [*ranked[: MOST_NAMES // 2], *ranked[-MOST_NAMES // 2 :]]
+    values = np.array([value for _, value in ends])
+    figure = _figure(9, 0.3 * len(ends) + 1.4)
+    axes = figure.subplots()
+    place = np.arange(len(ends))
+    axes.barh(place, values - mean, left=mean, height=0.72, color=[HARD if value >= mean else EASY for value in values])
+    for at, value in zip(place, values, strict=True):
+        axes.annotate(f"{value:.3f}", (value, at), (4 if value >= mean else -4, 0), textcoords="offset points", fontsize=8,
+                      ha="left" if value >= mean else "right", va="center")  # fmt: skip
+    axes.set_yticks(place, [_cut(name, 56) for name, _ in ends], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.axvline(mean, color="black", linewidth=1.2, label=f"mean {mean:.3f}")
+    left_out = f", the {len(ends)} at either end of {len(ranked)}" if len(ends) < len(ranked) else ""
+    _finish(axes, f"Computation by prompt, hardest to easiest{left_out}", "C_infer^avg", "", grid="x")
+    _legend(axes, loc="lower right")
+    _save(figure, path)
+
+
+def extremes(
+    path: Path, hardest: Sequence[tuple[str, float, Pictures]], easiest: Sequence[tuple[str, float, Pictures]], kinds: str = "classes"
+) -> None:
+    """Samples of the hardest and of the easiest classes or prompts, a row each: name, C and up to eight samples (Figures 13, 14)."""
+
+    size = 10 if kinds == "classes" else 8
+
+    def called(name: str) -> str:
+        return _short(name) if kinds == "classes" else _cut(name, 40)
+
     rows, columns = max(len(hardest), len(easiest)), min(8, max(len(pictures) for _, _, pictures in (*hardest, *easiest)))
-    longest = max(len(_short(name)) for name, _, _ in (*hardest, *easiest))
+    longest = max(len(called(name)) for name, _, _ in (*hardest, *easiest))
     cell, gutter, gap, top = 0.62, 0.95 + 0.09 * longest, 0.25, 0.5
     half = gutter + columns * cell
     width, height = 2 * half + gap + 0.15, rows * cell + top + 0.1
     figure = _figure(width, height, constrained=False)
-    for side, (title, colour, part) in enumerate((("Hardest classes", HARD, hardest), ("Easiest classes", EASY, easiest))):
+    for side, (title, colour, part) in enumerate(((f"Hardest {kinds}", HARD, hardest), (f"Easiest {kinds}", EASY, easiest))):
         left = side * (half + gap)
         figure.text((left + gutter) / width, 1 - 0.3 / height, title, color=colour, fontsize=13, fontweight="bold", va="center")
         for row, (name, value, pictures) in enumerate(part):
             bottom = height - top - (row + 1) * cell
             middle = (bottom + cell / 2) / height
-            figure.text((left + gutter - 0.68) / width, middle, _short(name), fontsize=10, ha="right", va="center", fontweight="bold")
+            figure.text((left + gutter - 0.68) / width, middle, called(name), fontsize=size, ha="right", va="center", fontweight="bold")
             figure.text((left + gutter - 0.1) / width, middle, f"C {value:.3f}", fontsize=9, ha="right", va="center", color=colour)
             for column, picture in enumerate(pictures[:columns]):
                 place = ((left + gutter + column * cell) / width, bottom / height, 0.94 * cell / width, 0.94 * cell / height)
@@ -179,7 +214,8 @@ def topk(
                 axes = grid[row][column]
                 _picture(axes, strips[row][column])
                 if row == 0:
-                    axes.set_title(_short(names[column], 12), fontsize=9)
+                    words = _short(names[column], 12) if len(names[column]) < 20 else "\n".join(textwrap.wrap(names[column], 14)[:4])
+                    axes.set_title(words, fontsize=9 if len(names[column]) < 20 else 6)
             grid[row][0].text(-0.12, 0.5, title, transform=grid[row][0].transAxes, ha="right", va="center", color=colour, fontweight="bold")
     cost, agree = lower.subplots(1, 2)
     place = np.arange(len(agreement))
@@ -311,10 +347,14 @@ def _panels(number: int) -> tuple[int, int]:
     return math.ceil(number / columns), columns
 
 
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def _short(name: str, most: int = 16) -> str:
     """A class name that fits: its first synonym, cut if it must be."""
     first = name.split(",")[0].strip()
-    return first if len(first) <= most else first[: most - 1] + "…"
+    return _cut(first, most)
 
 
 def _are_short(ranked: Sequence[tuple[str, float]]) -> bool:

@@ -1,6 +1,6 @@
-"""Draw samples with a loaded or training model, all ranks together: labels in, latents and capacity out."""
+"""Draw samples with a loaded or training model, all ranks together: labels or prompts in, latents and capacity out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
+from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.diffusion.objective import ObjectiveKind
-from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, generate, join, to_pixels
+from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, Seed, generate, join, to_pixels
 from diffmoe_ep.evaluate.picture import grid
+from diffmoe_ep.evaluate.prompts import Prompts
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.collectives import all_sum, collect_objects
@@ -24,8 +26,9 @@ class Drawn:
     """The samples of all ranks; they come together on the first."""
 
     latents: Tensor  # (n, C, H, W) float32
-    labels: Tensor  # (n,) the classes asked for
+    labels: Tensor  # (n,) the classes asked for; (0,) where prompts were
     capacity: CapacityRecord  # over all ranks
+    prompts: tuple[str, ...] = ()  # asked for
 
 
 def classes_in_turn(num: int, classes: list[int]) -> Tensor:
@@ -35,18 +38,20 @@ def classes_in_turn(num: int, classes: list[int]) -> Tensor:
 
 def draw(
     module: DiT,
-    labels: Tensor,
+    conditions: Tensor | Prompts,
     sample: SampleConfig,
     mesh: Mesh,
     *,
-    seed: int,
+    seed: Seed,
+    negative: Prompts | None = None,
     objective: ObjectiveKind = "flow",
     weights: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drawn | None:
-    """Draw one sample for each label; the first rank gets them all, the others None.
+    """Draw one sample for each label or prompt; the first rank gets them all, the others None.
 
-    objective: what the model was trained to predict. `weights` runs the module with other weights (the averaged ones); the module's
+    negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was trained to predict.
+    `weights` runs the module with other weights (the averaged ones); the module's
     mode is restored.
     """
     was_training = module.training
@@ -54,10 +59,10 @@ def draw(
     module.set_inference(InferenceRule(sample.selection, sample.threshold, sample.capacity))
     model = module.config
     part = generate(
-        weights or module, labels, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk,
+        weights or module, conditions, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk,
         objective=objective, sampler=sample.sampler, eta=sample.eta, rtol=sample.rtol, atol=sample.atol, busy=_busy(mesh),
         guidance_interval=sample.guidance_interval, guidance_channels=sample.guidance_channels,
-        null_condition=model.num_classes, shape=(model.in_channels, model.input_size, model.input_size),
+        null=_null(model) if negative is None else negative[:1], shape=(model.in_channels, model.input_size, model.input_size),
         rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
     module.train(was_training)
@@ -65,7 +70,16 @@ def draw(
     if parts is None:
         return None
     latents, capacity = join(parts)
-    return Drawn(latents, labels, capacity)
+    if isinstance(conditions, Prompts):
+        return Drawn(latents, torch.zeros(0, dtype=torch.int64), capacity, conditions.words)
+    return Drawn(latents, conditions, capacity)
+
+
+def _null(model: ModelConfig) -> Condition:
+    """The null class, or the null caption."""
+    if model.condition == "text":
+        return padded([torch.zeros(0, model.text_width)], model.text_length, model.text_width)
+    return torch.tensor([model.num_classes])
 
 
 def _busy(mesh: Mesh) -> Callable[[int], int] | None:
@@ -76,7 +90,9 @@ def _busy(mesh: Mesh) -> Callable[[int], int] | None:
 
 
 def check_labels(classes: list[int], model: ModelConfig) -> None:
-    """Raise ConfigError for a class that the model does not have."""
+    """Raise ConfigError for a class that the model does not have, or if it has none."""
+    if model.condition == "text":
+        raise ConfigError("this model is conditioned on captions, it has no classes; give it prompts")
     for label in classes:
         if not 0 <= label < model.num_classes:
             raise ConfigError(f"class {label} does not exist: the model has classes 0 to {model.num_classes - 1}")
@@ -124,6 +140,15 @@ def pixels_of(drawn: Drawn, facts: Mapping[str, Any]) -> Tensor:
     return to_pixels(drawn.latents, facts["scale"], facts["shift"], highest(facts))
 
 
-def write_grid(drawn: Drawn, facts: Mapping[str, Any], path: Path, most: int = 200) -> None:
-    """Write the first `most` samples as a PNG, in rows of up to ten."""
-    grid(pixels_of(drawn, facts)[:most], path, columns=min(10, len(drawn.labels)), highest=highest(facts))
+def write_grid(
+    drawn: Drawn, facts: Mapping[str, Any], path: Path, most: int = 200, columns: int = 10, right: Sequence[bool] | None = None
+) -> None:
+    """Write the first `most` samples as a PNG, in rows of up to `columns`, prompts under their pictures.
+
+    right: whether each picture shows what was asked for, seen from its frame.
+    """
+    pixels = pixels_of(drawn, facts)[:most]
+    grid(
+        pixels, path, columns=min(columns, len(pixels)), highest=highest(facts),
+        captions=drawn.prompts[:most] or None, right=None if right is None else right[:most],
+    )  # fmt: skip

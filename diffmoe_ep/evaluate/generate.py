@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.condition import Condition, Text, joined
 from diffmoe_ep.data.keyed import keyed
 from diffmoe_ep.diffusion.chain import ddim, ddpm_ancestral
 from diffmoe_ep.diffusion.ddpm import halves as noise_and_variance
@@ -18,8 +19,17 @@ from diffmoe_ep.diffusion.objective import ObjectiveKind
 from diffmoe_ep.diffusion.sampler import Field, SamplerKind, as_flow, dopri5, euler, heun
 from diffmoe_ep.model.dit import Output
 
-Model = Callable[[Tensor, Tensor, Tensor], Output]  # (x (B, C, H, W), t (B,), condition (B,) int64) -> Output
+Model = Callable[[Tensor, Tensor, Condition], Output]  # (x (B, C, H, W), t (B,), B conditions) -> Output
+Seed = int | Sequence[int]  # of the samples' noise: one that goes with each sample's number, or one of its own for each
 Busy = Callable[[int], int]  # (1 while this rank has work, else 0) -> the sum over all ranks, which wait for each other in it
+
+
+class Conditions(Protocol):
+    """What samples are conditioned on, asked for slice by slice: labels, captions, or prompts that are laid out only then."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: slice, /) -> Condition: ...
 
 
 @dataclass(frozen=True)
@@ -111,14 +121,15 @@ class _Counter:
         return CapacityRecord(processed, torch.tensor(self.tokens, dtype=torch.float64)[:, None].repeat(1, processed.shape[1]))
 
 
-def start_noise(seed: int, samples: range, shape: tuple[int, int, int], part: int = 0) -> Tensor:
-    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone.
+def start_noise(seed: Seed, samples: range, shape: tuple[int, int, int], part: int = 0) -> Tensor:
+    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone, or on its own seed.
 
     Part n > 0 is the noise of the n-th step of a sampler that draws some.
     """
     if not samples:
         return torch.zeros(0, *shape)
-    streams = (keyed(seed, number, "start", part) for number in samples)
+    keys = ((seed, number) if isinstance(seed, int) else (seed[number], 0) for number in samples)
+    streams = (keyed(*key, "start", part) for key in keys)
     return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
 
 
@@ -138,13 +149,13 @@ class _Protocol:
 @torch.no_grad()
 def generate(
     model: Model,
-    conditions: Tensor,
+    conditions: Conditions,
     *,
-    seed: int,
+    seed: Seed,
     steps: int,
     guidance: float,
     chunk: int,
-    null_condition: int,
+    null: Condition,
     shape: tuple[int, int, int],
     rank: int = 0,
     world: int = 1,
@@ -161,11 +172,12 @@ def generate(
 ) -> Generated:
     """Draw this rank's part of the samples 0..n-1, by guided steps of a sampler.
 
-    conditions (n,) int64 are the classes asked for; the model must be in eval mode. Samples are cut into chunks of `chunk`
-    (the last may be smaller); rank c mod world computes chunk c whole, so the shapes of all computations and the pools of
-    an inference rule do not depend on the world. All ranks take part in every round, with zero samples where no chunk is
-    left, so that collectives between experts agree. Under flow the two halves of guidance are two forward passes: two pools;
-    under ddpm they are one pass over twice the samples, the conditional ones first: one pool.
+    conditions are the n classes or captions asked for, null is the one that guidance leads away from (the null class or caption, or a
+    negative prompt); seed may be one for each sample. The model must be in eval mode. Samples are cut into chunks of `chunk` (the last
+    may be smaller); rank c mod world computes chunk c whole, so the shapes of all computations and the pools of an inference rule do
+    not depend on the world. All ranks take part in every round, with zero samples where no chunk is left, so that collectives between
+    experts agree. Under flow the two halves of guidance are two forward passes: two pools; under ddpm they are one pass over twice the
+    samples, the conditional ones first: one pool.
     objective: what the model predicts. sampler: euler, heun and dopri5 sample from both objectives, ddpm and ddim from ddpm alone
     (`steps` of its trained ones; dopri5 has no use for `steps`, rtol and atol are its; eta is ddim's).
     guidance_interval: lowest and highest t in [0, 1] at which there is guidance, 1 being pure noise; a ddpm step counts as the
@@ -187,7 +199,7 @@ def generate(
     length = 100 if adaptive else steps  # of a round, as progress counts
     index, latents = [], []
 
-    def forward(x: Tensor, t: float, condition: Tensor) -> Tensor:
+    def forward(x: Tensor, t: float, condition: Condition) -> Tensor:
         if adaptive and busy is not None:
             busy(1)
         output = model(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device), condition)
@@ -197,8 +209,8 @@ def generate(
     for turn in range(rounds):
         first = min((turn * world + rank) * chunk, num_samples)
         samples = range(first, min(first + chunk, num_samples))  # empty where no chunk is left
-        condition = conditions[first : samples.stop].to(device)  # (B,)
-        field = _field(forward, condition, torch.full_like(condition, null_condition), shape[0], protocol)
+        condition = conditions[first : samples.stop].to(device)
+        field = _field(forward, condition, _repeated(null.to(device), len(samples)), shape[0], protocol)
         counter.step = 0
 
         def after_step(done: int, turn: int = turn) -> None:
@@ -229,13 +241,20 @@ def check_sampler(objective: ObjectiveKind, sampler: SamplerKind) -> None:
         )
 
 
+def _repeated(one: Condition, count: int) -> Condition:
+    """A single condition, so many times."""
+    if isinstance(one, Text):
+        return Text(one.features.expand(count, -1, -1), one.lengths.expand(count))
+    return one.expand(count)
+
+
 def _field(
-    forward: Callable[[Tensor, float, Tensor], Tensor], condition: Tensor, null: Tensor, channels: int, protocol: _Protocol
+    forward: Callable[[Tensor, float, Condition], Tensor], condition: Condition, null: Condition, channels: int, protocol: _Protocol
 ) -> Field:
     """The guided prediction of a chunk: a velocity (B, C, H, W), or [eps; v] (B, 2C, H, W) under ddpm."""
 
-    def towards(classes: Tensor) -> Field:
-        return lambda x, t: forward(x, t, classes)[:, :channels]
+    def towards(condition: Condition) -> Field:
+        return lambda x, t: forward(x, t, condition)[:, :channels]
 
     def chain(x: Tensor, t: float) -> Tensor:
         prediction = forward(x, t, condition)
@@ -243,7 +262,7 @@ def _field(
         return prediction
 
     def together(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        both = forward(torch.cat([x, x]), t, torch.cat([condition, null]))
+        both = forward(torch.cat([x, x]), t, joined([condition, null]))
         noise_and_variance(both, channels)
         return both[: len(x)], both[len(x) :]
 

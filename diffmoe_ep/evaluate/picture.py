@@ -14,10 +14,14 @@ from diffmoe_ep.config import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL import ImageFont
 
 CELL = 48  # pixels that a cell of the grid has about
+CAPTIONED = 112  # the same with a caption under it
+LINES, LINE, FONT = 5, 13, 11  # of a caption: most lines, pixels from one to the next, size
 GAP = 4  # pixels between cells
 GREY = 48  # of the separators, visible beside black cells
+RIGHT, WRONG = (60, 170, 90), (200, 60, 60)  # frames of pictures that were judged
 BLUE, ORANGE, GREEN, PURPLE, PALE = "#2563eb", "#ea7317", "#15935a", "#7c4dbd", "#9aa3af"
 
 
@@ -29,11 +33,14 @@ def grid(
     highest: int = 255,
     enlarge: int | None = None,
     row_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+    right: Sequence[bool] | None = None,
 ) -> None:
     """Write images uint8 (n, C, H, W) with values 0..highest and 1 or 3 channels as one PNG, row by row.
 
-    Each pixel becomes a square of `enlarge` (default: so that a cell has about 48 pixels). row_labels are written at the
-    left of the rows. Raises ConfigError without Pillow and ValueError for other channels or too few labels.
+    Each pixel becomes a square of `enlarge` (default: so that a cell has about 48 pixels, with captions 112). row_labels are written at
+    the left of the rows, captions under the images; `right` frames each image green or red. Raises ConfigError without Pillow and
+    ValueError for other channels or too few labels.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
@@ -45,25 +52,61 @@ def grid(
     rows = math.ceil(num_images / columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows")
-    enlarge = max(1, round(CELL / max(height, width))) if enlarge is None else enlarge
+    if any(told is not None and len(told) != num_images for told in (captions, right)):
+        raise ValueError(f"a grid of {num_images} images needs a caption and a verdict for each, or none at all")
+    enlarge = max(1, round((CAPTIONED if captions else CELL) / max(height, width))) if enlarge is None else enlarge
     cell_height, cell_width = height * enlarge, width * enlarge
     shades = (pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.float64) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
     cells = shades.repeat(enlarge, axis=1).repeat(enlarge, axis=2)  # (n, cell height, cell width, C), nearest neighbour
 
     font = ImageFont.load_default(size=18)
+    small = ImageFont.load_default(size=FONT)
+    wrapped = [wrap(text, small, cell_width) for text in captions or ()]
+    below = max(map(len, wrapped), default=0) * LINE
     gutter = math.ceil(max((font.getlength(text) for text in row_labels), default=0)) + 16 if row_labels else 0
-    canvas = np.zeros((rows * (cell_height + GAP) + GAP, gutter + columns * (cell_width + GAP) + GAP, 3), dtype=np.uint8)
+    canvas = np.zeros((rows * (cell_height + below + GAP) + GAP, gutter + columns * (cell_width + GAP) + GAP, 3), dtype=np.uint8)
     canvas[:, gutter:] = GREY
     for place in range(rows * columns):
-        top = GAP + place // columns * (cell_height + GAP)
+        top = GAP + place // columns * (cell_height + below + GAP)
         left = gutter + GAP + place % columns * (cell_width + GAP)
+        if right is not None and place < num_images:
+            canvas[top - GAP // 2 : top + cell_height + GAP // 2, left - GAP // 2 : left + cell_width + GAP // 2] = (
+                RIGHT if right[place] else WRONG
+            )
         canvas[top : top + cell_height, left : left + cell_width] = cells[place] if place < num_images else 0
     image = Image.fromarray(canvas)
     draw = ImageDraw.Draw(image)
+    for place, lines in enumerate(wrapped):
+        top = GAP + place // columns * (cell_height + below + GAP) + cell_height
+        left = gutter + GAP + place % columns * (cell_width + GAP)
+        for number, line in enumerate(lines):
+            draw.text((left, top + number * LINE + 2), line, fill=(220, 220, 220), font=small)
     for row, text in enumerate(row_labels or ()):
-        middle = GAP + row * (cell_height + GAP) + cell_height / 2
+        middle = GAP + row * (cell_height + below + GAP) + cell_height / 2
         draw.text((gutter / 2, middle), text, fill=(200, 200, 200), font=font, anchor="mm")
     image.save(path, format="PNG")
+
+
+def wrap(text: str, font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
+    """The lines of a text that are no wider than `width` pixels, broken at blanks or, for a long word, anywhere; at most `LINES`."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > LINES:
+        last = lines[LINES - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: LINES - 1], last + "…"]
+    return lines
 
 
 def curves(metrics: Path | str, path: Path | str) -> None:

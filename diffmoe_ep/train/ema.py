@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from diffmoe_ep.config import EmaConfig
+from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output
 
 
@@ -27,7 +28,7 @@ class Ema:
         """The decay at a step, with the ramp if it is on."""
         return min(self.config.decay, (1 + step) / (10 + step)) if self.config.ramp else self.config.decay
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
         """Run the model with the averaged weights in place of its own, which stay untouched."""
         output: Output = functional_call(self.model, self.tensors, (x, t, condition))
         return output

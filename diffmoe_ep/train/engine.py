@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffmoe_ep.checkpoint.layout import Fragment, share
 from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
+from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
 from diffmoe_ep.parallel.collectives import all_sum
@@ -51,7 +52,9 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.mesh = config, mesh
         self.module = mark_for_deepspeed(model.to(mesh.device), mesh)
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # the trained ones
+        if not any(is_expert(name) for name in self.named):
+            _hide_layers(self.module)
         self._clip = config.train.clip or math.inf
         self._norm: Tensor | float = 0.0
         optimizer = _optimizer(self.named, config.train.optimizer)
@@ -67,7 +70,7 @@ class Engine:
 
     # -- training -----------------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Output:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
         """Run the model in training mode."""
         output: Output = self.engine(x, t, condition)
         return output
@@ -79,7 +82,7 @@ class Engine:
     def step(self, rate: float) -> None:
         """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at `rate`."""
         for group in self.basic.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.engine.step()
         if self.config.parallel.zero:
             self._norm = self.optimizer._global_grad_norm
@@ -236,8 +239,37 @@ def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[
     return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
 
 
+def _hide_layers(model: DiT) -> None:
+    """Take the marks from the MoE layers where all experts are frozen: ZeRO asks of layers that it sees for experts to train.
+
+    Parameters keep theirs, and DeepSpeed is told the groups here instead, so that frozen experts are still those of their own ranks.
+    """
+    for layer in model.moe_layers():
+        mark = layer._modules.pop("deepspeed_mark", None)
+        if mark is not None:
+            mark.set_deepspeed_parallelism()  # type: ignore[operator]
+
+
+def rate_factor(name: str, config: OptimizerConfig) -> float:
+    """The multiple of the learning rate that a parameter is trained at, by its name."""
+    if is_expert(name):
+        return config.expert_rate
+    return config.router_rate if ".router." in name else 1.0
+
+
+def rates(config: OptimizerConfig, rate: float) -> dict[str, float]:
+    """What to tell of the rates at which experts and routers are trained, where these are not the common one."""
+    factors = {"rate_experts": config.expert_rate, "rate_routers": config.router_rate}
+    return {name: rate * factor for name, factor in factors.items() if factor != 1}
+
+
 def _optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    groups = split_params_into_different_moe_groups_for_optimizer([{"params": list(named.values()), "name": "all"}])
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        by_factor.setdefault(rate_factor(name, config), []).append(parameter)
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        [{"params": parameters, "name": f"{factor} of the rate", "factor": factor} for factor, parameters in by_factor.items()]
+    )
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)

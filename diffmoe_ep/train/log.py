@@ -5,10 +5,11 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ep.config import Config, ConfigError, dump, has_experts, num_tokens, pool_samples
+from diffmoe_ep.evaluate.picture import curves
 from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
@@ -56,8 +58,8 @@ class RunFolder:
             return f"folder {self.path} cannot be written ({error.strerror}); give another with folder=... or change its permissions"
         return None
 
-    def describe(self, config: Config, mesh: Mesh) -> None:
-        """Write the resolved config and the environment report (rank 0); every rank takes part."""
+    def describe(self, config: Config, mesh: Mesh, ancestry: Sequence[dict[str, Any]] = ()) -> None:
+        """Write the resolved config, the environment report and what the weights descend from (rank 0); every rank takes part."""
         where = gather_objects((mesh.host, str(mesh.device)), mesh.world)
         if not mesh.is_first:
             return
@@ -75,6 +77,20 @@ class RunFolder:
         }
         _replace(self.path / "config.yaml", dump(config))
         _replace(self.path / "environment.json", json.dumps(report, indent=2) + "\n")
+        if ancestry:
+            _replace(self.path / "ancestry.json", json.dumps(list(ancestry), indent=2) + "\n")
+
+    def picture(self, name: str, make: Callable[[Path], None]) -> None:
+        """Make a picture; a full disk is said, and does not end a run that others wait in."""
+        try:
+            make(self.path / name)
+        except OSError as error:
+            print(f"the picture {name} could not be written ({error}); the run goes on", file=sys.stderr, flush=True)
+
+    def draw_curves(self) -> None:
+        """Draw loss, capacity, rate and speed so far; a core installation has no plots, and trains without them."""
+        if find_spec("matplotlib") is not None:
+            self.picture("curves.png", lambda path: curves(self.metrics, path))
 
 
 class Metrics:
@@ -194,8 +210,8 @@ class Meter:
         return found
 
 
-def greeting(config: Config, mesh: Mesh, step: int) -> str:
-    """Two lines on what is about to happen: what is trained, and how it is laid out."""
+def greeting(config: Config, mesh: Mesh, step: int, begun: str = "") -> str:
+    """Two lines on what is about to happen: what is trained, and how it is laid out; between them, if given, what it began with."""
     sizes, span = count(config.model), pool_samples(config)
     what = (
         f"{config.folder} {f'continues at step {step}' if step else 'starts'}: {config.train.steps} steps of {config.train.batch} samples, "
@@ -206,7 +222,7 @@ def greeting(config: Config, mesh: Mesh, step: int) -> str:
         tokens = span * num_tokens(config.model)
         layout += f", {config.model.num_experts} experts over {_ranks(mesh.expert.size)}"
         layout += f", pools of {span} samples ({tokens} tokens) over {_ranks(mesh.pool.size)}"
-    return f"{what}\n{layout}"
+    return "\n".join(filter(None, (what, begun, layout)))
 
 
 def _ranks(number: int) -> str:

@@ -5,10 +5,7 @@ tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO s
 """
 
 import math
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,26 @@ from diffmoe_ep.checkpoint.layout import Fragment
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data import quarantine
+from diffmoe_ep.data.captions import TextFields, check_text
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
-from diffmoe_ep.evaluate.draw import check_pictures, check_sampling, classes_in_turn, draw, write_grid
-from diffmoe_ep.evaluate.picture import curves
+from diffmoe_ep.evaluate.draw import check_pictures, check_sampling, draw, write_grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import is_expert, shard_experts, widen_pools
+from diffmoe_ep.model.parallelize import build_sharded, is_expert, widen_pools
 from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
 from diffmoe_ep.moe.layer import LayerReport
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.captions import Conditions
 from diffmoe_ep.train.ema import Ema
-from diffmoe_ep.train.engine import Engine
+from diffmoe_ep.train.engine import Engine, rates
 from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting
 from diffmoe_ep.train.schedule import rate
+from diffmoe_ep.train.start import begin, find_start
 
 
 def train(config: Config) -> None:
@@ -92,15 +91,16 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture, Path | None]:
 
 def check_data(config: Config, dataset: Mixture) -> None:
     """Raise ConfigError unless the data fit the model."""
-    facts, model = dataset.manifest, config.model
+    facts, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
+    check_text(dataset, TextFields.of(model, config.text))
     if facts.shape != (model.in_channels, model.input_size, model.input_size):
         raise ConfigError(
-            f"the data in {config.data.folder} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
+            f"the data in {names} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
             f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}"
         )
-    if facts.num_classes != model.num_classes:
+    if model.condition == "class" and facts.num_classes != model.num_classes:
         raise ConfigError(
-            f"the data in {config.data.folder} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
+            f"the data in {names} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
             f"set model.num_classes={facts.num_classes}"
         )
     if config.sample.grid_every:
@@ -112,9 +112,12 @@ class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
     def __init__(self, config: Config, mesh: Mesh, dataset: Dataset | Mixture, checkpoint: Path | None = None) -> None:
-        self.config, self.mesh, self.dataset = config, mesh, dataset
+        self.config, self.mesh = config, mesh
+        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
         self.folder = RunFolder(Path(config.folder))
-        self.model = self.build_model()
+        self.conditions = Conditions(config, self.dataset, mesh)
+        self.start = find_start(config, mesh, dataset, checkpoint)
+        self.model = begin(self.build_model(), self.start, config, mesh)
         self.engine = Engine(self.model, config, mesh)
         self.ema = Ema(self.model, config.train.ema)
         self.objective = objective_of(config.train.objective)
@@ -128,18 +131,16 @@ class Trainer:
             drop_condition=config.data.drop_condition, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
             workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.batch,
             lanes=config.data.lanes, retries=config.data.retries, max_bad_fraction=config.data.max_bad_fraction,
-            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank),
+            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank), text=TextFields.of(config.model, config.text),
         )  # fmt: skip
 
     def build_model(self) -> DiT:
         """This rank's part of the model, with its initial weights."""
         config = self.config
-        compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
         channels = config.model.in_channels if config.train.objective == "flow" else None  # flow has no use for the variance half
-        model = DiT(config.model, config.pool, compute_type, config.train.recompute, channels)
+        model = build_sharded(config, self.mesh, channels)
         if config.train.compile:
             model.compile_parts()
-        model = shard_experts(model, self.mesh, config.parallel.overlap)
         return initialize(widen_pools(model, self.mesh), config.seed)
 
     # -- the loop -----------------------------------------------------------------------------------------------------------------
@@ -147,9 +148,10 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, telling, sampling and saving on the way."""
         config = self.config
-        self.folder.describe(config, self.mesh)
+        self.folder.describe(config, self.mesh, self.start.ancestry)
         metrics = Metrics(self.folder.metrics, self.step) if self.mesh.is_first else None
-        progress = Progress(greeting(config, self.mesh, self.step), self.step, config.train.steps) if self.mesh.is_first else None
+        begun = greeting(config, self.mesh, self.step, self.start.told())
+        progress = Progress(begun, self.step, config.train.steps) if self.mesh.is_first else None
         clock = Clock(self.step)
         while self.step < config.train.steps:
             with self.meter.step():
@@ -170,7 +172,7 @@ class Trainer:
         if metrics is not None and progress is not None:
             metrics.close()
             progress.close()
-            self.draw_curves()
+            self.folder.draw_curves()
 
     def train_step(self, clock: Clock) -> dict[str, Tensor]:
         """One optimiser step over `accumulation` micro-steps; gives what it measured, still on the device."""
@@ -178,7 +180,7 @@ class Trainer:
         for _ in range(accumulation):
             batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device)
             noised = self.objective.noised(batch.latent, batch.noise, batch.u)
-            output = self.engine.forward(noised.x, noised.t, batch.condition)
+            output = self.engine.forward(noised.x, noised.t, self.conditions.of(batch))
             diffusion = self.objective.loss(output.prediction, noised)
             self.engine.backward(diffusion + output.auxiliary)
             self.engine.step(rate(self.config.train, self.step))
@@ -224,6 +226,7 @@ class Trainer:
             "step": self.step, "samples": self.step * self.config.train.batch, "loss": sum(losses), "diffusion_loss": losses[0],
             "predictor_loss": losses[1], "grad_norm": norm, "rate": rate(self.config.train, self.step - 1),
         }  # fmt: skip
+        values |= rates(self.config.train.optimizer, values["rate"])
         if "capacity" in told:
             experts = all_sum(told["capacity"], self.mesh.world) / self.mesh.size  # (layers, N)
             values |= {
@@ -251,24 +254,12 @@ class Trainer:
     def sample_grid(self) -> None:
         """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""
         config = self.config.sample
-        labels = classes_in_turn(config.grid_size, list(range(self.config.model.num_classes)))
+        asked = self.conditions.for_grid(config.grid_size)
         weights = self.ema if config.weights == "ema" else None
-        drawn = draw(self.model, labels, config, self.mesh, seed=self.config.seed, objective=self.config.train.objective, weights=weights)
+        drawn = draw(self.model, asked, config, self.mesh, seed=self.config.seed, objective=self.config.train.objective, weights=weights)
         if drawn is not None:
-            self.picture(lambda: write_grid(drawn, asdict(self.dataset.manifest), self.folder.samples / f"step-{self.step:07d}.png"))
-            self.draw_curves()
-
-    def draw_curves(self) -> None:
-        """Draw loss, capacity, rate and speed so far; a core installation has no plots, and trains without them."""
-        if find_spec("matplotlib") is not None:
-            self.picture(lambda: curves(self.folder.metrics, self.folder.path / "curves.png"))
-
-    def picture(self, make: Callable[[], None]) -> None:
-        """Make a picture; a full disk is said, and does not end a run that others wait in."""
-        try:
-            make()
-        except OSError as error:
-            print(f"a picture of step {self.step} could not be written ({error}); the run goes on", file=sys.stderr, flush=True)
+            self.folder.picture(f"samples/step-{self.step:07d}.png", lambda path: write_grid(drawn, asdict(self.dataset.manifest), path))
+            self.folder.draw_curves()
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
@@ -284,6 +275,7 @@ class Trainer:
             "samples_consumed": self.step * config.train.batch,
             "data": facts,
             "fingerprint": self.dataset.fingerprint,
+            "ancestry": self.start.ancestry,
         }
         save(
             self.folder.checkpoints,
@@ -306,7 +298,7 @@ class Trainer:
 
     def weights(self) -> list[Fragment]:
         """What this rank holds of weights, thresholds and averaged weights."""
-        named = self.engine.named | persistent_buffers(self.model)
+        named = dict(self.model.named_parameters()) | persistent_buffers(self.model)
         return fragments(named, "model", self.model, self.mesh) + fragments(self.ema.tensors, "ema", self.model, self.mesh)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffmoe_ep.data.draw import Draws, final_latents
+from diffmoe_ep.data.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.keyed import PURPOSES, keyed
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.sample import final_latent
@@ -29,7 +29,7 @@ def test_draws_survive_the_way_to_a_worker() -> None:
     assert copied.at(9, "noise").random() == keyed(5, 9, "noise").random()
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [1, 5, 2 * AT_ONCE + 3])
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("pixels", "uint8"), ("pixels", "float16"), ("pixels", "float32"), ("moments", "float16"), ("moments", "float32")]
 )
@@ -37,7 +37,11 @@ def test_latents_of_a_batch_are_those_of_its_samples(kind: Any, dtype: str, coun
     facts = Manifest("tiny", kind, (3, 5, 7), dtype, 0.18215, -0.125, 4, (), "made up", flips=2 if kind == "moments" else 1)
     arrays = list((np.random.default_rng(1).normal(size=(count, *facts.stored_shape)) * 40).astype(dtype))
     flipped, positions = [bool(number % 2) for number in range(count)], [number * 13 for number in range(count)]
-    found = final_latents(arrays, facts, flipped, positions, Draws(3))
+    latents = Latents()
+    latents.fill(np.zeros((count, *facts.shape), np.float32), arrays[::-1], facts, flipped)  # what it leaves in its memory must not show
+    noise = [keyed(3, position, "posterior").standard_normal(facts.shape, dtype=np.float32) for position in positions]
+    found = np.stack(noise)
+    latents.fill(found, arrays, facts, flipped)
     expected = [final_latent(*each) for each in zip(arrays, [facts] * count, flipped, [3] * count, positions, strict=True)]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, np.stack(expected))

@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 import shutil
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +18,8 @@ import numpy as np
 import pytest
 
 from data_prep.write import write_dataset
+from diffmoe_ep.config import DataConfig
 from diffmoe_ep.data import quarantine
-from diffmoe_ep.data import stream as streams
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote import Unavailable
@@ -178,6 +180,60 @@ def test_only_listed_positions_differ(clean: Dataset, folder: Path, tmp_path: Pa
     assert all(len(counted) == NUM_SAMPLES for counted in epoch)
 
 
+def emptied_tar(folder: Path) -> set[int]:
+    """Nothing is left of the third shard."""
+    os.truncate(folder / "tiny-000002.tar", 0)
+    return set(range(20, 30))
+
+
+def grown_tar(folder: Path) -> set[int]:
+    """More bytes than were announced: what was announced is still there."""
+    with (folder / "tiny-000002.tar").open("ab") as file:
+        file.write(bytes(512))
+    return set()
+
+
+def truncated_index(folder: Path) -> set[int]:
+    """The index of the last shard ends in the middle: nothing of the shard can be found."""
+    path = folder / "tiny-000005.index.npy"
+    os.truncate(path, path.stat().st_size // 2)
+    return set(range(50, 60))
+
+
+BEFORE = FAULTS | {"emptied tar": emptied_tar, "grown tar": grown_tar, "truncated index": truncated_index}
+
+
+@pytest.mark.parametrize("fault", BEFORE)
+def test_damage_before_the_start_is_as_damage_found_later(clean: Dataset, folder: Path, tmp_path: Path, fault: str) -> None:
+    """Opened as a run opens it that may replace samples."""
+    expected, bad = labels(clean, 1), BEFORE[fault](folder)
+    dataset = Mixture.open(DataConfig(folder=str(folder), max_bad_fraction=0.5))
+    assert len(dataset.problems) == 1 or fault not in ("truncated tar", "emptied tar", "grown tar", "truncated index")
+    found = {world: labels(dataset, world, tmp_path / f"run{world}") for world in (1, 4)}
+    assert found[1] == found[4]
+    listed = quarantine.read(tmp_path / "run1")
+    assert listed == quarantine.read(tmp_path / "run4")
+    positions = {position for sample in listed for position in sample.positions}
+    assert positions == {position for position, label in enumerate(expected) if label in bad}
+    assert {position for position, (one, other) in enumerate(zip(found[1], expected, strict=True)) if one != other} == positions
+
+
+@pytest.mark.parametrize("fault", [truncated_tar, emptied_tar, grown_tar, truncated_index])
+def test_damage_is_refused_where_nothing_may_be_replaced(folder: Path, fault: Callable[[Path], set[int]]) -> None:
+    fault(folder)
+    with pytest.raises(DataError, match=r"tiny-00000[25]\.(tar has \d+ bytes|index\.npy: cannot read the index)"):
+        Mixture.open(DataConfig(folder=str(folder), max_bad_fraction=0.0))
+
+
+@pytest.mark.parametrize("name", ["tiny-000003.tar", "tiny-000003.index.npy"])
+def test_a_shard_that_is_missing_at_the_start_stops_by_name(folder: Path, name: str) -> None:
+    truncated_tar(folder)
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=rf"{re.escape(name)} is missing; prepare") as caught:
+        Mixture.open(DataConfig(folder=str(folder), max_bad_fraction=0.5))
+    assert "tiny-000002" not in str(caught.value)
+
+
 def test_substitutes_are_of_the_same_block(clean: Dataset, folder: Path, tmp_path: Path) -> None:
     """Three shards are shuffled together: what stands in for a sample of the first half of an epoch is of that half's shards."""
     dataset = Dataset.open(folder)
@@ -276,7 +332,7 @@ class Flaky(Dataset):
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses asked for, none of them made."""
     made: list[float] = []
-    monkeypatch.setattr(streams.time, "sleep", made.append)
+    monkeypatch.setattr(time, "sleep", made.append)
     return made
 
 
@@ -307,7 +363,7 @@ def test_a_missing_shard_is_waited_for(clean: Dataset, folder: Path, monkeypatch
         if len(waited) == 6:
             (folder / "away").rename(folder / "tiny-000003.tar")
 
-    monkeypatch.setattr(streams.time, "sleep", put_back)
+    monkeypatch.setattr(time, "sleep", put_back)
     source = make(dataset, retries=8)
     assert [label for batch in islice(source, STEPS) for label in batch.condition.tolist()] == expected
     assert source.num_bad == 0

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from data_prep.write import write_dataset
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.cache import Cache
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.remote import Access, Unavailable, is_remote, shown
@@ -433,3 +433,9 @@ def test_the_cache_is_the_one_of_the_settings(access: Access, server: Server) ->
     dataset = Dataset.open(server.url, replace(access, cache_gb=0.5))
     assert dataset.remote is not None
     assert dataset.remote.cache == Cache(Path(access.cache), 500_000_000)
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    data, access = DataConfig(), Access()
+    for name in ("cache", "cache_gb", "allow_commands", "retries"):
+        assert getattr(access, name) == getattr(data, name), name

@@ -14,7 +14,7 @@ import webdataset
 from data_prep.write import write_dataset
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.sample import encode
-from diffmoe_ep.data.shards import Dataset, load_index
+from diffmoe_ep.data.shards import Dataset, load_index, parse_index
 
 FACTS = Manifest("tiny", "pixels", (1, 2, 3), "uint8", 0.5, -1.0, 4, ("a", "b", "c", "d"), "made up")
 
@@ -118,6 +118,27 @@ def test_an_index_that_disagrees_is_refused(folder: Path) -> None:
         Dataset.open(folder)
 
 
+HEADERS = {
+    "no end of its text": b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': ''' }",
+    "no end of its brackets": b"(" * 300,
+    "a sum": b"{'descr': '<f4' + 1, 'fortran_order': False, 'shape': (3,), }",
+    "more than there is memory": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,), }",
+    "more than there are numbers": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1%s,), }" % (b"0" * 60),
+    "no type": b"{'descr': '<q9', 'fortran_order': False, 'shape': (3,), }",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_no_index_has_are_refused(folder: Path, header: str) -> None:
+    text = HEADERS[header].ljust(500) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(12)
+    path = folder / "tiny-000001.index.npy"
+    path.write_bytes(content)
+    for read in (lambda: Dataset.open(folder), lambda: load_index(path, FACTS.fields), lambda: parse_index(content, FACTS.fields, "there")):
+        with pytest.raises(DataError, match=r"tiny-000001\.index\.npy|there"):
+            read()
+
+
 def test_many_problems_make_one_short_line(folder: Path) -> None:
     for path in folder.glob("*.tar"):
         path.write_bytes(b"")
@@ -181,6 +202,7 @@ def test_shards_that_change_after_opening_are_noticed(folder: Path) -> None:
         ({"shape": {"C": 1}}, "expected list"),
         ({"scale": 0}, "scale is 0.0"),
         ({"scale": "1"}, r"scale is '1' \(str\), expected float"),
+        ({"scale": 10**400}, r"scale is 1000.* \(int\), expected float"),
         ({"shift": float("nan")}, "shift is nan"),
         ({"num_classes": True}, r"num_classes is True \(bool\), expected int"),
         ({"num_classes": 0, "class_names": []}, "num_classes is 0"),
@@ -228,7 +250,7 @@ def test_wrong_shard_entries_are_refused(folder: Path, change: dict[str, Any], m
         Dataset.open(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b"[" * 100_000])
 def test_manifests_that_are_no_manifests_are_refused(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json"):

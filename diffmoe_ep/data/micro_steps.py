@@ -1,0 +1,114 @@
+"""The work behind a stream, done in its worker processes: from the number of a micro-step to a rank's Batch of it."""
+
+import itertools
+import sys
+import time
+
+from torch.utils.data import Dataset as TorchDataset
+
+from diffmoe_ep.data.assemble import Assembler, Stored
+from diffmoe_ep.data.captions import read_chosen
+from diffmoe_ep.data.manifest import DataError
+from diffmoe_ep.data.mixture import MixedOrder, Mixture, Place
+from diffmoe_ep.data.quarantine import Fault
+from diffmoe_ep.data.remote import LONGEST_PAUSE, Unavailable
+from diffmoe_ep.data.sample import Batch, read_sample
+
+Result = tuple[Batch, tuple[Fault, ...]] | DataError
+
+
+class MicroSteps(TorchDataset["Result"]):
+    """Micro-step number -> this rank's Batch and the bad samples met; or a DataError, which would arrive as a traceback if raised."""
+
+    def __init__(
+        self, mixture: Mixture, order: MixedOrder, assembler: Assembler, micro_step_size: int, rows: range, retries: int, substitute: bool
+    ) -> None:
+        """micro_step_size: samples of a micro-step over all ranks; rows: this rank's of them; retries: for shards that cannot be had.
+
+        substitute: whether another sample takes the place of one whose bytes are bad.
+        """
+        self._mixture = mixture
+        self.order = order
+        self._assembler = assembler
+        self._micro_step_size = micro_step_size
+        self._rows = rows
+        self._retries = retries
+        self._substitute = substitute
+        self._ahead: dict[int, dict[int, tuple[int, list[int]]]] = {}  # dataset -> lane -> its latest block and the shards to be fetched
+
+    def __getitem__(self, micro_step: int) -> Result:
+        first = micro_step * self._micro_step_size
+        positions = range(first + self._rows.start, first + self._rows.stop)
+        self._fetch_ahead(positions)
+        faults: list[Fault] = []
+        try:
+            stored = [self._stored(position, faults) for position in positions]
+        except DataError as error:
+            return error
+        return self._assembler.batch(positions, stored), tuple(faults)
+
+    def _fetch_ahead(self, positions: range) -> None:
+        """Have the shards of the positions' blocks and of the blocks that follow fetched, if they are remote and not those of before."""
+        if all(part.remote is None for part in self._mixture.parts):
+            return
+        for dataset, blocks in self.order.shards_ahead(positions).items():
+            if self._mixture.parts[dataset].remote is None:
+                continue
+            known = self._ahead.setdefault(dataset, {})
+            latest = {lane: (first, shards) for (lane, first), shards in blocks.items()}
+            if any(known.get(lane) != block for lane, block in latest.items()):
+                known.update(latest)
+                wanted = [*blocks.values(), *(shards for _, shards in known.values())]
+                self._mixture.parts[dataset].prefetch(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
+
+    def _stored(self, position: int, faults: list[Fault]) -> Stored:
+        """The stored sample of a position or, if its bytes are bad, the first of its substitutes whose are not."""
+        place = self.order.locate(position)
+        try:
+            return self._read(place, position)
+        except Unavailable:
+            raise
+        except DataError as error:
+            if not self._substitute:
+                raise
+            bad = error
+        tried = 0
+        for other in self.order.substitutes(position):
+            tried += 1
+            try:
+                stored = self._read(other, position)
+            except Unavailable:
+                raise
+            except DataError:
+                continue
+            faults.append(Fault(*self._names(place), str(bad), position, ", ".join(self._names(other))))
+            return stored
+        raise DataError(f"{bad}; and none of {tried} other samples of its shuffle block can stand in for it, they are bad too") from bad
+
+    def _read(self, place: Place, position: int) -> Stored:
+        """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the order."""
+        part, text = self._mixture.parts[place.dataset], self._assembler.text
+        for attempt in itertools.count():
+            try:
+                if text is not None:
+                    return Stored(part.manifest, *read_chosen(part, place.shard, place.sample, text, self._assembler.pick(position)))
+                array, label = read_sample(part, place.shard, place.sample)
+                assert isinstance(label, int), "check_text sees to it"
+                return Stored(part.manifest, array, label)
+            except Unavailable as error:
+                if attempt == self._retries or part.remote is not None:  # a remote shard has been asked for again already
+                    raise
+                pause = min(2**attempt, LONGEST_PAUSE)
+                print(f"{error}; asking again in {pause:g} s ({attempt + 1} of {self._retries})", file=sys.stderr, flush=True)
+            part.close()  # a descriptor may be stale
+            time.sleep(pause)
+        raise AssertionError  # the count has no end
+
+    def _names(self, place: Place) -> tuple[str, str]:
+        """Shard and key of a stored sample; its number, if the index is bad as well."""
+        part = self._mixture.parts[place.dataset]
+        try:
+            key = part.key(place.shard, place.sample)
+        except DataError:
+            key = f"number {place.sample}"
+        return part.place(part.manifest.shards[place.shard].name), key
