@@ -62,8 +62,10 @@ def load_text_encoder(
     weights = weight_files(folder, "model")
     try:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConfigError(f"a text encoder needs transformers, which is missing ({error}); pip install 'diffmoe_ep[encode]'") from error
+    disable_progress_bar()  # of loading, on every rank
     kind = T5EncoderModel if name == "t5" else CLIPTextModel
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -348,6 +348,7 @@ def _panels(number: int) -> tuple[int, int]:
 
 
 def _cut(text: str, most: int) -> str:
+    text = text or "(no words)"
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

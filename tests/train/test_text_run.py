@@ -1,0 +1,64 @@
+"""Law 3 for captions: a text-to-image run is the same run on any number of ranks, its features stored or made while it trains."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe_ep.config import Config
+from train.runs import config
+from train.test_same_run import KINDS, differences, holds, traced
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+WIDTH = 16
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Canvases of digits with the features of a random T5, and that T5."""
+    from data_prep.__main__ import main
+
+    folder, encoder = tmp_path_factory.mktemp("captioned"), tmp_path_factory.mktemp("t5") / "t5"
+    main(["tiny_t5", "--out", str(encoder), "--steps", "0", "--width", str(WIDTH), "--layers", "1"])
+    main(["digits_captions", "--out", str(folder), "--samples", "96", "--heldout", "8", "--t5", str(encoder), "--t5-length", "40"])
+    return folder / "train", encoder
+
+
+def text_config(captioned: tuple[Path, Path], *overrides: str) -> Config:
+    """The laws' small model, with captions in place of labels."""
+    data, encoder = captioned
+    text = ["model.condition=text", f"model.text_width={WIDTH}", "model.text_length=40", "model.input_size=24", "model.patch=6"]
+    return config(data, Path("unused"), "train.steps=8", f"text.folder={encoder}", *text, *overrides)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_layout_is_the_same_run(captioned: tuple[Path, Path], kind: str, accumulation: int) -> None:
+    given = text_config(captioned, f"train.accumulation={accumulation}", *KINDS[kind])
+    single = traced(given, 1, 1, 0)[0]
+    for layout in ((2, 1, 1), (2, 2, 2), (4, 2, 0)):
+        found = differences(traced(given, *layout), single)
+        assert holds(found), f"(W, EP, ZeRO) = {layout}: {found}"
+
+
+@pytest.mark.timeout(600)
+def test_captions_encoded_while_training_are_those_that_were_stored(captioned: tuple[Path, Path]) -> None:
+    """To the rounding of encoders, whose batches differ; and the same on two ranks as on one."""
+    stored = text_config(captioned, *KINDS["sgd"])
+    online = text_config(captioned, "text.online=true", *KINDS["sgd"])
+    single = traced(online, 1, 1, 0)[0]
+    found = differences([single], traced(stored, 1, 1, 0)[0])
+    assert found["loss"] < 1e-4 and found["grad_norm"] < 1e-3, found
+    found = differences(traced(online, 2, 2, 1), single)
+    assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-3, found
+
+
+@pytest.mark.timeout(600)
+def test_captions_matter(captioned: tuple[Path, Path]) -> None:
+    """Dropping all of them is another run, in which the null caption alone is trained."""
+    given = text_config(captioned, "data.drop_condition=0.999", *KINDS["sgd"])
+    single, other = traced(given, 1, 1, 0)[0], traced(text_config(captioned, "data.drop_condition=0", *KINDS["sgd"]), 1, 1, 0)[0]
+    assert differences([single], other)["loss"] > 1e-6
+    moved = {name: torch.linalg.vector_norm(single["ema"][name] - other["ema"][name]) for name in ("caption.null", "caption.fc1.weight")}
+    assert all(float(distance) > 0 for distance in moved.values())
