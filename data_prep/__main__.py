@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 
     encoder = sources.add_parser("tiny_t5", help="a T5 encoder of bytes for those captions, trained here in a minute or two")
     encoder.add_argument("--out", type=Path, required=True, help="folder to write")
-    encoder.add_argument("--steps", type=_natural, default=tiny_t5.STEPS, help="steps of 64 captions; 0: random (default %(default)s)")
+    encoder.add_argument("--steps", type=_natural, default=tiny_t5.STEPS, help="steps of 32 captions; 0: random (default %(default)s)")
     encoder.add_argument("--seed", type=_natural, default=0, help="of weights and text (default %(default)s)")
     encoder.add_argument("--width", type=_width, default=64, help="of a token's features (default %(default)s)")
     encoder.add_argument("--layers", type=_number, default=3, help="(default %(default)s)")

@@ -128,19 +128,18 @@ def most_legible(images: np.ndarray, labels: np.ndarray, share: float) -> np.nda
 
 def captions(placed: tuple[Placed, ...], weights: Weights = WEIGHTS) -> tuple[Caption, ...]:
     """True captions: every digit with its place, the counts, and for two digits how they stand to each other."""
-    places = _joined([f"{article(found.digit)} {found.digit} at the {found.where}" for found in placed])
+    places = _joined([f"{_article(found.digit)} {found.digit} at the {found.where}" for found in placed])
     counts = sorted(Counter(found.digit for found in placed).items())
     kinds = _joined([f"{COUNTS[count - 1]} {digit}{'s' if count > 1 else ''}" for digit, count in counts])
     texts = [f"{COUNTS[len(placed) - 1]} digit{'s' if len(placed) > 1 else ''}: {places}", kinds]
     if len(placed) == 2:
         first, second = placed
         relation = "above" if first.row < second.row else "to the left of"
-        texts.append(f"{article(first.digit)} {first.digit} {relation} {article(second.digit)} {second.digit}")
+        texts.append(f"{_article(first.digit)} {first.digit} {relation} {_article(second.digit)} {second.digit}")
     return tuple(Caption(text, weight) for text, weight in zip(texts, weights, strict=False) if weight)
 
 
-def article(digit: int) -> str:
-    """The article that a digit takes."""
+def _article(digit: int) -> str:
     return "an" if digit == 8 else "a"
 
 

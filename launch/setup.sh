@@ -13,7 +13,7 @@
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
-extras="${extras:-prep,sample,eval,encode,log,dev}"
+extras="${extras:-prep,sample,eval,encode,fast,log,dev}"
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
 fail() { printf 'set-up: %s\n' "$@" >&2; exit 1; }
@@ -135,7 +135,7 @@ install() {
     say "installing what DeepSpeed is built with"
     pip ninja numpy packaging setuptools wheel
     say "installing DeepSpeed, Megatron-core and the rest"
-    pip --no-build-isolation --editable "$root[prep,sample,eval,encode,log,dev]"
+    pip --no-build-isolation --editable "$root[prep,sample,eval,encode,fast,log,dev]"
     say "importing all of it once"
     import_once
     rm "$venv/unfinished"

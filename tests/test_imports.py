@@ -41,6 +41,7 @@ FENCES = {
 EXTRAS = (
     "boto3",
     "botocore",
+    "isal",
     "matplotlib",
     "PIL",
     "safetensors",

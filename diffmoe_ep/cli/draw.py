@@ -1,10 +1,10 @@
-"""Verbs that draw from a trained model: sample, evaluate."""
+"""The verb that draws from a trained model, sample; and what other verbs that draw have in common with it."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,33 +22,28 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    """Declare sample and evaluate."""
+    """Declare sample."""
     sample = verbs.add_parser("sample", help="draw images from a run or checkpoint")
     sample.add_argument("--out", required=True, type=Path, help="folder for samples.npz, grid.png and, with prompts, prompts.json")
     sample.add_argument("--threshold", type=float, default=None, help="one constant threshold for all experts (sample.threshold)")
     sample.add_argument("--classes", type=numbers, default=None, metavar="0,1,2", help="classes in turn (default: all)")
     sample.add_argument("--prompt", action="append", default=[], metavar="WORDS", help="what to draw (a model of captions); again for more")
-    sample.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="text file of prompts, one on each line; # starts a comment")
+    sample.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="file of prompts, one on each line; # starts a comment")
     sample.add_argument("--negative", default=None, metavar="WORDS", help="what guidance leads away from, in place of no words at all")
     sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt (default 1); image n has seed --seed + n")
     sample.set_defaults(run=_sample)
 
-    evaluate = verbs.add_parser("evaluate", help="score samples of a run or checkpoint against real images")
-    evaluate.add_argument(
-        "--composition", action="store_true", help="of a model of digits_captions: single object, two objects, counting, position"
-    )
-    evaluate.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
-    evaluate.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
-    evaluate.add_argument("--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png")
-    evaluate.set_defaults(run=_evaluate)
+    add_source(sample, "100; with prompts, see --per-prompt")
 
-    for verb, num in ((sample, "100; with prompts, see --per-prompt"), (evaluate, "500; 400 for --composition")):
-        verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
-        verb.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
-        )
-        verb.add_argument("--samples", type=int, default=None, help=f"number of samples (default {num})")
-        verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
+
+def add_source(verb: argparse.ArgumentParser, num: str) -> None:
+    """Declare what verbs that draw samples have in common; num: how many there are if --samples does not say."""
+    verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
+    )
+    verb.add_argument("--samples", type=int, default=None, help=f"number of samples (default {num})")
+    verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
     return tqdm(unit="step", desc=title, disable=not (mesh.is_first and sys.stderr.isatty()))
 
 
-def _draw(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
+def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
     """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has seed + n."""
     from diffmoe_ep.evaluate.draw import draw
     from diffmoe_ep.evaluate.prompts import Prompts
@@ -224,7 +219,7 @@ def _sample(options: argparse.Namespace) -> None:
     out = out_folder(options.out)
     if pictures:
         check_pictures(source.facts)
-    drawn = _draw(source, asked, options.negative)
+    drawn = draw_all(source, asked, options.negative)
     if drawn is not None:
         written = ["samples.npz"]
         arrays: dict[str, Any] = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()}
@@ -233,93 +228,28 @@ def _sample(options: argparse.Namespace) -> None:
         np.savez(out / "samples.npz", **arrays)
         if drawn.prompts:
             written.append("prompts.json")
-            _write_json(out / "prompts.json", _images(source, drawn, options.negative))
+            write_json(out / "prompts.json", images(source, drawn, options.negative))
         if pictures:
             written.append("grid.png")
             columns = options.per_prompt if 1 < options.per_prompt <= 10 else 10
             write_grid(drawn, source.facts, out / "grid.png", columns=columns)
         print(
-            f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} steps, "
-            f"guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
+            f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} "
+            f"steps, guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
         )
         print(f"written to {out}: {', '.join(written)}")
     meshes.stop()
 
 
-def _images(source: Source, drawn: "Drawn", negative: str | None) -> dict[str, Any]:
+def images(source: Source, drawn: "Drawn", negative: str | None) -> dict[str, Any]:
     """What each image was asked for: with its prompt and seed alone it can be drawn again."""
     images = [{"prompt": text, "seed": source.seed + number} for number, text in enumerate(drawn.prompts)]
-    return {**_protocol(source), "negative": negative, "images": images}
+    return {**protocol(source), "negative": negative, "images": images}
 
 
-def _protocol(source: Source) -> dict[str, Any]:
+def protocol(source: Source) -> dict[str, Any]:
     return {"checkpoint": str(source.checkpoint), "seed": source.seed, "sample": to_tree(source.config.sample)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.draw import check_pictures, classes_in_turn, pixels_of, write_grid
-    from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
-    from diffmoe_ep.parallel import mesh as meshes
-
-    if options.samples is None:
-        options.samples = 400 if options.composition else 500
-    source = source_of(options)
-    takes_text = source.config.model.condition == "text"
-    if takes_text != options.composition:
-        raise ConfigError(
-            "the model is conditioned on captions; its samples are scored with --composition"
-            if takes_text
-            else "--composition scores samples of prompts, but the model is conditioned on classes; leave it away"
-        )
-    check_pictures(source.facts)
-    if options.composition:
-        return _compose(options, source)
-    train, heldout = load_images(options.reference), load_images(options.heldout)
-    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
-    out = None if options.out is None else out_folder(options.out)
-    drawn = _draw(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
-    if drawn is not None:
-        scores = score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity)
-        print("\n".join(scores.lines()))
-        if out is not None:
-            _write_json(out / "scores.json", {**scores.as_dict(), "protocol": _protocol(source)})
-            write_grid(drawn, source.facts, out / "grid.png")
-            print(f"written to {out}: scores.json, grid.png")
-    meshes.stop()
-    return None
-
-
-def _compose(options: argparse.Namespace, source: Source) -> None:
-    """Score how well prompts are followed."""
-    from diffmoe_ep.evaluate.composition import TASKS, composition, prompts
-    from diffmoe_ep.evaluate.detect import load_canvases
-    from diffmoe_ep.evaluate.draw import pixels_of, write_grid
-    from diffmoe_ep.evaluate.pipeline import check_real
-    from diffmoe_ep.parallel import mesh as meshes
-
-    each, rest = divmod(options.samples, len(TASKS))
-    if rest or each < 2:
-        raise ConfigError(f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}")
-    train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
-    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
-    out = None if options.out is None else out_folder(options.out)
-    asked = prompts(each)
-    drawn = _draw(source, [prompt.text for prompt in asked])
-    if drawn is not None:
-        found = composition(pixels_of(drawn, source.facts).numpy(), asked, train, heldout, drawn.capacity)
-        print("\n".join(found.lines()))
-        if out is not None:
-            judged = [
-                {**image, "task": prompt.task, "right": right}
-                for image, prompt, right in zip(_images(source, drawn, None)["images"], asked, found.verdicts, strict=True)
-            ]
-            _write_json(out / "composition.json", {**found.as_dict(), "protocol": _protocol(source), "images": judged})
-            shown = [number for number in range(len(asked)) if number % each < 30]  # the first rows of each task
-            part = replace(drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown))
-            write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
-            print(f"written to {out}: composition.json, grid.png")
-    meshes.stop()

@@ -18,6 +18,7 @@ def add(verbs: Any) -> None:
     """Declare compare, bench and verify."""
     side = verbs.add_parser("compare", help="lay runs side by side: parameters, loss, scores and capacity, over seeds")
     side.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; those that differ by their seed alone are one row")
+    side.add_argument("--composition", action="store_true", help="how well text-to-image runs follow their prompts, a row each")
     side.set_defaults(run=_compare)
 
     benches = verbs.add_parser("bench", help="measure, as ratios within one run").add_subparsers(required=True, metavar="WHAT")
@@ -69,8 +70,9 @@ def add(verbs: Any) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from diffmoe_ep.study.compare import compare
+    from diffmoe_ep.study.compare_composition import compare_composition
 
-    _told(options.json, runs=compare(options.runs))
+    _told(options.json, runs=compare_composition(options.runs) if options.composition else compare(options.runs))
 
 
 def _bench_select(options: argparse.Namespace) -> None:

@@ -66,6 +66,15 @@ def _check_start(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, micro = config.data, config.train.batch // config.train.accumulation
+    if data.mode == "resampled":
+        text = config.model.condition == "text"
+        for key, wrong in (("mixture", bool(data.mixture)), ("lanes", data.lanes > 1)):
+            if wrong:
+                raise ConfigError(f"data.mode is resampled, and data.{key} is only for indexed datasets; index the tars, or unset it")
+        if text and not config.text.online:
+            raise ConfigError("data.mode is resampled, so captions come as words; set text.online=true and text.folder, or index the tars")
+        if text and config.sample.grid_every:
+            raise ConfigError("sample.grid_every takes captions from an indexed dataset; with data.mode=resampled set sample.grid_every=0")
     if data.mixture and data.folder != DataConfig.folder:
         raise ConfigError(
             f"data.folder is {data.folder} and data.mixture names datasets too; set data.folder={DataConfig.folder}, or no mixture"

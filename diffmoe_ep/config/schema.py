@@ -42,10 +42,28 @@ class PartConfig:
 
 
 @dataclass(frozen=True)
+class PlainConfig:
+    """What plain tars hold (data.mode resampled); data.folder is their folder, a URL, or a pattern such as https://host/{000..127}.tar."""
+
+    kind: Literal["pixels", "moments"] = knob("moments", "what the arrays are")
+    array: str = knob("moments.npy", "extension of the arrays' members")
+    label: str = knob("cls", "extension of the labels' members; of captions in words where model.condition is text (needs text.online)")
+    scale: float = knob(0.18215, "final latent = stored * scale + shift")
+    shift: float = knob(0.0, "see scale")
+    shuffle: int = knob(1000, "samples that each worker holds and draws from", POSITIVE)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the samples come from and how they are drawn."""
 
     folder: str = knob("data", "dataset folder (manifest.json, webdataset shards and their indexes), or its URL: https:, s3:, pipe:, ...")
+    mode: Literal["indexed", "resampled"] = knob(
+        "indexed",
+        "prepared datasets, in an order that resumes exactly; or plain tars without an index, drawn at random: which samples are read "
+        "then depends on ranks, workers and restarts, and there are no epochs",
+    )
+    plain: PlainConfig = section(PlainConfig)
     mixture: tuple[PartConfig, ...] = knob((), "datasets mixed by weight, [{folder: a, weight: 3}, {folder: b}], in place of data.folder")
     workers: int = knob(2, "loader processes per rank; 0 reads in the training process; never changes what is read", NATURAL)
     prefetch: int = knob(4, "micro-batches that each worker keeps ready", POSITIVE)

@@ -1,34 +1,20 @@
 """Stored samples and the draws of their positions, made into the Batch that training receives."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from diffmoe_ep.data.captions import TextFields, collate
 from diffmoe_ep.data.condition import Text
-from diffmoe_ep.data.draw import Draws, Latents
+from diffmoe_ep.data.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.sample import Batch, Caption
 
-
-class Stored(NamedTuple):
-    """What was read of a stored sample."""
-
-    manifest: Manifest  # of its dataset
-    array: np.ndarray  # (C, H, W) pixels or (flips, 2C, H, W) moments
-    condition: int | Caption  # its label, or the one of its captions that is taken
-
-
-class Drawn(NamedTuple):
-    """All random numbers of a batch."""
-
-    noise: np.ndarray  # (B, C, H, W) float32, standard normal
-    posterior: np.ndarray  # (B, C, H, W) float32, standard normal where moments are stored, else anything
-    u: np.ndarray  # (B,) float32 in [0, 1)
-    flipped: list[bool]  # whether each sample is mirrored
-    dropped: list[bool]  # whether its condition is replaced by the null condition
+# What was read of a stored sample: its dataset's manifest; (C, H, W) pixels or (flips, 2C, H, W) moments; its label, or the one of its
+# captions that is taken.
+Stored = tuple[Manifest, np.ndarray, int | Caption]
 
 
 class Assembler:
@@ -40,54 +26,78 @@ class Assembler:
         self._drop_condition = drop_condition
         self._flip = flip
         self._draws = Draws(seed)
-        self._latents = Latents()
+        self._latents: dict[int, tuple[Manifest, Latents]] = {}  # of each dataset, by the identity of its manifest
 
     def pick(self, position: int) -> float:
         """From 0 to 1, which of its captions a position takes."""
         return self._draws.at(position, "caption").random()
 
-    def draw(self, positions: range, manifest: Manifest) -> Drawn:
-        """The random numbers of these positions, for samples of this kind."""
-        shape, at = (len(positions), *manifest.shape), self._draws.at
-        noise, posterior = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
-        drawn = Drawn(noise, posterior, np.empty(len(positions), dtype=np.float32), [], [])
+    def draw(
+        self, positions: range, kind: Literal["pixels", "moments"], noise: np.ndarray, posterior: np.ndarray, u: np.ndarray
+    ) -> tuple[list[bool], list[bool]]:
+        """Draw noise and posterior (B, C, H, W) standard normal, the latter for moments only, and u (B,) in [0, 1), of these positions.
+
+        Gives whether each is mirrored, and whether its condition is dropped.
+        """
+        at, flipped, dropped = self._draws.at, [], []
         for row, position in enumerate(positions):
             at(position, "noise").standard_normal(out=noise[row], dtype=np.float32)
-            if manifest.kind == "moments":
+            if kind == "moments":
                 at(position, "posterior").standard_normal(out=posterior[row], dtype=np.float32)
-            drawn.u[row] = at(position, "time").random(dtype=np.float32)
-            drawn.flipped.append(self._flip and at(position, "flip").random() < 0.5)
-            drawn.dropped.append(self._drop_condition > 0 and at(position, "drop").random() < self._drop_condition)
-        return drawn
+            u[row] = at(position, "time").random(dtype=np.float32)
+            flipped.append(self._flip and at(position, "flip").random() < 0.5)
+            dropped.append(self._drop_condition > 0 and at(position, "drop").random() < self._drop_condition)
+        return flipped, dropped
 
-    def batch(self, positions: range, stored: Sequence[Stored]) -> Batch:
-        """The Batch of these positions."""
-        drawn = self.draw(positions, stored[0].manifest)
-        self._fill(drawn.posterior, stored, drawn.flipped)
-        condition, captions = self._condition(stored, drawn.dropped)
-        return Batch(
-            latent=torch.from_numpy(drawn.posterior),
-            noise=torch.from_numpy(drawn.noise),
-            u=torch.from_numpy(drawn.u),
-            condition=condition,
-            position=torch.arange(positions.start, positions.stop),
-            captions=captions,
-        )
+    def batch(
+        self, positions: range, facts: Manifest, stored: Callable[[int], Stored], other: Callable[[int], Stored] | None = None
+    ) -> Batch:
+        """The Batch of these positions, of samples like `facts`, from the stored sample of each row.
 
-    def _fill(self, values: np.ndarray, stored: Sequence[Stored], flipped: Sequence[bool]) -> None:
-        """Make the final latents in `values`, (B, C, H, W), those of each dataset together."""
-        manifests = {id(each.manifest): each.manifest for each in stored}
-        if len(manifests) == 1:
-            self._latents.fill(values, [each.array for each in stored], stored[0].manifest, flipped)
-            return
-        for name, manifest in manifests.items():
-            rows = [row for row, each in enumerate(stored) if id(each.manifest) == name]
-            few = values[rows]
-            self._latents.fill(few, [stored[row].array for row in rows], manifest, [flipped[row] for row in rows])
-            values[rows] = few
+        A stored array is done with before the next is asked for. other: the sample to take for a row whose values are not finite.
+        """
+        shape = (len(positions), *facts.shape)
+        noise, latent, u = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(len(positions), np.float32)
+        conditions: list[int | Caption] = []
+        dropped: list[bool] = []
+        for _, latents in self._latents.values():
+            latents.clear()
+        for first in range(0, len(positions), AT_ONCE):
+            few = slice(first, first + AT_ONCE)
+            flips, drops = self.draw(positions[few], facts.kind, noise[few], latent[few], u[few])
+            for row, flipped in enumerate(flips, first):
+                manifest, array, held = stored(row)
+                self._of(manifest).put(row, array, flipped)
+                conditions.append(held)
+            for row in self._fill(latent):
+                assert other is not None, "the values of these samples were looked at"
+                manifest, array, conditions[row] = other(row)
+                self._draws.at(positions[row], "posterior").standard_normal(out=latent[row], dtype=np.float32)
+                self._of(manifest).put(row, array, flips[row - first])
+            assert not self._fill(latent), "other samples are looked at before they are taken"
+            dropped += drops
+        condition, captions = self._condition(conditions, dropped, facts.num_classes)
+        position = torch.arange(positions.start, positions.stop)
+        return Batch(torch.from_numpy(latent), torch.from_numpy(noise), torch.from_numpy(u), condition, position, captions)
 
-    def _condition(self, stored: Sequence[Stored], dropped: Sequence[bool]) -> tuple[torch.Tensor | Text, tuple[str, ...]]:
+    def _fill(self, latent: np.ndarray) -> list[int]:
+        """Make the latents of what was put; the rows that are not finite, ascending."""
+        return sorted(row for _, latents in self._latents.values() for row in latents.fill(latent))
+
+    def _of(self, manifest: Manifest) -> Latents:
+        """Where the samples of this dataset go."""
+        found = self._latents.get(id(manifest))
+        if found is None:
+            found = self._latents[id(manifest)] = (manifest, Latents(manifest))
+        return found[1]
+
+    def _condition(
+        self, conditions: Sequence[int | Caption], dropped: Sequence[bool], num_classes: int
+    ) -> tuple[torch.Tensor | Text, tuple[str, ...]]:
         if self.text is not None:
-            return collate([each.condition for each in stored if isinstance(each.condition, Caption)], dropped, self.text)
-        labels = [each.manifest.num_classes if drop else each.condition for each, drop in zip(stored, dropped, strict=True)]
+            return collate([caption for caption in conditions if isinstance(caption, Caption)], dropped, self.text)
+        labels = [num_classes if drop else label for label, drop in zip(conditions, dropped, strict=True)]
         return torch.tensor(labels, dtype=torch.int64), ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_latents": {}}

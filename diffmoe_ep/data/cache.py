@@ -86,7 +86,8 @@ class Cache:
                     self._make_room(wanted, partial, keep)
                     _fill(partial, wanted, fetch())
                     os.fsync(partial)
-                    self._partial(wanted).rename(self.folder / wanted.name)
+                    with self._bookkeeping():  # who counts files must not meet it under both names, or under none
+                        self._partial(wanted).rename(self.folder / wanted.name)
                     continue
             if not wait:
                 return None
@@ -103,7 +104,9 @@ class Cache:
 
     def size(self) -> int:
         """Bytes of all files in it; a partial one counts with its full size."""
-        return sum(size for _, size, _ in self._files())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._bookkeeping():
+            return sum(size for _, size, _ in self._files())
 
     def _partial(self, wanted: Wanted) -> Path:
         return self.folder / (wanted.name + PARTIAL)

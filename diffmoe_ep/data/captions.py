@@ -10,8 +10,8 @@ import torch
 from diffmoe_ep.config import ConfigError, ModelConfig
 from diffmoe_ep.config.schema import TextConfig
 from diffmoe_ep.data.condition import Text, padded
-from diffmoe_ep.data.manifest import REMEDY, DataError, Manifest, TextFeatures
-from diffmoe_ep.data.sample import Caption, decode_array, decode_caption
+from diffmoe_ep.data.manifest import Manifest, TextFeatures
+from diffmoe_ep.data.sample import Caption, decode_array, decode_caption, named
 from diffmoe_ep.data.shards import Dataset
 
 
@@ -85,16 +85,19 @@ def check_text(datasets: Described, text: TextFields | None) -> None:
             )
 
 
-def read_chosen(dataset: Dataset, shard: int, sample: int, text: TextFields, pick: float) -> tuple[np.ndarray, Caption]:
-    """Stored array and one caption, by weight for `pick` from 0 to 1, of a sample; DataError names shard and key."""
+def read_chosen(
+    dataset: Dataset, shard: int, sample: int, text: TextFields, pick: float, finite: bool = True
+) -> tuple[np.ndarray, Caption]:
+    """Stored array and one caption, by weight for `pick` from 0 to 1, of a sample; DataError names shard and key.
+
+    finite: look at the array's values; those of the caption's features are looked at in any case.
+    """
     manifest = dataset.manifest
+    fields = dataset.read(shard, sample, text.members(manifest))
     try:
-        fields = dataset.read(shard, sample, text.members(manifest))
-        return decode_array(fields, manifest), decode_caption(fields, manifest, text.stored(manifest), pick)
-    except DataError:
-        raise
+        return decode_array(fields, manifest, finite), decode_caption(fields, manifest, text.stored(manifest), pick)
     except ValueError as error:
-        raise DataError(f"{dataset.where(shard, sample)}: {error}; {REMEDY}") from error
+        raise named(error, dataset, shard, sample) from error
 
 
 def collate(captions: Sequence[Caption], dropped: Sequence[bool], text: TextFields) -> tuple[Text, tuple[str, ...]]:

@@ -8,11 +8,13 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffmoe_ep.data.assemble import Assembler, Stored
 from diffmoe_ep.data.captions import read_chosen
-from diffmoe_ep.data.manifest import DataError
+from diffmoe_ep.data.manifest import REMEDY, DataError
 from diffmoe_ep.data.mixture import MixedOrder, Mixture, Place
 from diffmoe_ep.data.quarantine import Fault
+from diffmoe_ep.data.quick import Quick
 from diffmoe_ep.data.remote import LONGEST_PAUSE, Unavailable
-from diffmoe_ep.data.sample import Batch, read_sample
+from diffmoe_ep.data.sample import Batch, read_labelled
+from diffmoe_ep.data.shards import Dataset
 
 Result = tuple[Batch, tuple[Fault, ...]] | DataError
 
@@ -34,6 +36,9 @@ class MicroSteps(TorchDataset["Result"]):
         self._rows = rows
         self._retries = retries
         self._substitute = substitute
+        self._quick: dict[int, Quick] = {}  # for datasets with labels
+        if assembler.text is None:
+            self._quick = {number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)}
         self._ahead: dict[int, dict[int, tuple[int, list[int]]]] = {}  # dataset -> lane -> its latest block and the shards to be fetched
 
     def __getitem__(self, micro_step: int) -> Result:
@@ -41,11 +46,20 @@ class MicroSteps(TorchDataset["Result"]):
         positions = range(first + self._rows.start, first + self._rows.stop)
         self._fetch_ahead(positions)
         faults: list[Fault] = []
+        places = self.order.places(positions)
+
+        def stored(row: int) -> Stored:
+            return self._stored(places[row], positions[row], faults)
+
+        def other(row: int) -> Stored:
+            part, place = self._mixture.parts[places[row].dataset], places[row]
+            where, field = part.where(place.shard, place.sample), f"{part.manifest.kind}.npy"
+            return self._other(place, positions[row], faults, DataError(f"{where}: {field} holds values that are not finite; {REMEDY}"))
+
         try:
-            stored = [self._stored(position, faults) for position in positions]
+            return self._assembler.batch(positions, self._mixture.manifest, stored, other), tuple(faults)
         except DataError as error:
             return error
-        return self._assembler.batch(positions, stored), tuple(faults)
 
     def _fetch_ahead(self, positions: range) -> None:
         """Have the shards of the positions' blocks and of the blocks that follow fetched, if they are remote and not those of before."""
@@ -61,22 +75,24 @@ class MicroSteps(TorchDataset["Result"]):
                 wanted = [*blocks.values(), *(shards for _, shards in known.values())]
                 self._mixture.parts[dataset].prefetch(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
 
-    def _stored(self, position: int, faults: list[Fault]) -> Stored:
-        """The stored sample of a position or, if its bytes are bad, the first of its substitutes whose are not."""
-        place = self.order.locate(position)
+    def _stored(self, place: Place, position: int, faults: list[Fault]) -> Stored:
+        """The stored sample of a position or, if its bytes are bad, another. Whether its values are finite is not looked at."""
         try:
             return self._read(place, position)
         except Unavailable:
             raise
         except DataError as error:
-            if not self._substitute:
-                raise
-            bad = error
+            return self._other(place, position, faults, error)
+
+    def _other(self, place: Place, position: int, faults: list[Fault], bad: DataError) -> Stored:
+        """The first substitute of a bad sample that is not bad too."""
+        if not self._substitute:
+            raise bad
         tried = 0
         for other in self.order.substitutes(position):
             tried += 1
             try:
-                stored = self._read(other, position)
+                stored = self._read(other, position, finite=True)
             except Unavailable:
                 raise
             except DataError:
@@ -85,16 +101,17 @@ class MicroSteps(TorchDataset["Result"]):
             return stored
         raise DataError(f"{bad}; and none of {tried} other samples of its shuffle block can stand in for it, they are bad too") from bad
 
-    def _read(self, place: Place, position: int) -> Stored:
+    def _read(self, place: Place, position: int, finite: bool = False) -> Stored:
         """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the order."""
         part, text = self._mixture.parts[place.dataset], self._assembler.text
+        quick = None if finite else self._quick.get(place.dataset)
         for attempt in itertools.count():
             try:
-                if text is not None:
-                    return Stored(part.manifest, *read_chosen(part, place.shard, place.sample, text, self._assembler.pick(position)))
-                array, label = read_sample(part, place.shard, place.sample)
-                assert isinstance(label, int), "check_text sees to it"
-                return Stored(part.manifest, array, label)
+                if quick is not None and (found := quick(place.shard, place.sample)) is not None:
+                    return part.manifest, *found
+                if text is None:
+                    return part.manifest, *read_labelled(part, place.shard, place.sample, finite)
+                return part.manifest, *read_chosen(part, place.shard, place.sample, text, self._assembler.pick(position), finite)
             except Unavailable as error:
                 if attempt == self._retries or part.remote is not None:  # a remote shard has been asked for again already
                     raise

@@ -113,6 +113,12 @@ class MixedOrder:
         dataset, own = self.own(position)
         return Place(dataset, *self.orders[dataset].locate(own))
 
+    def places(self, positions: range) -> list[Place]:
+        """The stored samples at these positions."""
+        if len(self.orders) == 1:
+            return [Place(0, shard, sample) for shard, sample in self.orders[0].locate_all(positions)]
+        return [self.locate(position) for position in positions]
+
     def substitutes(self, position: int) -> Iterator[Place]:
         """Stored samples that may stand in for the one at a position, in the order in which they are to be tried; see `Order`."""
         dataset, own = self.own(position)

@@ -69,6 +69,17 @@ class Order:
         run, index = self._run(position)
         return run.at(index if run.order is None else int(run.order[index]))
 
+    def locate_all(self, positions: range) -> list[tuple[int, int]]:
+        """As `locate`, of neighbouring positions: at once where they lie together in a run."""
+        run, first = self._run(positions[0])
+        last_run, last = self._run(positions[-1])
+        if run is not last_run or last - first != len(positions) - 1:
+            return [self.locate(position) for position in positions]
+        numbers = np.arange(first, last + 1) if run.order is None else run.order[first : last + 1]
+        slots = np.searchsorted(run.starts, numbers, side="right") - 1
+        samples = numbers - np.asarray(run.starts)[slots]
+        return list(zip(np.asarray(run.shards)[slots].tolist(), samples.tolist(), strict=True))
+
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
         """Other samples of the position's block (of its shard where nothing is shuffled), to be tried in turn when its own is bad.
 

@@ -167,20 +167,22 @@ class ResampledSteps(IterableDataset["Result"]):
                 return
 
     def _batch(self, source: Iterator[Tar], positions: range) -> Result:
-        stored: list[Stored] = []
         faults: list[Fault] = []
-        while len(stored) < len(positions):
-            tar, position = next(source), positions[len(stored)]
-            try:
-                stored.append(self._stored(tar))
-            except ValueError as error:
-                problem = f"{shown(tar.url)}, key {tar.key}: {error}"
-                if not self._tolerant:
-                    raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
-                if len(faults) == MOST_BAD * len(positions):
-                    raise DataError(f"{problem}; and the {len(faults)} samples before it are bad too; mend the data") from error
-                faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
-        return self._assembler.batch(positions, stored), tuple(faults)
+
+        def stored(row: int) -> Stored:
+            while True:
+                tar = next(source)
+                try:
+                    return self._stored(tar)
+                except ValueError as error:
+                    problem = f"{shown(tar.url)}, key {tar.key}: {error}"
+                    if not self._tolerant:
+                        raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
+                    if len(faults) == MOST_BAD * len(positions):
+                        raise DataError(f"{problem}; and the {len(faults)} samples before it are bad too; mend the data") from error
+                    faults.append(Fault(shown(tar.url), tar.key, str(error), positions[row], "the next sample"))
+
+        return self._assembler.batch(positions, self._tars.manifest, stored), tuple(faults)
 
     def _stored(self, tar: Tar) -> Stored:
         """ValueError for a sample that cannot be used."""
@@ -193,11 +195,11 @@ class ResampledSteps(IterableDataset["Result"]):
         fields = {f"{manifest.kind}.npy": tar.members[says.array], "cls": tar.members[says.label].strip()}
         array = decode_array(fields, manifest)
         if manifest.condition == "class":
-            return Stored(manifest, array, decode_label(fields, manifest))
+            return manifest, array, decode_label(fields, manifest)
         words = fields["cls"].decode()
         if not words:
             raise ValueError(f"its caption {says.label} is empty")
-        return Stored(manifest, array, Caption(words))
+        return manifest, array, Caption(words)
 
 
 def _expanded(where: str) -> tuple[str, ...]:

@@ -83,10 +83,11 @@ def decode(fields: Mapping[str, Content], manifest: Manifest) -> tuple[np.ndarra
     return array, decode_label(fields, manifest) if manifest.condition == "class" else decode_captions(fields, manifest)
 
 
-def decode_array(fields: Mapping[str, Content], manifest: Manifest) -> np.ndarray:
-    """The stored array of a sample; ValueError if it is another than the manifest announces or has values that are not finite."""
+def decode_array(fields: Mapping[str, Content], manifest: Manifest, finite: bool = True) -> np.ndarray:
+    """The stored array of a sample; ValueError if it is another than announced or, where that is looked at, is not finite."""
     name = f"{manifest.kind}.npy"
-    return _checked(_decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape), name)
+    array = _decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape)
+    return _checked(array, name) if finite else array
 
 
 def decode_label(fields: Mapping[str, Content], manifest: Manifest) -> int:
@@ -130,12 +131,25 @@ def decode_caption(fields: Mapping[str, Content], manifest: Manifest, encoder: T
 
 def read_sample(dataset: Dataset, shard: int, sample: int) -> tuple[np.ndarray, Condition]:
     """Stored array and condition of a sample of a dataset; DataError names shard and key."""
+    fields = dataset.read(shard, sample)
     try:
-        return decode(dataset.read(shard, sample), dataset.manifest)
-    except DataError:
-        raise
+        return decode(fields, dataset.manifest)
     except ValueError as error:
-        raise DataError(f"{dataset.where(shard, sample)}: {error}; {REMEDY}") from error
+        raise named(error, dataset, shard, sample) from error
+
+
+def read_labelled(dataset: Dataset, shard: int, sample: int, finite: bool = True) -> tuple[np.ndarray, int]:
+    """As `read_sample`, of a dataset with labels; `finite`: look at the array's values."""
+    fields, manifest = dataset.read(shard, sample), dataset.manifest
+    try:
+        return decode_array(fields, manifest, finite), decode_label(fields, manifest)
+    except ValueError as error:
+        raise named(error, dataset, shard, sample) from error
+
+
+def named(error: ValueError, dataset: Dataset, shard: int, sample: int) -> DataError:
+    """What is wrong with a sample's content, with its shard and key."""
+    return DataError(f"{dataset.where(shard, sample)}: {error}; {REMEDY}")
 
 
 def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[str, bytes]:
@@ -196,7 +210,7 @@ def _encode_npy(array: np.ndarray) -> bytes:
 
 
 def _decode_npy(content: Content, name: str, dtype_name: str, stored_shape: tuple[int, ...]) -> np.ndarray:
-    header, dtype, size = _expected(dtype_name, stored_shape)
+    header, dtype, size = expected_header(dtype_name, stored_shape)
     start = len(header)
     if content[:start] != header:  # of another shape, or of another writer, who spaces it otherwise
         start = 10 + int.from_bytes(content[8:10], "little")  # the size of a version 1.0 header stands in bytes 8 and 9
@@ -213,7 +227,7 @@ def _decode_npy(content: Content, name: str, dtype_name: str, stored_shape: tupl
 
 
 @lru_cache(maxsize=1024)
-def _expected(dtype_name: str, shape: tuple[int, ...]) -> tuple[bytes, np.dtype, int]:
+def expected_header(dtype_name: str, shape: tuple[int, ...]) -> tuple[bytes, np.dtype, int]:
     """The npy header that NumPy writes for such an array, its dtype, and the bytes of its values."""
     file, dtype = io.BytesIO(), np.dtype(dtype_name)
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})

@@ -220,7 +220,7 @@ class Dataset:
             return self._read(shard, sample, fields)
 
     def _read(self, shard: int, sample: int, fields: Sequence[str] | None) -> dict[str, Content]:
-        opened = self._open.get(shard) or self._opened(shard)
+        opened = self.opened(shard)
         begin, length, *numbers = opened.members[sample].tolist()
         contents: dict[str, Content] = {}
         block: memoryview | None = None

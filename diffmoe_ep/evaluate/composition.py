@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 
 import numpy as np
 
+from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.keyed import keyed, permutation
 from diffmoe_ep.evaluate.detect import UNCLEAR, Canvases, Detector, known_digits
 
@@ -148,7 +150,7 @@ class Composition:
 
     def lines(self) -> list[str]:
         """A table for the terminal."""
-        rows = [(f"composition of {len(self.verdicts)} samples", "samples", "shuffled", "held-out", "shuffled")]
+        rows: list[tuple[str, ...]] = [(f"composition of {len(self.verdicts)} samples", "samples", "shuffled", "held-out", "shuffled")]
         for task, share in self.samples.items():
             real = self.heldout[task]
             rows.append((task, *(f"{value:.3f}" for value in (share.right, share.shuffled, real.right, real.shuffled))))
@@ -174,6 +176,21 @@ def composition(pictures: np.ndarray, asked: Sequence[Prompt], train: Canvases, 
     samples, verdicts = _judged(detector(pictures), asked)
     real, captions = _real(heldout)
     return Composition(samples, _judged(detector(real), captions)[0], tuple(verdicts), capacity)
+
+
+def check_canvases(shape: tuple[int, ...], sides: dict[str, Canvases]) -> None:
+    """Raise ConfigError, before anything is drawn, unless samples of this shape can be judged against these real canvases."""
+    if find_spec("sklearn") is None:
+        raise ConfigError("composition needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'")
+    for name, canvases in sides.items():
+        if canvases.pictures.shape[1:] != shape:
+            raise ConfigError(
+                f"{name} holds canvases of shape {canvases.pictures.shape[1:]}, the model draws {shape}; name the data it was trained on"
+            )
+        tasks = {prompt.task for captions in canvases.captions for prompt in map(read, captions) if prompt is not None}
+        if tasks != set(TASKS):
+            missing = ", ".join(task for task in TASKS if task not in tasks)
+            raise ConfigError(f"{name} holds no captions of the digits for {missing}; prepare it: python -m data_prep digits_captions")
 
 
 def _judged(seen: np.ndarray, asked: Sequence[Prompt]) -> tuple[dict[str, Share], list[bool]]:

@@ -12,6 +12,7 @@ from diffmoe_ep.data.sample import decode_array, decode_captions
 from diffmoe_ep.data.shards import Dataset
 
 GRID, SIDE = 3, 8  # cells of a canvas along a side, pixels of a digit
+MOST = 4000  # canvases that are read of a dataset; they show nearly all of its digits
 EMPTY, UNCLEAR = -2, -1  # what a cell holds that holds no digit; digits are 0 to 9
 SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # of the digits that the classifier learns from
 Crops = NDArray[np.float64]  # (n, SIDE, SIDE)
@@ -25,7 +26,7 @@ class Canvases:
     captions: tuple[tuple[str, ...], ...]  # of each
 
 
-def load_canvases(folder: str | Path, most: int) -> Canvases:
+def load_canvases(folder: str | Path, most: int = MOST) -> Canvases:
     """The first canvases of a prepared dataset, at most so many; ConfigError if it holds something else than grey pixels with captions."""
     dataset = Dataset.open(folder)
     manifest = dataset.manifest

@@ -51,8 +51,7 @@ def draw(
     """Draw one sample for each label or prompt; the first rank gets them all, the others None.
 
     negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was trained to predict.
-    `weights` runs the module with other weights (the averaged ones); the module's
-    mode is restored.
+    `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
     """
     was_training = module.training
     module.eval()

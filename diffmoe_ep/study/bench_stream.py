@@ -3,19 +3,21 @@
     pread        os.pread + np.frombuffer + collate of the same bytes in the same order, nothing checked
     webdataset   webdataset.WebDataset(...).decode() over the same tars, in the order in which they lie
     stream       our Stream without workers: order, read, crc32, checks, random draws, final latents, collate
-    draws        the random draws of the same positions alone: noise, time, flip, drop, posterior
+    draws        what the stream draws for the same positions, drawn as it draws it: noise, time, flip, drop, posterior
+    arithmetic   what the stream makes of stored arrays that are at hand: float32, finite, the posterior's deviation, scale and shift
 
-The four take turns, so that whatever else the machine does meets them alike; the stream's speed without its draws is what remains of
-its time. With workers, what a training loop waits for data is measured against steps of a given length.
+They take many short turns on one thread, and the fastest of each counts: what else the machine does only adds time. The stream's speed
+without its draws is what remains of its time. With workers, what a training loop waits for data is measured against steps of a given
+length.
 """
 
+import itertools
 import json
 import math
 import os
-import statistics
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,20 +27,23 @@ import numpy as np
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.draw import Draws
+from diffmoe_ep.data.assemble import Assembler
+from diffmoe_ep.data.crc import fastest_crc32
+from diffmoe_ep.data.draw import AT_ONCE, Latents
 from diffmoe_ep.data.foreign import Foreign, index_folder
 from diffmoe_ep.data.manifest import MANIFEST_NAME, Manifest
 from diffmoe_ep.data.order import Order
-from diffmoe_ep.data.sample import encode
+from diffmoe_ep.data.sample import encode, read_sample
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 
 SEED, BLOCK, BATCH, DROP = 0, 8, 64, 0.1
+OF_PREAD, TIMES_WEBDATASET = 0.6, 4.0  # what the stream without its draws is to reach
 
 
 @dataclass(frozen=True)
 class StreamBench:
-    """Samples per second of one process, medians over the turns."""
+    """Samples per second of one process, in the fastest turn."""
 
     samples: int  # of a turn
     sample_bytes: int  # of the stored array
@@ -47,7 +52,10 @@ class StreamBench:
     webdataset: float
     stream: float
     draws: float
+    arithmetic: float
     without_draws: float  # of the stream, the time of the draws taken out
+    without_arithmetic: float  # of the stream, the times of draws and arithmetic taken out
+    checksum: str  # library that computes it
     start_seconds: float  # from nothing to the first batch in the middle of the dataset
     workers: int
     wait: float  # share of a training loop's time that it waits for data, with workers
@@ -60,16 +68,21 @@ class StreamBench:
 
     def lines(self) -> list[str]:
         """As text."""
+        ours, read = self.without_draws, self.without_arithmetic
+        goals = f"{ours / self.pread:.2f} of (a), goal {OF_PREAD}; {ours / self.webdataset:.1f} times (b), goal {TIMES_WEBDATASET:g}"
         rows = [
-            ("pread + frombuffer + collate", self.pread), ("plain webdataset, decoded", self.webdataset), ("stream", self.stream),
-            ("its random draws alone", self.draws), ("stream without its draws", self.without_draws),
-        ]  # fmt: skip
-        ours = self.without_draws
+            ("(a) pread + frombuffer + collate", self.pread, ""),
+            ("(b) plain webdataset, decoded", self.webdataset, ""),
+            (f"stream, checksums by {self.checksum}", self.stream, ""),
+            ("its draws alone", self.draws, ""),
+            ("its arithmetic alone", self.arithmetic, ""),
+            ("stream without its draws", ours, f"  {goals}"),
+            ("and without its arithmetic", read, f"  {read / self.pread:.2f} of (a); {read / self.webdataset:.1f} times (b)"),
+        ]
         memory = ", ".join(f"{size / 1e6:.0f} MB" for size in self.worker_bytes)
         return [
             f"{self.samples} samples of {self.sample_bytes} bytes, {self.turns} turns, one process, samples per second:",
-            *(f"  {name:30}{rate:10,.0f}{1e6 / rate:10.1f} µs each" for name, rate in rows),
-            f"without draws: {ours / self.pread:.2f} of pread, {ours / self.webdataset:.1f} times plain webdataset",
+            *(f"  {name:34}{rate:10,.0f}{1e6 / rate:10.1f} µs each{goal}" for name, rate, goal in rows),
             f"first batch from the middle after {self.start_seconds:.3f} s",
             f"{self.workers} workers, steps of {self.step_seconds:g} s for {BATCH} samples: {self.wait:.2%} of the time waits for data",
             f"memory of each worker for itself: {memory}",
@@ -95,32 +108,21 @@ def write_synthetic(folder: Path, samples: int, shape: tuple[int, int, int], sha
 
 
 def bench(
-    folder: Path, turns: int = 5, samples: int | None = None, workers: int = 2, step_seconds: float = 0.5, steps: int = 20
+    folder: Path, turns: int = 40, samples: int | None = None, workers: int = 2, step_seconds: float = 0.5, steps: int = 20
 ) -> StreamBench:
-    """Measure on a prepared folder of moments or pixels, `samples` a turn (default: all, at most 4096)."""
+    """Measure on a prepared folder of moments or pixels, `samples` a turn (default: all, at most 512)."""
     dataset = Dataset.open(folder)
     manifest = dataset.manifest
-    count = min(samples or 4096, manifest.num_samples) // BATCH * BATCH
+    count = min(samples or 512, manifest.num_samples) // BATCH * BATCH
     if turns < 1 or count < BATCH:
         raise ConfigError(f"{folder} is measured in {turns} turns of {count} samples; give at least 1 turn and {BATCH} samples")
-    order = Order(dataset.sizes, SEED, BLOCK)
-    places = [_place(dataset, *order.locate(position)) for position in range(count)]
-    shards = [str(folder / shard.name) for shard in manifest.shards]
-    runs: dict[str, Callable[[], int]] = {
-        "pread": lambda: _pread(places, manifest),
-        "webdataset": lambda: _webdataset(shards, count),
-        "stream": lambda: _stream(dataset, count),
-        "draws": lambda: _draws(manifest, count),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(turns + 1):  # the first warms caches
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            done = run()
-            if turn:
-                seconds[name].append((time.perf_counter() - begun) / done)
-    took = {name: statistics.median(values) for name, values in seconds.items()}
-    without = statistics.median(stream - draws for stream, draws in zip(seconds["stream"], seconds["draws"], strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        took = _seconds(dataset, turns, count)
+    finally:
+        torch.set_num_threads(threads)
+    without = took["stream"] - took["draws"]
     begun = time.perf_counter()
     next(_open(Dataset.open(folder), samples_consumed=manifest.num_samples // 2 // BATCH * BATCH))
     start = time.perf_counter() - begun
@@ -128,16 +130,43 @@ def bench(
     return StreamBench(
         samples=count, sample_bytes=int(np.dtype(manifest.dtype).itemsize * math.prod(manifest.stored_shape)), turns=turns,
         pread=1 / took["pread"], webdataset=1 / took["webdataset"], stream=1 / took["stream"], draws=1 / took["draws"],
-        without_draws=1 / max(without, 1e-9), start_seconds=start, workers=workers, wait=wait, step_seconds=step_seconds,
-        worker_bytes=memory,
+        arithmetic=1 / took["arithmetic"], without_draws=1 / max(without, 1e-9),
+        without_arithmetic=1 / max(without - took["arithmetic"], 1e-9), checksum=fastest_crc32().__module__.partition(".")[0],
+        start_seconds=start, workers=workers, wait=wait, step_seconds=step_seconds, worker_bytes=memory,
     )  # fmt: skip
 
 
+def _seconds(dataset: Dataset, turns: int, count: int) -> dict[str, float]:
+    """What each takes for a sample, in the fastest of its turns of `count` samples."""
+    manifest, order = dataset.manifest, Order(dataset.sizes, SEED, BLOCK)
+    positions = min((turns + 1) * count, manifest.num_samples // BATCH * BATCH)
+    places = [_place(dataset, *order.locate(position)) for position in range(positions)]
+    batches: dict[str, Iterator[Any]] = {  # each goes on where it stood
+        "pread": _pread(places, manifest),
+        "webdataset": _webdataset([f"{dataset.folder}/{shard.name}" for shard in manifest.shards]),
+        "stream": _open(dataset),
+        "draws": _draws(manifest),
+        "arithmetic": _arithmetic(dataset),
+    }
+    took: dict[str, list[float]] = {name: [] for name in batches}
+    for turn in range(turns + 1):  # the first warms caches
+        for name, each in batches.items():
+            begun = time.perf_counter()
+            for _ in range(count // BATCH):
+                next(each)
+            if turn:
+                took[name].append((time.perf_counter() - begun) / count)
+    return {name: min(values) for name, values in took.items()}
+
+
+def _flips(manifest: Manifest) -> bool:
+    return manifest.kind == "pixels" or manifest.flips == 2
+
+
 def _open(dataset: Dataset, workers: int = 0, samples_consumed: int = 0) -> Stream:
-    flip = dataset.manifest.kind == "pixels" or dataset.manifest.flips == 2
     return Stream(
-        dataset, seed=SEED, batch=BATCH, accumulation=1, rank=0, world=1, drop_condition=DROP, flip=flip, shuffle_block=BLOCK,
-        workers=workers, prefetch=4, samples_consumed=samples_consumed,
+        dataset, seed=SEED, batch=BATCH, accumulation=1, rank=0, world=1, drop_condition=DROP, flip=_flips(dataset.manifest),
+        shuffle_block=BLOCK, workers=workers, prefetch=4, samples_consumed=samples_consumed,
     )  # fmt: skip
 
 
@@ -151,45 +180,44 @@ def _place(dataset: Dataset, shard: int, sample: int) -> tuple[int, int, int, in
     return opened.descriptor, offset + start, size - start, int(dataset.member(shard, sample, "cls"))
 
 
-def _pread(places: list[tuple[int, int, int, int]], manifest: Manifest) -> int:
+def _pread(places: list[tuple[int, int, int, int]], manifest: Manifest) -> Iterator[Any]:
     dtype, shape = np.dtype(manifest.dtype), manifest.stored_shape
-    for first in range(0, len(places), BATCH):
+    for first in itertools.cycle(range(0, len(places), BATCH)):
         chosen = places[first : first + BATCH]
         arrays = [np.frombuffer(os.pread(descriptor, size, begin), dtype).reshape(shape) for descriptor, begin, size, _ in chosen]
-        _ = torch.from_numpy(np.stack(arrays)), torch.tensor([label for *_, label in chosen])
-    return len(places)
+        yield torch.from_numpy(np.stack(arrays)), torch.tensor([label for *_, label in chosen])
 
 
-def _webdataset(shards: list[str], count: int) -> int:
+def _webdataset(shards: list[str]) -> Iterator[Any]:
     import webdataset
 
-    samples: Iterator[Any] = iter(webdataset.WebDataset(shards, shardshuffle=False).decode())
-    for done, _ in enumerate(samples, 1):
-        if done == count:
-            break
-    return done
+    samples: Iterator[Any] = iter(webdataset.WebDataset(shards, shardshuffle=False).repeat().decode())
+    while True:
+        yield list(itertools.islice(samples, BATCH))
 
 
-def _stream(dataset: Dataset, count: int) -> int:
-    stream = _open(dataset)
-    for _ in range(count // BATCH):
-        next(stream)
-    return count
-
-
-def _draws(manifest: Manifest, count: int) -> int:
-    """The random numbers of a stream's first positions, drawn as it draws them."""
-    draws = Draws(SEED)
-    for first in range(0, count, BATCH):
+def _draws(manifest: Manifest) -> Iterator[Any]:
+    """The random numbers of a stream's positions, drawn as it draws them."""
+    assembler = Assembler(SEED, DROP, _flips(manifest), None)
+    for first in itertools.count(0, BATCH):
         noise, posterior = (np.empty((BATCH, *manifest.shape), dtype=np.float32) for _ in range(2))
-        for row in range(BATCH):
-            draws.at(first + row, "noise").standard_normal(out=noise[row], dtype=np.float32)
-            draws.at(first + row, "time").random(dtype=np.float32)
-            draws.at(first + row, "flip").random()
-            draws.at(first + row, "drop").random()
-            if manifest.kind == "moments":
-                draws.at(first + row, "posterior").standard_normal(out=posterior[row], dtype=np.float32)
-    return count
+        u = np.empty(BATCH, dtype=np.float32)
+        for row in range(0, BATCH, AT_ONCE):
+            few = slice(row, row + AT_ONCE)
+            assembler.draw(range(first + row, first + row + AT_ONCE), manifest.kind, noise[few], posterior[few], u[few])
+        yield noise, posterior, u
+
+
+def _arithmetic(dataset: Dataset) -> Iterator[Any]:
+    """Final latents of a stored array that is at hand."""
+    latents, (array, _) = Latents(dataset.manifest), read_sample(dataset, 0, 0)
+    while True:
+        values = np.ones((BATCH, *dataset.manifest.shape), dtype=np.float32)
+        for first in range(0, BATCH, AT_ONCE):
+            for row in range(first, first + AT_ONCE):
+                latents.put(row, array, False)
+            latents.fill(values)
+        yield values
 
 
 def _waiting(dataset: Dataset, workers: int, step_seconds: float, steps: int) -> tuple[float, tuple[int, ...]]:

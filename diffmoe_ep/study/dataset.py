@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.manifest import DataError, Manifest
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.sample import Condition, final_latent, read_sample
 from diffmoe_ep.data.shards import Dataset
 
@@ -84,7 +85,8 @@ def stats(dataset: Dataset, num: int = 1000, progress: Callable[[int], object] |
         strange = next(
             text for text in counts if not text.isdigit() or int(text) >= manifest.num_classes or text != str(int(text)).encode()
         )
-        raise DataError(f"{dataset.folder} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong")
+        where = Mixture([dataset]).names[0]
+        raise DataError(f"{where} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong")
     return Stats(
         manifest, dataset.fingerprint, sum(shard.bytes for shard in manifest.shards),
         {field: size / len(chosen) for field, size in sizes.items()}, by_class, captions / len(chosen), tuple(mean), tuple(std),

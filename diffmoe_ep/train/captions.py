@@ -9,6 +9,7 @@ from diffmoe_ep.config import Config
 from diffmoe_ep.data.captions import TextFields
 from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.sample import Batch
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.evaluate.draw import classes_in_turn
@@ -19,7 +20,7 @@ from diffmoe_ep.parallel.mesh import Mesh
 class Conditions:
     """From batches to conditions. With `text.online` every rank has a frozen encoder of its own, on its device."""
 
-    def __init__(self, config: Config, dataset: Mixture, mesh: Mesh) -> None:
+    def __init__(self, config: Config, dataset: Mixture | Tars, mesh: Mesh) -> None:
         """ConfigError, on all ranks alike, where an encoder is needed and some rank cannot have it."""
         self.config, self.dataset, self.device = config, dataset, mesh.device
         self.text = TextFields.of(config.model, config.text)
@@ -46,5 +47,6 @@ class Conditions:
     def for_grid(self, count: int) -> Tensor | Prompts:
         """What a sample grid shows: classes in turn, or the dataset's first captions."""
         if self.text is not None:
+            assert isinstance(self.dataset, Mixture), "the config has no grids of plain tars"
             return first_captions(self.dataset, self.text, count, self.encoder)
         return classes_in_turn(count, list(range(self.config.model.num_classes)))

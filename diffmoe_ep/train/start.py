@@ -19,6 +19,7 @@ from diffmoe_ep.checkpoint.single import CONFIG, is_single, read_single
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
@@ -46,7 +47,7 @@ class Start:
         return ", ".join(facts)
 
 
-def find_start(config: Config, mesh: Mesh, dataset: Dataset | Mixture, checkpoint: Path | None) -> Start:
+def find_start(config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None) -> Start:
     """Find what a run begins with, before anything is built; ConfigError on every rank if that does not fit.
 
     checkpoint: the run's own, if it has one; then init_from is not looked at.

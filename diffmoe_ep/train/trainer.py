@@ -5,6 +5,7 @@ tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO s
 """
 
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from diffmoe_ep.checkpoint.layout import Fragment
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data import quarantine
-from diffmoe_ep.data.captions import TextFields, check_text
+from diffmoe_ep.data.captions import TextFields
 from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
-from diffmoe_ep.evaluate.draw import check_pictures, check_sampling, draw, write_grid
+from diffmoe_ep.evaluate.draw import draw, write_grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import build_sharded, is_expert, widen_pools
@@ -32,6 +34,7 @@ from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.captions import Conditions
+from diffmoe_ep.train.data import open_data
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, rates
 from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting
@@ -65,17 +68,17 @@ def start_mesh(config: Config) -> Mesh:
     return meshes.start(config.parallel.expert, ranks, config.parallel.timeout_minutes)
 
 
-def prepare(config: Config, mesh: Mesh) -> tuple[Mixture, Path | None]:
+def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | Tars, Path | None]:
     """Look at everything outside this process that could fail, on every rank, and agree before going on."""
     run = RunFolder(Path(config.folder))
     mesh.agree(run.problem())
     found = latest(run.checkpoints) if mesh.is_first else None
     checkpoint = mesh.same(found)
     assert checkpoint is None or isinstance(checkpoint, Path)
-    problem, dataset = None, None
+    problem: str | None = None
+    dataset: Mixture | Tars | None = None
     try:
-        dataset = Mixture.open(config.data)
-        check_data(config, dataset)
+        dataset = open_data(config)
         if checkpoint is not None and config.resume == "never":
             raise ConfigError(
                 f"{config.folder} holds the checkpoint {checkpoint.name} and resume is never; set resume=auto or give another folder"
@@ -86,34 +89,17 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture, Path | None]:
         problem = str(error)
     mesh.agree(problem)
     assert dataset is not None
+    for damage in dataset.problems if mesh.is_first else ():
+        print(f"{damage}; its bad samples will be replaced", file=sys.stderr, flush=True)
     return dataset, checkpoint
-
-
-def check_data(config: Config, dataset: Mixture) -> None:
-    """Raise ConfigError unless the data fit the model."""
-    facts, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
-    check_text(dataset, TextFields.of(model, config.text))
-    if facts.shape != (model.in_channels, model.input_size, model.input_size):
-        raise ConfigError(
-            f"the data in {names} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
-            f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}"
-        )
-    if model.condition == "class" and facts.num_classes != model.num_classes:
-        raise ConfigError(
-            f"the data in {names} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
-            f"set model.num_classes={facts.num_classes}"
-        )
-    if config.sample.grid_every:
-        check_pictures(asdict(facts))
-        check_sampling(config, config.sample.grid_size)
 
 
 class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
-    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset | Mixture, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None = None) -> None:
         self.config, self.mesh = config, mesh
-        self.dataset = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
+        self.dataset = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
         self.folder = RunFolder(Path(config.folder))
         self.conditions = Conditions(config, self.dataset, mesh)
         self.start = find_start(config, mesh, dataset, checkpoint)
@@ -249,7 +235,8 @@ class Trainer:
         self.num_bad = num_bad
         self.stream.check_bad(num_bad, everywhere=True)
         passes = self.stream.passes()
-        return {"epoch": passes if len(passes) > 1 else next(iter(passes.values())), "bad_samples": num_bad}
+        epoch = {} if not passes else {"epoch": passes if len(passes) > 1 else next(iter(passes.values()))}
+        return {**epoch, "bad_samples": num_bad}
 
     def sample_grid(self) -> None:
         """Draw the grid of this step with the averaged weights: classes in turn, the same noise at every step."""

@@ -24,7 +24,7 @@ from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote import Unavailable
 from diffmoe_ep.data.sample import encode
-from diffmoe_ep.data.shards import Dataset, load_index
+from diffmoe_ep.data.shards import Dataset, Opened, load_index
 from diffmoe_ep.data.stream import Stream
 
 FACTS = Manifest("tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 200, (), "made up")
@@ -321,11 +321,11 @@ class Flaky(Dataset):
         super().__init__(Path(dataset.folder), dataset.manifest)
         self.times = times
 
-    def read(self, shard: int, sample: int) -> dict[str, bytes]:
+    def opened(self, shard: int) -> Opened:
         if shard == 2 and self.times:
             self.times -= 1
             raise Unavailable(f"{self.place('tiny-000002.tar')} is unavailable")
-        return super().read(shard, sample)
+        return super().opened(shard)
 
 
 @pytest.fixture
@@ -380,12 +380,12 @@ def test_substitutes_that_cannot_be_had_are_waited_for(clean: Dataset, folder: P
         class Moody(Dataset):
             asked = 0
 
-            def read(self, shard: int, sample: int) -> dict[str, bytes]:
-                if shard == number:  # noqa: B023  # called within the loop
+            def opened(self, shard: int) -> Opened:
+                if shard == number and shard not in self._open:  # noqa: B023  # called within the loop
                     self.asked += 1
                     if self.asked % 2:
                         raise Unavailable("not now")
-                return super().read(shard, sample)
+                return super().opened(shard)
 
         assert labels(Moody(folder, dataset.manifest), 1, retries=1) == expected
     assert pauses

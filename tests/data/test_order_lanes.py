@@ -47,6 +47,13 @@ def test_the_way_to_a_position_does_not_matter(sizes: list[int], seed: int, bloc
     assert found[::-1] == [pickle.loads(pickle.dumps(used)).locate(position) for position in positions[::-1]]
 
 
+@settings(deadline=None, max_examples=80)
+@given(SIZES, SEEDS, st.integers(0, 4), LANES, st.integers(0, 10**9), st.integers(1, 30))
+def test_many_at_once_are_those_one_by_one(sizes: list[int], seed: int, block: int, lanes: Lanes, first: int, count: int) -> None:
+    order, positions = Order(sizes, seed, block, lanes=lanes), range(first, first + count)
+    assert order.locate_all(positions) == [order.locate(position) for position in positions]
+
+
 def test_one_lane_is_the_order_without() -> None:
     sizes = [5, 3, 7, 2]
     plain, laned = Order(sizes, 4, 2), Order(sizes, 4, 2, lanes=Lanes(1, 6))

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import digits
 from data_prep.__main__ import main
-from data_prep.digits_captions import COLUMNS, COUNTS, ROWS, source
+from data_prep.digits_captions import COLUMNS, COUNTS, ROWS, most_legible, source
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.sample import final_latent, read_sample
 from diffmoe_ep.data.shards import Dataset
@@ -103,6 +103,47 @@ def test_the_command_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFi
     assert train.manifest.shape == (1, 24, 24)
     latents = np.stack([final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(25)])
     assert (latents.min(), latents.max()) == (-1, 1)
+
+
+def test_the_most_legible_digits_are_a_part_of_each_class_that_an_independent_classifier_reads_better() -> None:
+    svm = pytest.importorskip("sklearn.neighbors")
+    images, labels = digits.load()
+    train = np.flatnonzero(~digits.heldout_mask(labels))
+    kept = most_legible(images[train, 0], labels[train], 0.4)
+    assert (np.diff(kept) > 0).all()
+    assert np.array_equal(np.bincount(labels[train][kept]), np.round(0.4 * np.bincount(labels[train])).astype(int))
+    rest = np.setdiff1d(np.arange(len(train)), kept)
+    flat = images[:, 0].reshape(len(images), -1)
+
+    def read(some: np.ndarray) -> float:  # by the nearest of the held-out digits
+        other = svm.KNeighborsClassifier(1).fit(flat[digits.heldout_mask(labels)], labels[digits.heldout_mask(labels)])
+        return float((other.predict(flat[train[some]]) == labels[train[some]]).mean())
+
+    assert read(kept) > 0.99 > read(rest)
+    allowed = {images[train[place], 0].tobytes() for place in kept}
+    for raw in source("train", 200, 24, 200, 0.4).read(0):
+        assert isinstance(raw.image, np.ndarray)
+        assert {pixels.tobytes() for pixels in spots(raw.image[0], 8).values()} <= allowed
+
+
+def test_captions_are_taken_as_often_as_their_weights_say() -> None:
+    for weights, expected in (((1.0, 0.0, 3.0), {1.0, 3.0}), ((0.0, 2.0, 0.0), {2.0}), ((2.0, 1.0, 1.0), {2.0, 1.0})):
+        raws = list(source("train", 40, 24, 40, 1.0, weights).read(0))
+        assert {caption.weight for raw in raws for caption in raw.condition} == expected  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="neither places nor counts a weight"):
+        source("train", 40, 24, 40, 1.0, (0.0, 0.0, 1.0))
+    plain, other = source("train", 40, 24, 40), source("train", 40, 24, 40, 1.0, (1.0, 1.0, 1.0))
+    assert plain.fingerprint != other.fingerprint
+
+
+def test_the_cleaner_subset_is_made_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["digits_captions", "--samples", "10", "--heldout", "5", "--readers", "1"]
+    assert main([*command, "--out", str(tmp_path), "--legible", "0.4", "--caption-weights", "1,1,1"]) == 0
+    assert main([*command, "--out", str(tmp_path)]) == 2  # another dataset
+    assert "choose another folder with --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path), "--caption-weights", "1,1"])
+    assert "1,1 is not three weights such as 2,1,1" in capsys.readouterr().err
 
 
 def test_a_canvas_too_small_is_refused() -> None:

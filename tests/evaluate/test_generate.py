@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.condition import Text
 from diffmoe_ep.data.keyed import keyed
 from diffmoe_ep.evaluate.generate import CapacityRecord, generate, join, start_noise, to_pixels
 
 SHAPE, STEPS, LAYERS, EXPERTS, TOKENS = (2, 4, 4), 3, 2, 5, 4
 CONDITIONS = torch.arange(11) % 3
+NULL = torch.tensor([3])
 
 
 class ToyModel:
@@ -37,16 +39,38 @@ class ToyModel:
         return SimpleNamespace(prediction=torch.cat([first, second], 1), auxiliary=torch.zeros(()), layers=layers)
 
 
-def _parts(world: int, guidance: float = 1.5, chunk: int = 3, model=None, conditions=CONDITIONS, steps: int = STEPS, **options):
+class TextToy:
+    """The toy model for captions: what it makes of one is the sum of its tokens, so that padding and neighbours would show."""
+
+    def __init__(self, ddpm: bool = False):
+        self.toy = ToyModel(ddpm=ddpm)
+
+    def __call__(self, x, t, text):
+        assert isinstance(text, Text)
+        assert text.features.shape == (len(x), 5, 3)
+        inside = torch.arange(5) < text.lengths[:, None]
+        words = torch.where(inside[:, :, None], text.features, 0.0).sum((1, 2))
+        return self.toy(x, t, torch.where(text.lengths == 0, 3.0, words))
+
+
+def captions(count: int) -> Text:
+    """Captions of 0 to 5 tokens, with numbers behind their ends that must not matter."""
+    generator = torch.Generator().manual_seed(0)
+    return Text(torch.randn(count, 5, 3, generator=generator), torch.arange(count) % 6)
+
+
+def _parts(
+    world: int, guidance: float = 1.5, chunk: int = 3, model=None, conditions=CONDITIONS, steps: int = STEPS, null=NULL, seed=7, **options
+):
     return [
         generate(
             model or ToyModel(ddpm=options.get("objective") == "ddpm"),
             conditions,
-            seed=7,
+            seed=seed,
             steps=steps,
             guidance=guidance,
             chunk=chunk,
-            null_condition=3,
+            null=null,
             shape=SHAPE,
             rank=rank,
             world=world,
@@ -103,6 +127,45 @@ def test_guidance_runs_the_halves_apart_and_scale_one_runs_one():
     model = ToyModel()
     _parts(1, guidance=1.0, chunk=11, model=model)
     assert [condition for _, condition, _ in model.calls] == [CONDITIONS.tolist()] * STEPS
+
+
+@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_captions_give_the_same_bits_on_any_number_of_ranks(world, objective):
+    """Law 7 for text, and each sample agrees with a run of its chunk alone."""
+    text, null = captions(11), Text(torch.zeros(1, 5, 3), torch.zeros(1, dtype=torch.int64))
+    given = {"conditions": text, "null": null, "objective": objective}
+
+    def toy():
+        return TextToy(ddpm=objective == "ddpm")
+
+    latents, capacity = join(_parts(1, model=toy(), **given))
+    others, other_capacity = join(_parts(world, model=toy(), **given))
+    assert torch.equal(latents, others)
+    assert torch.equal(capacity.processed, other_capacity.processed)
+    behind = Text(torch.where(torch.arange(5)[None, :, None] < text.lengths[:, None, None], text.features, torch.nan), text.lengths)
+    assert torch.equal(join(_parts(1, model=toy(), **(given | {"conditions": behind})))[0], latents)
+    assert torch.equal(join(_parts(1, model=toy(), **(given | {"conditions": text[:3]})))[0], latents[:3])
+
+
+def test_guidance_leads_away_from_the_negative_prompt():
+    text, away = captions(4), captions(5)[4:]
+    plain, negative = (
+        join(_parts(1, steps=1, chunk=4, guidance=2.0, model=TextToy(), conditions=text, null=null))[0]
+        for null in (Text(away.features, torch.zeros(1, dtype=torch.int64)), away)
+    )
+    x, ones = start_noise(7, range(4), SHAPE), torch.ones(4)
+    repeated = Text(away.features.expand(4, -1, -1), away.lengths.expand(4))
+    towards, back = (TextToy()(x, ones, condition).prediction[:, :2] for condition in (text, repeated))
+    torch.testing.assert_close(negative, x - (back + 2 * (towards - back)), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(plain, negative)
+
+
+def test_a_sample_of_its_own_seed_follows_from_that_seed_alone():
+    together = join(_parts(2, chunk=1, seed=range(20, 31)))[0]
+    alone = join(_parts(1, chunk=1, seed=[24], conditions=CONDITIONS[4:5]))[0]
+    assert torch.equal(together[4:5], alone)
+    assert torch.equal(start_noise([5, 9], range(1, 2), SHAPE), start_noise(9, range(1), SHAPE))
 
 
 def test_the_start_noise_of_a_sample_depends_on_seed_and_number_alone():
@@ -223,7 +286,7 @@ def test_ranks_without_samples_make_the_same_calls_under_every_sampler(options):
 
 
 def _parts_of(rank: int, world: int, *, model, conditions=CONDITIONS, **options):
-    given = {"seed": 7, "steps": STEPS, "guidance": 1.5, "chunk": 3, "null_condition": 3, "shape": SHAPE}
+    given = {"seed": 7, "steps": STEPS, "guidance": 1.5, "chunk": 3, "null": NULL, "shape": SHAPE}
     return generate(model, conditions, rank=rank, world=world, **given, **options)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.evaluate.picture import curves, grid
+from diffmoe_ep.evaluate.picture import curves, grid, wrap
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -54,8 +54,45 @@ def test_row_labels_stand_in_a_gutter_at_the_left(tmp_path):
 def test_a_grid_refuses_what_it_cannot_show(tmp_path):
     with pytest.raises(ValueError, match="1 or 3 channels"):
         grid(torch.zeros(1, 4, 8, 8, dtype=torch.uint8), tmp_path / "grid.png", columns=1)
+    with pytest.raises(ValueError, match="a caption and a verdict for each"):
+        grid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), tmp_path / "grid.png", columns=1, captions=["a"])
     with pytest.raises(ValueError, match="1 row labels for 2 rows"):
         grid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), tmp_path / "grid.png", columns=1, row_labels=["a"])
+
+
+def test_captions_stand_under_their_pictures_and_verdicts_around_them(tmp_path):
+    pixels = torch.full((3, 1, 8, 8), 16, dtype=torch.uint8)
+    words = ["one 3", "two digits: a 3 at the top left and an 8 at the bottom right", "so" * 200]
+    grid(pixels, tmp_path / "plain.png", columns=2, highest=16, enlarge=14)
+    grid(pixels, tmp_path / "told.png", columns=2, highest=16, captions=words, right=[True, False, True])
+    plain, told = _read(tmp_path / "plain.png"), _read(tmp_path / "told.png")
+    below = (told.shape[0] - plain.shape[0]) // 2
+    assert told.shape[1] == plain.shape[1]
+    assert 30 < below < 80  # at most five lines
+    cell = 8 * 14
+    for place, colour in enumerate([(60, 170, 90), (200, 60, 60), (60, 170, 90)]):
+        top, left = 4 + place // 2 * (cell + below + 4), 4 + place % 2 * (cell + 4)
+        assert (told[top : top + cell, left : left + cell] == 255).all()
+        assert (told[top - 1, left : left + cell] == colour).all()
+        assert (told[top : top + cell, left + cell] == colour).all()
+        ink = told[top + cell + 2 : top + cell + below, left : left + cell, 0] > 150
+        assert ink.any()
+        assert not ink[:, -1].all()
+    fourth = told[4 + cell + below + 4 :, 4 + cell + 6 :]
+    assert (fourth <= 48).all()  # neither picture nor words nor frame
+
+
+def test_words_are_wrapped_within_the_width_and_cut_after_five_lines():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size=11)
+    for text in ("one 3", "a 3 to the left of an 8", "w" * 300, "so it goes " * 40, ""):
+        lines = wrap(text, font, 100)
+        assert 1 <= len(lines) <= 5
+        assert all(font.getlength(line) <= 100 for line in lines)
+        whole = "".join(lines).replace(" ", "")
+        assert whole == text.replace(" ", "") if not whole.endswith("…") else text.replace(" ", "").startswith(whole[:-1])
+    assert wrap("so it goes " * 40, font, 100)[-1].endswith("…")
 
 
 def _log(path, records):

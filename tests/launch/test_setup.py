@@ -40,7 +40,7 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return subprocess.run([script, *arguments], cwd="/", env=kept | environment, capture_output=True, text=True, timeout=120)
 
 
-INSTALLED = ("prep", "sample", "eval", "encode", "log", "dev")  # the extras that the scripts install
+INSTALLED = ("prep", "sample", "eval", "encode", "fast", "log", "dev")  # the extras that the scripts install
 
 
 def requirements(*extras: str) -> list[Requirement]:

@@ -53,12 +53,15 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     options.run(options)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert (found["samples"], found["sample_bytes"], found["turns"], found["workers"]) == (128, 2 * 8 * 4 * 4 * 2, 1, 1)
-    assert all(found[name] > 0 for name in ("pread", "webdataset", "stream", "draws", "without_draws", "start_seconds"))
+    assert all(found[name] > 0 for name in ("pread", "webdataset", "stream", "draws", "arithmetic", "without_draws", "start_seconds"))
+    assert found["checksum"] in ("zlib", "isal")
     assert 0 <= found["wait"] <= 1
     assert len(found["worker_bytes"]) == 1 and found["worker_bytes"][0] > 0
     told = capsys.readouterr().out
     assert "128 samples of 512 bytes, 1 turns" in told
     assert f"{found['pread']:,.0f}" in told
+    assert f"{found['without_draws'] / found['pread']:.2f} of (a), goal 0.6; " in told
+    assert f"{found['without_draws'] / found['webdataset']:.1f} times (b), goal 4\n" in told
     options = parser.parse_args([*words[:2], "--turns", "0"])
     with pytest.raises(ConfigError, match="--turns is 0"):
         options.run(options)
