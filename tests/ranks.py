@@ -33,7 +33,7 @@ class RankError(AssertionError):
         self.errors = errors
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
     """Returns [function(rank, *args) for rank in range(world)], each computed in a process of its own.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as a launcher would; the function, which must stand at

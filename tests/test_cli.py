@@ -94,13 +94,24 @@ def test_damaged_data_end_every_rank(digits: Path, tmp_path: Path, damage: str) 
             shard.write_bytes(shard.read_bytes()[:-512])
         case "broken manifest":
             (data / "manifest.json").write_text('{"format": 1}')
-    results = run(2, call, *train(tmp_path, tmp_path / "run"), timeout=60)
+    results = run(2, call, *train(tmp_path, tmp_path / "run", "data.max_bad_fraction=0"), timeout=60)
     assert [code for code, _, _ in results] == [2, 2]
     told = results[0][2].strip().splitlines()[-1]
     assert str(data) in told
     assert "python -m data_prep digits" in told
     if "shard" in damage:
         assert shard.name in told
+
+
+def test_a_damaged_shard_is_told_and_its_samples_replaced_where_some_may_be_bad(digits: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train"
+    shutil.copytree(digits / "train", data)
+    shard = sorted(data.glob("*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:-512])
+    results = run(2, call, *train(tmp_path, tmp_path / "run"), timeout=60)
+    assert [code for code, _, _ in results] == [0, 0]
+    assert shard.name in results[0][2] and "its bad samples will be replaced" in results[0][2]
+    assert shard.name not in results[1][2]  # said once for all
 
 
 def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
@@ -189,7 +200,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         (("sample", "nowhere", "--out", "unused"), "nowhere"),
-        (("evaluate", "nowhere", "--reference", "nodata", "--heldout", "nodata"), "nodata"),
+        (("evaluate", "nowhere", "--reference", "nodata", "--heldout", "nodata"), "nowhere"),
         (("train", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The order of work in quickstart.sh and test.sh, seen by a stand-in for Python that writes down what it is asked to do."""
+"""The order of work in the scripts that train and test, seen by a stand-in for Python that writes down what it is asked to do."""
 
 import os
 import subprocess
@@ -19,7 +19,9 @@ for module in $FAIL; do if [[ "$2" == "$module" ]]; then echo "$module complains
 """
 
 
-def start(script: str, folder: Path, *arguments: str, fail: str = "") -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+def start(
+    script: str, folder: Path, *arguments: str, fail: str = "", **settings: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Runs a script with the stand-in; gives what it did and, for each call of Python, [folder, accelerator, threads, arguments]."""
     stand_in = folder / "python"
     stand_in.write_text(STAND_IN)
@@ -27,7 +29,10 @@ def start(script: str, folder: Path, *arguments: str, fail: str = "") -> tuple[s
     asked = folder / "asked"
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
     places = {"DIFFMOE_PYTHON": str(stand_in), "ASKED": str(asked), "FAIL": fail, "RUN": str(folder / "run"), "DATA": str(folder / "data")}
-    done = subprocess.run([ROOT / "launch" / script, *arguments], cwd=folder, env=kept | places, capture_output=True, text=True, timeout=60)
+    places |= {"RUNS": str(folder / "runs"), "ENCODER": str(folder / "t5")} if script == "text_to_image.sh" else {}
+    done = subprocess.run(
+        [ROOT / "launch" / script, *arguments], cwd=folder, env=kept | places | settings, capture_output=True, text=True, timeout=60
+    )
     return done, [line.split("|") for line in asked.read_text().splitlines()]
 
 
@@ -55,6 +60,57 @@ def test_families_share_seeds_and_settings(tmp_path: Path) -> None:
     assert all(line.endswith("train.steps=3") for line in trained)
     assert len([line for *_, line in asked if " evaluate " in line]) == 12
     assert asked[-1][3].startswith(f"diffmoe_ep compare {ROOT}/runs/families/dense-0 ")
+
+
+def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> None:
+    done, asked = start("text_to_image.sh", tmp_path, "train.clip=2")
+    assert done.returncode == 0, done.stderr
+    assert all(threads == "1" and accelerator == "cpu" for _, accelerator, threads, _ in asked[1:])
+    calls = [arguments.split("--module ")[-1] for *_, arguments in asked]
+    text = f"--t5 {tmp_path}/t5 --t5-length 96"
+    assert calls[0] == f"data_prep tiny_t5 --out {tmp_path}/t5"
+    assert calls[1] == f"data_prep digits_captions --out {tmp_path}/data --samples 12000 {text}"
+    assert calls[2].startswith(f"data_prep digits_captions --out {tmp_path}/data-clean ") and "--legible" in calls[2]
+    for number, family in enumerate(("dense", "diffmoe")):
+        run, base = f"{tmp_path}/runs/{family}", 3 + 5 * number
+        same = f"text.folder={tmp_path}/t5 train.clip=2"
+        train, score, tune, score_again, sample = calls[base : base + 5]
+        assert train == f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run} data.folder={tmp_path}/data/train {same}"
+        assert tune.startswith(
+            f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run}-sft data.folder={tmp_path}/data-clean/train "
+        )
+        assert f" init_from={run} " in tune and tune.endswith(same)
+        for call, folder in ((score, run), (score_again, f"{run}-sft")):
+            places = f"--reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout --samples 400 --out {folder}/scores"
+            assert call == f"diffmoe_ep evaluate {folder} --composition {places}"
+        assert sample.startswith(f"diffmoe_ep sample {run}-sft --out {run}-sft/drawn --per-prompt 6 --prompt one 3 --prompt ")
+    runs = " ".join(f"{tmp_path}/runs/{name}" for name in ("dense", "dense-sft", "diffmoe", "diffmoe-sft"))
+    assert calls[13:] == [f"diffmoe_ep compare --composition {runs} --json {tmp_path}/runs/table.json"]
+    modules = [arguments.split()[0] for *_, arguments in asked]
+    assert modules.count("deepspeed.launcher.runner") == 10  # data, training and scores on two ranks
+
+
+def test_text_to_image_scores_once_and_takes_shorter_runs(tmp_path: Path) -> None:
+    scores = tmp_path / "runs/diffmoe/scores/composition.json"
+    for path in (tmp_path / "runs/diffmoe/checkpoints/latest", scores):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(scores, (2**31, 2**31))  # newer than the checkpoint
+    done, asked = start("text_to_image.sh", tmp_path, FAMILIES="diffmoe", STEPS="20", SFT_STEPS="5", SAMPLES="80")
+    assert done.returncode == 0, done.stderr
+    calls = [arguments.split("--module ")[-1] for *_, arguments in asked]
+    assert [call.split()[1] for call in calls] == [
+        "tiny_t5",
+        "digits_captions",
+        "digits_captions",
+        "train",
+        "train",
+        "evaluate",
+        "sample",
+        "compare",
+    ]
+    assert "train.steps=20" in calls[3] and "train.steps=5" in calls[4] and "--samples 80" in calls[5]
+    assert "composition.json is there" in done.stdout
 
 
 @pytest.mark.parametrize(("module", "calls"), [("data_prep", 1), ("deepspeed.launcher.runner", 2), ("diffmoe_ep", 3)])
