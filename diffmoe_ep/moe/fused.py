@@ -4,8 +4,9 @@ Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one ex
 
 Experts are taken in runs (`_cut`): neighbours with equally many rows make one batched matmul, which gives each thread experts of its own;
 ragged ones go one by one. Of the activations only those before GELU are kept and those after it computed again, unless they are few
-(`keeps_all`): then the weights' own traffic rules, and passes over activations count. Weights' gradients go straight into their place in
-a full tensor. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no second copy of all experts.
+(`keeps_all`): then the weights' own traffic rules, and passes over activations count, so GELU and its derivative are kept instead.
+Weights' gradients go straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so
+that bfloat16 needs no second copy of all experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -79,11 +80,11 @@ def _cut(counts: Sequence[int], width: int) -> Iterator[_Run]:
         expert, row = last, row + (last - expert) * each
 
 
-Gelu = tuple[Tensor, ...]  # of a run: what goes into GELU and, if all is kept, its gate (the sigmoid) and what comes out
+Gelu = tuple[Tensor, ...]  # of a run: what goes into GELU; or, where both are kept, what comes out and the derivative
 
 
 def keeps_all(rows: int, width: int, device: str, dtype: torch.dtype) -> bool:
-    """Whether the backward is spared GELU's forward, for three times the memory."""
+    """Whether the backward is spared GELU's forward, for twice the memory."""
     return rows * width <= FEW and _by_sigmoid(device, dtype)
 
 
@@ -96,10 +97,13 @@ def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Ge
     with torch.autocast(rows.device.type, enabled=False):
         for run in runs:
             hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
-            gate = torch.empty_like(hidden) if kept is not None and keeps else None
-            value = _gelu(hidden, gate)
-            if kept is not None:
-                kept.append((hidden,) if gate is None else (hidden, gate, value))
+            if kept is not None and keeps:
+                value = _gelu_with_slope(hidden, hidden)
+                kept.append((value, hidden))
+            else:
+                value = _gelu(hidden)
+                if kept is not None:
+                    kept.append((hidden,))
             _affine(value, run.weights(w2, kind), run.weights(b2, kind), run.of(out))
     return out
 
@@ -118,37 +122,38 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _gelu(x: Tensor, gate: Tensor | None) -> Tensor:
-    """GELU in its tanh form, and its gate if asked for. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
     if not _by_sigmoid(x.device.type, x.dtype):
         return F.gelu(x, approximate="tanh")
     value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
-    for part, out, between in zip(_pieces(x), _pieces(value), _pieces(value if gate is None else gate), strict=True):
-        _gelu_piece(part, slope, between, out)
+    for part, out in zip(_pieces(x), _pieces(value), strict=True):
+        torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
     return value
 
 
-def _gelu_piece(x: Tensor, slope: Tensor, gate: Tensor, value: Tensor) -> None:
-    torch.addcmul(slope, x, x, value=BEND, out=gate).mul_(x).sigmoid_()
-    torch.mul(gate, x, out=value)
+def _gelu_with_slope(x: Tensor, slope: Tensor) -> Tensor:
+    """GELU of x, and its derivative into `slope`, which may be x itself. With s = sigmoid(z), the derivative is s + s (1 - s) x dz/dx."""
+    value, constant = torch.empty_like(x), x.new_tensor(SLOPE)
+    z, s = x.new_empty(2, min(PIECE, x.numel())).unbind()
+    for part, out, by_x in zip(_pieces(x), _pieces(value), _pieces(slope), strict=True):
+        z, s = z[: len(part)], s[: len(part)]
+        torch.addcmul(constant, part, part, value=BEND, out=z).mul_(part)
+        torch.sigmoid(z, out=s)
+        torch.mul(s, part, out=out)
+        z.sub_(part, alpha=2 / 3 * SLOPE)  # x dz/dx = 3 z - 2 SLOPE x; here a third of it
+        torch.ops.aten.sigmoid_backward.grad_input(z, s, grad_input=z)
+        torch.add(s, z, alpha=3, out=by_x)
+    return value
 
 
-def _gelu_backward(x: Tensor, kept: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of x and the gradient by x, into `gradient`. kept: gate and value, or nothing: then they are computed again."""
+def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU of x, computed again, and the gradient by x, into `gradient`."""
     if not _by_sigmoid(x.device.type, x.dtype):
         again = F.gelu(x, approximate="tanh")
         return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
-    slope, slopes = x.new_tensor(SLOPE), x.new_empty(min(PIECE, x.numel()))
-    gate, value = kept or (torch.empty_like(slopes), torch.empty_like(x))
-    gates = _pieces(gate)
-    for number, (part, out, into) in enumerate(zip(_pieces(x), _pieces(value), _pieces(gradient), strict=True)):
-        by_x, s = slopes[: len(part)], gates[number] if kept else gate[: len(part)]
-        if not kept:
-            _gelu_piece(part, slope, s, out)
-        torch.addcmul(slope, part, part, value=3 * BEND, out=by_x)  # dz/dx
-        by_x.mul_(out).addcmul_(by_x, s, value=-1).add_(s)  # x s (1 - s) dz/dx + s
-        into.mul_(by_x)
-    return value, gradient
+    slope = torch.empty_like(x)
+    return _gelu_with_slope(x, slope), gradient.mul_(slope)
 
 
 def _pieces(x: Tensor) -> Sequence[Tensor]:
@@ -180,9 +185,13 @@ class _Fused(torch.autograd.Function):
         d_b1, d_b2 = (weight.new_empty(weight.shape[0], weight.shape[2], dtype=of) for weight, of in zip((w1, w2), ctx.kinds, strict=True))
         with torch.autocast(rows.device.type, enabled=False):
             for number, run in enumerate(ctx.runs):
-                hidden, *saved = kept[number * each : (number + 1) * each]
                 x, g = run.of(rows), run.of(out)
-                value, d_hidden = _gelu_backward(hidden, saved, g @ run.weights(w2, kind).mT)
+                d_hidden = g @ run.weights(w2, kind).mT
+                if each == 2:
+                    value, slope = kept[2 * number : 2 * number + 2]
+                    d_hidden.mul_(slope)
+                else:
+                    value, d_hidden = _gelu_backward(kept[number], d_hidden)
                 _product(value.mT, g, run.weights(d_w2))
                 run.weights(d_b2).copy_(g.sum(-2))
                 _product(x.mT, d_hidden, run.weights(d_w1))

@@ -135,7 +135,7 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     moe += rows * hidden * compute  # the experts' input
     kernel = kernel_of(config, layout, kind)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    saved = 3 if kernel == "fused" and keeps_all(rows, width, kind, dtype) else KERNELS[kernel][0]
+    saved = 2 if kernel == "fused" and keeps_all(rows, width, kind, dtype) else KERNELS[kernel][0]
     moe += rows * width * saved * compute
     moe += rows * experts // layout.expert * compute if kernel == "grouped" else 0  # which expert each row is of
     moe += pairs * hidden * compute  # answers, for their weights
@@ -158,7 +158,7 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
 
 
 # What each expert kernel keeps for the backward: (R, F) tensors (before GELU, and after it), and whether cast copies of the weights.
-# `fused` keeps three where they are small (`keeps_all`).
+# `fused` keeps two where they are small (`keeps_all`).
 KERNELS = {"loop": (2, True), "batched": (2, True), "grouped": (2, True), "fused": (1, False)}
 
 

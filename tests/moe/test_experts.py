@@ -168,8 +168,8 @@ def test_fused_accumulates_into_gradients_that_are_there() -> None:
     close([parameter.grad for parameter in module.parameters() if parameter.grad is not None], wanted, 1e-12)
 
 
-@pytest.mark.parametrize(("few", "each"), [(0, 1), (2**22, 3)])
-def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_three_of_few(few: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("few", "each"), [(0, 1), (2**22, 2)])
+def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_two_of_few(few: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is half of what autograd keeps for a dense FFN: nothing after GELU."""
     monkeypatch.setattr(fused_module, "FEW", few)
     module = experts("fused", kind=torch.float32)
@@ -240,9 +240,7 @@ def test_gelu_is_the_tanh_form() -> None:
 def test_gelu_of_large_numbers_stays_finite() -> None:
     """Far out GELU is 0 or x, and its slope 0 or 1, and nothing overflows on the way."""
     x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
-    gate = torch.empty_like(x)
-    assert torch.equal(fused_module._gelu(x, gate), F.relu(x))
-    for kept in ((), (gate, F.relu(x))):
-        value, slope = fused_module._gelu_backward(x, kept, torch.ones_like(x))
-        assert torch.equal(value, F.relu(x))
-        assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
+    assert torch.equal(fused_module._gelu(x), F.relu(x))
+    value, slope = fused_module._gelu_backward(x, torch.ones_like(x))
+    assert torch.equal(value, F.relu(x))
+    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
