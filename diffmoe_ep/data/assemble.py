@@ -1,6 +1,6 @@
 """Stored samples and the draws of their positions, made into the Batch that training receives."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -49,10 +49,8 @@ class Assembler:
             dropped.append(self._drop_condition > 0 and at(position, "drop").random() < self._drop_condition)
         return flipped, dropped
 
-    def batch(
-        self, positions: range, facts: Manifest, stored: Callable[[int], Stored], other: Callable[[int], Stored] | None = None
-    ) -> Batch:
-        """The Batch of these positions, of samples like `facts`, from the stored sample of each row.
+    def batch(self, positions: range, facts: Manifest, stored: Iterator[Stored], other: Callable[[int], Stored] | None = None) -> Batch:
+        """The Batch of these positions, of samples like `facts`, from the stored samples of the rows in their order.
 
         A stored array is done with before the next is asked for. other: the sample to take for a row whose values are not finite.
         """
@@ -60,21 +58,25 @@ class Assembler:
         noise, latent, u = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(len(positions), np.float32)
         conditions: list[int | Caption] = []
         dropped: list[bool] = []
-        for _, latents in self._latents.values():
-            latents.clear()
+        last, latents = facts, self._of(facts)
+        for _, each in self._latents.values():
+            each.clear()
         for first in range(0, len(positions), AT_ONCE):
             few = slice(first, first + AT_ONCE)
             flips, drops = self.draw(positions[few], facts.kind, noise[few], latent[few], u[few])
             for row, flipped in enumerate(flips, first):
-                manifest, array, held = stored(row)
-                self._of(manifest).put(row, array, flipped)
+                manifest, array, held = next(stored)
+                if manifest is not last:
+                    last, latents = manifest, self._of(manifest)
+                latents.put(row, array, flipped)
                 conditions.append(held)
-            for row in self._fill(latent):
+            bad = self._fill(latent)
+            for row in bad:
                 assert other is not None, "the values of these samples were looked at"
                 manifest, array, conditions[row] = other(row)
                 self._draws.at(positions[row], "posterior").standard_normal(out=latent[row], dtype=np.float32)
                 self._of(manifest).put(row, array, flips[row - first])
-            assert not self._fill(latent), "other samples are looked at before they are taken"
+            assert not bad or not self._fill(latent), "other samples are looked at before they are taken"
             dropped += drops
         condition, captions = self._condition(conditions, dropped, facts.num_classes)
         position = torch.arange(positions.start, positions.stop)

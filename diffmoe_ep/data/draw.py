@@ -9,7 +9,7 @@ from numpy.random import Generator, Philox
 from diffmoe_ep.data.keyed import PURPOSES
 from diffmoe_ep.data.manifest import Manifest
 
-AT_ONCE = 16  # samples whose latents are made together
+AT_ONCE = 32  # samples whose latents are made together
 
 
 class Draws:

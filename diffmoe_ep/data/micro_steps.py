@@ -3,6 +3,7 @@
 import itertools
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Dataset as TorchDataset
 
@@ -48,16 +49,13 @@ class MicroSteps(TorchDataset["Result"]):
         faults: list[Fault] = []
         places = self.order.places(positions)
 
-        def stored(row: int) -> Stored:
-            return self._stored(places[row], positions[row], faults)
-
         def other(row: int) -> Stored:
             part, place = self._mixture.parts[places[row].dataset], places[row]
             where, field = part.where(place.shard, place.sample), f"{part.manifest.kind}.npy"
             return self._other(place, positions[row], faults, DataError(f"{where}: {field} holds values that are not finite; {REMEDY}"))
 
         try:
-            return self._assembler.batch(positions, self._mixture.manifest, stored, other), tuple(faults)
+            return self._assembler.batch(positions, self._mixture.manifest, self._each(places, positions, faults), other), tuple(faults)
         except DataError as error:
             return error
 
@@ -75,10 +73,20 @@ class MicroSteps(TorchDataset["Result"]):
                 wanted = [*blocks.values(), *(shards for _, shards in known.values())]
                 self._mixture.parts[dataset].prefetch(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
 
-    def _stored(self, place: Place, position: int, faults: list[Fault]) -> Stored:
-        """The stored sample of a position or, if its bytes are bad, another. Whether its values are finite is not looked at."""
+    def _each(self, places: Sequence[Place], positions: range, faults: list[Fault]) -> Iterator[Stored]:
+        """The stored samples of the positions, in their order; whether their values are finite is not looked at."""
+        for place, position in zip(places, positions, strict=True):
+            quick, failed = self._quick.get(place.dataset), None
+            try:
+                stored = None if quick is None else quick(place.shard, place.sample)
+            except Unavailable as error:
+                stored, failed = None, error
+            yield stored or self._stored(place, position, faults, failed)
+
+    def _stored(self, place: Place, position: int, faults: list[Fault], failed: Unavailable | None) -> Stored:
+        """The stored sample of a position or, if its bytes are bad, another; failed: why it could not be had at the first attempt."""
         try:
-            return self._read(place, position)
+            return self._read(place, position, failed=failed)
         except Unavailable:
             raise
         except DataError as error:
@@ -101,14 +109,13 @@ class MicroSteps(TorchDataset["Result"]):
             return stored
         raise DataError(f"{bad}; and none of {tried} other samples of its shuffle block can stand in for it, they are bad too") from bad
 
-    def _read(self, place: Place, position: int, finite: bool = False) -> Stored:
+    def _read(self, place: Place, position: int, finite: bool = False, failed: Unavailable | None = None) -> Stored:
         """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the order."""
         part, text = self._mixture.parts[place.dataset], self._assembler.text
-        quick = None if finite else self._quick.get(place.dataset)
         for attempt in itertools.count():
             try:
-                if quick is not None and (found := quick(place.shard, place.sample)) is not None:
-                    return part.manifest, *found
+                if failed is not None and attempt == 0:
+                    raise failed
                 if text is None:
                     return part.manifest, *read_labelled(part, place.shard, place.sample, finite)
                 return part.manifest, *read_chosen(part, place.shard, place.sample, text, self._assembler.pick(position), finite)

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from diffmoe_ep.data.crc import fastest_crc32
-from diffmoe_ep.data.manifest import DataError
+from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.remote import Unavailable
 from diffmoe_ep.data.sample import decode_label, expected_header
 from diffmoe_ep.data.shards import Dataset
@@ -17,17 +17,16 @@ class Quick:
     def __init__(self, dataset: Dataset) -> None:
         """A dataset with labels."""
         manifest = dataset.manifest
-        self._dataset = dataset
+        self._dataset, self._manifest = dataset, manifest
         self._shape = manifest.stored_shape
         self._header, self._dtype, size = expected_header(manifest.dtype, self._shape)
-        self._count = size // self._dtype.itemsize
         self._size = len(self._header) + size  # of the array's member
         self._crc32 = fastest_crc32()
-        self._labels: dict[bytes, int] = {}  # those met so far
+        self._labels: dict[bytes, tuple[int, int]] = {}  # those met so far, and the checksum of their bytes
         assert manifest.fields == ("cls", f"{manifest.kind}.npy")
 
-    def __call__(self, shard: int, sample: int) -> tuple[np.ndarray, int] | None:
-        """Array and label; None where the bytes are bad, or sound but spelt in another way; Unavailable if the shard cannot be had."""
+    def __call__(self, shard: int, sample: int) -> tuple[Manifest, np.ndarray, int] | None:
+        """Manifest, array, label; None where the bytes are bad or spelt in another way; Unavailable if the shard cannot be had."""
         try:
             opened = self._dataset.opened(shard)
             begin, length, offset, size, crc32, array_offset, array_size, array_crc32 = opened.members[sample].tolist()
@@ -40,12 +39,12 @@ class Quick:
         if length == 0 or len(block) != length or array_size != self._size or not block.startswith(self._header, start):
             return None
         text = block[offset - begin : offset - begin + size]
-        if self._crc32(memoryview(block)[start : start + array_size]) != array_crc32 or self._crc32(text) != crc32:
-            return None
-        label = self._labels.get(text)
-        if label is None:
+        known = self._labels.get(text)
+        if known is None:
             try:
-                label = self._labels[text] = decode_label({"cls": text}, self._dataset.manifest)
+                known = self._labels[text] = decode_label({"cls": text}, self._manifest), self._crc32(text)
             except ValueError:
                 return None
-        return np.frombuffer(block, self._dtype, self._count, start + len(self._header)).reshape(self._shape), label
+        if known[1] != crc32 or self._crc32(memoryview(block)[start : start + array_size]) != array_crc32:
+            return None
+        return self._manifest, np.ndarray(self._shape, self._dtype, block, start + len(self._header)), known[0]

@@ -169,7 +169,7 @@ class ResampledSteps(IterableDataset["Result"]):
     def _batch(self, source: Iterator[Tar], positions: range) -> Result:
         faults: list[Fault] = []
 
-        def stored(row: int) -> Stored:
+        def next_sound(position: int) -> Stored:
             while True:
                 tar = next(source)
                 try:
@@ -180,9 +180,9 @@ class ResampledSteps(IterableDataset["Result"]):
                         raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
                     if len(faults) == MOST_BAD * len(positions):
                         raise DataError(f"{problem}; and the {len(faults)} samples before it are bad too; mend the data") from error
-                    faults.append(Fault(shown(tar.url), tar.key, str(error), positions[row], "the next sample"))
+                    faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
 
-        return self._assembler.batch(positions, self._tars.manifest, stored), tuple(faults)
+        return self._assembler.batch(positions, self._tars.manifest, map(next_sound, positions)), tuple(faults)
 
     def _stored(self, tar: Tar) -> Stored:
         """ValueError for a sample that cannot be used."""

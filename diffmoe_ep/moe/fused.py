@@ -23,7 +23,7 @@ from diffmoe_ep.moe.kernels import Weights, compute_type
 
 RUN = 2**23  # activations (n, F) that a run of several experts holds at most; 32 MiB in float32
 PIECE = 2**19  # activations that GELU's passes go over at a time
-FEW = 2**22  # activations (R, F) of which all that the backward needs is kept
+FEW = 2**24  # activations (R, F) at which the backward's needs are kept whole; 128 MiB in float32
 # GELU's tanh form is x * sigmoid(z) with z = x * (SLOPE + BEND * x^2).
 SLOPE = 2 * sqrt(2 / pi)
 BEND = SLOPE * 0.044715
@@ -186,15 +186,15 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for number, run in enumerate(ctx.runs):
                 x, g = run.of(rows), run.of(out)
+                run.weights(d_b2).copy_(g.sum(-2))  # biases first, while what they sum is in the cache
                 d_hidden = g @ run.weights(w2, kind).mT
                 if each == 2:
                     value, slope = kept[2 * number : 2 * number + 2]
                     d_hidden.mul_(slope)
                 else:
                     value, d_hidden = _gelu_backward(kept[number], d_hidden)
-                _product(value.mT, g, run.weights(d_w2))
-                run.weights(d_b2).copy_(g.sum(-2))
-                _product(x.mT, d_hidden, run.weights(d_w1))
                 run.weights(d_b1).copy_(d_hidden.sum(-2))
                 _product(d_hidden, run.weights(w1, kind).mT, run.of(d_rows))
+                _product(x.mT, d_hidden, run.weights(d_w1))
+                _product(value.mT, g, run.weights(d_w2))
         return d_rows, None, d_w1, d_b1, d_w2, d_b2

@@ -36,9 +36,10 @@ def test_the_quick_way_is_the_plain_way(tmp_path: Path, facts: Manifest) -> None
                 array, label = read_labelled(dataset, shard, sample)
                 found = quick(shard, sample)
                 assert found is not None
-                assert found[1] == label
-                assert found[0].dtype == array.dtype
-                np.testing.assert_array_equal(found[0], array)
+                assert found[0] is dataset.manifest
+                assert found[2] == label
+                assert found[1].dtype == array.dtype
+                np.testing.assert_array_equal(found[1], array)
 
 
 def test_what_is_bad_or_unusual_is_left_to_the_plain_way(tmp_path: Path) -> None:

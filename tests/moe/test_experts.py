@@ -76,9 +76,7 @@ def test_kernels_are_the_formula(case: str, kernel: Kernel, granularity: int) ->
 @pytest.mark.parametrize("few", [0, 2**22])
 @pytest.mark.parametrize(("run", "piece"), [(1, 7), (2**7, 64), (2**9, 2**10), (300, 100)])
 @pytest.mark.parametrize("case", COUNTS)
-def test_the_cut_into_runs_and_pieces_changes_nothing(
-    case: str, run: int, piece: int, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One expert at a time, two, four, and activations in several pieces, which sizes for tests would never make by themselves."""
     counts = COUNTS[case]
     monkeypatch.setattr(fused_module, "RUN", run)
