@@ -71,14 +71,14 @@ def _capacity_report(options: argparse.Namespace) -> None:
 
 def _capacity_search(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.capacity_search import check_search, search, with_threshold, write_search
-    from diffmoe_ep.evaluate.draw import check_pictures, classes_in_turn, pixels_of
+    from diffmoe_ep.evaluate.draw import check_pixels, classes_in_turn, pixels_of
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel import mesh as meshes
 
     train, heldout = load_images(options.reference), load_images(options.heldout)
     source = source_of(options)
     check_search(source.config.model, source.config.sample, options.thresholds)
-    check_pictures(source.facts)
+    check_pixels(source.facts)
     check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     model, mesh = load_source(source)

@@ -121,6 +121,7 @@ def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
 
 def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
     """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has seed + n."""
+    from diffmoe_ep.evaluate.decode import load_decoder
     from diffmoe_ep.evaluate.draw import draw
     from diffmoe_ep.evaluate.prompts import Prompts
 
@@ -133,6 +134,7 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
     else:
         conditions = asked
     seed = range(source.seed, source.seed + len(asked)) if isinstance(asked, Sequence) else source.seed
+    decode = load_decoder(source.config.sample, source.facts, mesh)
     model = _load(source, mesh)
     with bar_for(mesh, f"{len(asked)} samples") as bar:
 
@@ -141,15 +143,21 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
             bar.update(done - bar.n)
 
         objective = source.config.train.objective
-        return draw(model, conditions, source.config.sample, mesh, seed=seed, negative=away, objective=objective, progress=show)
+        return draw(
+            model, conditions, source.config.sample, mesh, seed=seed, negative=away, objective=objective, decode=decode, progress=show
+        )
 
 
 def drawer(source: Source, model: "DiT", mesh: "Mesh") -> "Drawer":
     """Draw with the loaded model and any sampling settings."""
+    from diffmoe_ep.evaluate.decode import load_decoder
     from diffmoe_ep.evaluate.draw import draw
 
+    decode = load_decoder(source.config.sample, source.facts, mesh)
+
     def drawer(asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None) -> "Drawn | None":
-        return draw(model, asked, sample, mesh, seed=source.seed, objective=source.config.train.objective, progress=progress)
+        objective = source.config.train.objective
+        return draw(model, asked, sample, mesh, seed=source.seed, objective=objective, decode=decode, progress=progress)
 
     return drawer
 
@@ -214,11 +222,12 @@ def _sample(options: argparse.Namespace) -> None:
         options.overrides = [*options.overrides, f"sample.threshold={options.threshold}"]
     words = _words(options)
     source = source_of(options)
-    config, pictures = source.config, source.facts["kind"] == "pixels"
+    config = source.config
+    pictures = source.facts["kind"] == "pixels" or config.sample.vae is not None
     asked = _asked(options, words, config)
     out = out_folder(options.out)
     if pictures:
-        check_pictures(source.facts)
+        check_pictures(source.facts, config.sample.vae)
     drawn = draw_all(source, asked, options.negative)
     if drawn is not None:
         written = ["samples.npz"]
@@ -238,6 +247,8 @@ def _sample(options: argparse.Namespace) -> None:
             f"steps, guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
         )
         print(f"written to {out}: {', '.join(written)}")
+        if not pictures:
+            print("these are latents of a VAE; to see pictures, set sample.vae to its local folder")
     meshes.stop()
 
 

@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.draw import check_pictures, classes_in_turn, pixels_of, write_grid
+    from diffmoe_ep.evaluate.draw import check_pixels, classes_in_turn, pixels_of, write_grid
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel import mesh as meshes
 
@@ -37,7 +37,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             if takes_text
             else "--composition scores samples of prompts, but the model is conditioned on classes; leave it away"
         )
-    check_pictures(source.facts)
+    check_pixels(source.facts)
     if options.composition:
         return _compose(options, source)
     train, heldout = load_images(options.reference), load_images(options.heldout)

@@ -238,6 +238,7 @@ class SampleConfig:
     threshold: float | Literal["dynamic", "raw"] = knob("dynamic", "moving average, bias-corrected or raw; or one number for every expert")
     capacity: float = knob(1.0, "capacity factor of `topk`", POSITIVE)
     weights: Literal["ema", "model"] = knob("ema", "averaged or live weights")
+    vae: str | None = knob(None, "local folder of the VAE that made the latents, to see samples as pictures; null: latents alone")
     grid_every: int = knob(0, "steps between sample grids while training; 0 = none", NATURAL)
     grid_size: int = knob(80, "samples in such a grid, classes in turn", POSITIVE)
 

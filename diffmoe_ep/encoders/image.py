@@ -60,7 +60,9 @@ def load_image_encoder(folder: Path, device: torch.device | str = "cpu") -> Imag
     except ImportError as error:
         raise ConfigError(f"a VAE needs diffusers, which is missing ({error}); pip install 'diffmoe_ep[encode]'") from error
     try:
-        model = AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        model = AutoencoderKL.from_pretrained(
+            str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} does not load as an AutoencoderKL ({error}); give {SOURCE}") from error
     scale, shift = float(model.config.scaling_factor), float(model.config.shift_factor or 0.0)

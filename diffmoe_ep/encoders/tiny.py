@@ -112,7 +112,8 @@ def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"{folder} holds an encoder made with another {key} ({found.get(key)}, now {recipe[key]}); choose another folder with --out"
+            f"{folder} holds an encoder made with other settings ({key} {found.get(key)}, now {recipe[key]}); "
+            "choose another folder with --out"
         )
     return True
 

@@ -385,7 +385,7 @@ def write_tables(found: Report, out: Path) -> list[str]:
 
 
 def write_plots(found: Report, out: Path) -> list[str]:
-    """Draw the measurements; gives the files' names. Pictures of samples are shown where the data are pixels."""
+    """Draw the measurements; gives the files' names. Pictures of samples are shown where there are some."""
     cube, blocks = found.per_layer_expert_step().numpy(), found.blocks
     ranked = [(one.name, one.capacity) for one in found.classes]
     curves = torch.stack([one.per_step for one in found.classes]).numpy()  # (classes, steps)
@@ -414,9 +414,10 @@ def write_plots(found: Report, out: Path) -> list[str]:
 
 
 def _as_pictures(found: Report) -> Callable[[Drawn], plots.Pictures] | None:
-    """How samples are shown: as numbers in 0..1 (n, H, W, C); None for latents and for what is no picture of 1 or 3 channels."""
+    """How samples are shown: as numbers in 0..1 (n, H, W, C); None for what is no picture of 1 or 3 channels."""
     facts = found.facts
-    if facts["kind"] != "pixels" or facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255:
+    decoded = any(one.samples is not None and one.samples.decoded is not None for one in found.classes)
+    if not decoded and (facts["kind"] != "pixels" or facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255):
         return None
     return lambda drawn: pixels_of(drawn, facts).permute(0, 2, 3, 1).double().numpy() / highest(facts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
 from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.diffusion.objective import ObjectiveKind
+from diffmoe_ep.evaluate.decode import Decode
 from diffmoe_ep.evaluate.generate import CapacityRecord, Generated, Model, Seed, generate, join, to_pixels
 from diffmoe_ep.evaluate.picture import grid
 from diffmoe_ep.evaluate.prompts import Prompts
@@ -29,6 +30,7 @@ class Drawn:
     labels: Tensor  # (n,) the classes asked for; (0,) where prompts were
     capacity: CapacityRecord  # over all ranks
     prompts: tuple[str, ...] = ()  # asked for
+    decoded: Tensor | None = None  # (n, 3, H, W) uint8, where latents are a VAE's and its decoder is at hand
 
 
 def classes_in_turn(num: int, classes: list[int]) -> Tensor:
@@ -46,12 +48,13 @@ def draw(
     negative: Prompts | None = None,
     objective: ObjectiveKind = "flow",
     weights: Model | None = None,
+    decode: Decode | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Drawn | None:
     """Draw one sample for each label or prompt; the first rank gets them all, the others None.
 
     negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was trained to predict.
-    `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
+    `weights` runs the module with other weights (the averaged ones); the module's mode is restored. decode: each rank decodes its own.
     """
     was_training = module.training
     module.eval()
@@ -65,13 +68,15 @@ def draw(
         rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
     module.train(was_training)
-    parts: list[Generated] | None = collect_objects(part, mesh.world)
+    parts: list[tuple[Generated, Tensor | None]] | None = collect_objects((part, decode and decode(part.latents)), mesh.world)
     if parts is None:
         return None
-    latents, capacity = join(parts)
+    latents, capacity = join([part for part, _ in parts])
+    pictures = [pictures for _, pictures in parts if pictures is not None]
+    decoded = torch.cat(pictures)[torch.cat([part.index for part, _ in parts]).argsort()] if pictures else None
     if isinstance(conditions, Prompts):
-        return Drawn(latents, torch.zeros(0, dtype=torch.int64), capacity, conditions.words)
-    return Drawn(latents, conditions, capacity)
+        return Drawn(latents, torch.zeros(0, dtype=torch.int64), capacity, conditions.words, decoded)
+    return Drawn(latents, conditions, capacity, decoded=decoded)
 
 
 def _null(model: ModelConfig) -> Condition:
@@ -116,12 +121,16 @@ def check_sampling(config: Config, num: int) -> None:
         tokens_per_expert(span * num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity)
 
 
-def check_pictures(facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError, before anything is drawn, if these data cannot be shown as a grid here."""
+def check_pictures(facts: Mapping[str, Any], vae: str | None) -> None:
+    """Raise ConfigError, before anything is drawn, if these data cannot be shown as a grid here; vae: sample.vae."""
     if find_spec("PIL") is None:
         raise ConfigError("grids need Pillow: pip install 'diffmoe_ep[sample]', or set sample.grid_every=0")
-    if facts["kind"] != "pixels":
-        raise ConfigError(f"the data {facts['name']} are latents of a VAE, which this version cannot decode; set sample.grid_every=0")
+    if facts["kind"] == "moments":
+        if vae is None:
+            raise ConfigError(
+                f"the data {facts['name']} are latents of a VAE; set sample.vae to its local folder to see pictures, or sample.grid_every=0"
+            )
+        return
     if facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255:
         raise ConfigError(
             f"the data {facts['name']} (shape {tuple(facts['shape'])}, scale {facts['scale']}, shift {facts['shift']}) are no pictures "
@@ -129,13 +138,27 @@ def check_pictures(facts: Mapping[str, Any]) -> None:
         )
 
 
+def check_pixels(facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError if samples cannot be compared with stored pixels."""
+    if facts["kind"] != "pixels":
+        raise ConfigError(
+            f"the data {facts['name']} are latents of a VAE, and scores compare stored pixels; draw pictures with diffmoe sample "
+            "sample.vae=FOLDER and score its samples.npz by other means"
+        )
+    check_pictures(facts, None)
+
+
 def highest(facts: Mapping[str, Any]) -> int:
-    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs."""
+    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE decodes."""
+    if facts["kind"] == "moments":
+        return 255
     return round((1 - facts["shift"]) / facts["scale"])
 
 
 def pixels_of(drawn: Drawn, facts: Mapping[str, Any]) -> Tensor:
-    """The samples as stored pixels, uint8 (n, C, H, W)."""
+    """The samples as pixels, stored ones or decoded ones: uint8 (n, C, H, W)."""
+    if drawn.decoded is not None:
+        return drawn.decoded
     return to_pixels(drawn.latents, facts["scale"], facts["shift"], highest(facts))
 
 

@@ -40,5 +40,5 @@ def check_data(config: Config, dataset: Mixture | Tars) -> None:
             f"set model.num_classes={facts.num_classes}"
         )
     if config.sample.grid_every:
-        check_pictures(asdict(facts))
+        check_pictures(asdict(facts), config.sample.vae)
         check_sampling(config, config.sample.grid_size)

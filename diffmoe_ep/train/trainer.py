@@ -24,6 +24,7 @@ from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
+from diffmoe_ep.evaluate.decode import load_decoder
 from diffmoe_ep.evaluate.draw import draw, write_grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
@@ -102,6 +103,7 @@ class Trainer:
         self.dataset = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
         self.folder = RunFolder(Path(config.folder))
         self.conditions = Conditions(config, self.dataset, mesh)
+        self.decode = load_decoder(config.sample, asdict(self.dataset.manifest), mesh) if config.sample.grid_every else None
         self.start = find_start(config, mesh, dataset, checkpoint)
         self.model = begin(self.build_model(), self.start, config, mesh)
         self.engine = Engine(self.model, config, mesh)
@@ -243,7 +245,10 @@ class Trainer:
         config = self.config.sample
         asked = self.conditions.for_grid(config.grid_size)
         weights = self.ema if config.weights == "ema" else None
-        drawn = draw(self.model, asked, config, self.mesh, seed=self.config.seed, objective=self.config.train.objective, weights=weights)
+        drawn = draw(
+            self.model, asked, config, self.mesh, seed=self.config.seed, objective=self.config.train.objective, weights=weights,
+            decode=self.decode,
+        )  # fmt: skip
         if drawn is not None:
             self.folder.picture(f"samples/step-{self.step:07d}.png", lambda path: write_grid(drawn, asdict(self.dataset.manifest), path))
             self.folder.draw_curves()

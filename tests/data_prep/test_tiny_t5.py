@@ -48,7 +48,7 @@ def test_it_is_made_once_and_never_over_something_else(tmp_path: Path, capsys: p
     assert make(tmp_path / "t5", "--steps", "1") == 0
     assert "already there" in capsys.readouterr().out
     assert make(tmp_path / "t5", "--steps", "2") == 2
-    assert "made with another steps (1, now 2); choose another folder with --out" in capsys.readouterr().err
+    assert "made with other settings (steps 1, now 2); choose another folder with --out" in capsys.readouterr().err
     assert content(tmp_path / "t5") == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
