@@ -122,3 +122,10 @@ def test_fine_tuning_on_latents_of_another_scale_is_refused(made: Path, tmp_path
     code, _, err = run(1, call, "train", "configs/digits.yaml", f"data.folder={other}", f"folder={tmp_path / 'run'}", *sizes)[0]
     assert code == 2
     assert "was trained on data whose scale is 0.5, but that of this run's data is 0.7" in err
+
+
+def test_scores_of_latents_are_refused(made: Path) -> None:
+    folders = ("--reference", str(made / "data"), "--heldout", str(made / "data"))
+    code, _, err = run(1, call, "evaluate", str(made / "run"), "--composition", *folders)[0]
+    assert code == 2
+    assert "are latents of a VAE, and scores compare stored pixels" in err
