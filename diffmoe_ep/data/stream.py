@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,11 +16,13 @@ from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.micro_steps import MicroSteps, Result
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.order import Lanes
+from diffmoe_ep.data.pack import Packed, pack, unpack
 from diffmoe_ep.data.quarantine import Fault
 from diffmoe_ep.data.resampled import ResampledSteps, Tars
 from diffmoe_ep.data.sample import Batch
 from diffmoe_ep.data.shards import Dataset
 
+PackedResult = tuple[Packed, tuple[Fault, ...]] | DataError
 LEAST_SEEN = 65_536  # samples that bad ones are counted against where nobody knows how many there are
 
 
@@ -82,7 +85,7 @@ class Stream:
             self._source = MicroSteps(self.dataset, order, assembler, micro_step_size, rows, retries, tolerant)
         self._workers = workers
         self._prefetch = prefetch
-        self._results: Iterator[Result] | None = None
+        self._results: Iterator[Result | PackedResult] | None = None
 
     def __iter__(self) -> "Stream":
         return self
@@ -106,6 +109,8 @@ class Stream:
             self.close()  # what was read ahead lies behind the bad sample
             raise result
         batch, faults = result
+        if isinstance(batch, Packed):
+            batch = unpack(batch)
         self.samples_consumed += self._micro_step_size
         if faults:
             self._list(faults)
@@ -146,7 +151,7 @@ class Stream:
             self.samples_consumed -= self._micro_step_size
             raise
 
-    def _start(self, micro_step: int) -> "Iterator[Result]":
+    def _start(self, micro_step: int) -> "Iterator[Result | PackedResult]":
         source, sampler = self._source, None
         if isinstance(source, ResampledSteps):
             source.first = micro_step
@@ -158,7 +163,7 @@ class Stream:
         # A generator of its own keeps the loader away from torch's global random state.
         loader = DataLoader(
             source, batch_size=None, sampler=sampler, num_workers=self._workers, prefetch_factor=self._prefetch,
-            generator=torch.Generator(),
+            generator=torch.Generator(), collate_fn=_packed,
         )  # fmt: skip
         return iter(loader)
 
@@ -168,3 +173,8 @@ class Stream:
             self._results._shutdown_workers()  # type: ignore[attr-defined]  # dropping the iterator does it too, but only when collected
         self._results = None
         self.dataset.close()
+
+
+def _packed(result: Any) -> PackedResult:
+    """A worker's result (`Result`), ready to be passed on."""
+    return result if isinstance(result, DataError) else (pack(result[0]), result[1])
