@@ -180,21 +180,28 @@ class _Fused(torch.autograd.Function):
         rows, w1, w2, *kept = ctx.saved_tensors
         each = len(kept) // len(ctx.runs)  # tensors of a run
         kind, out = rows.dtype, gradients[0].contiguous()
-        d_rows = torch.empty_like(rows)
-        d_w1, d_w2 = torch.empty_like(w1), torch.empty_like(w2)
-        d_b1, d_b2 = (weight.new_empty(weight.shape[0], weight.shape[2], dtype=of) for weight, of in zip((w1, w2), ctx.kinds, strict=True))
+        by_rows, _, by_w1, by_b1, by_w2, by_b2 = ctx.needs_input_grad  # a frozen weight's gradient is not computed
+        d_rows = torch.empty_like(rows) if by_rows else None
+        d_w1, d_w2 = torch.empty_like(w1) if by_w1 else None, torch.empty_like(w2) if by_w2 else None
+        d_b1 = w1.new_empty(w1.shape[0], w1.shape[2], dtype=ctx.kinds[0]) if by_b1 else None
+        d_b2 = w2.new_empty(w2.shape[0], w2.shape[2], dtype=ctx.kinds[1]) if by_b2 else None
         with torch.autocast(rows.device.type, enabled=False):
             for number, run in enumerate(ctx.runs):
                 x, g = run.of(rows), run.of(out)
-                run.weights(d_b2).copy_(g.sum(-2))  # biases first, while what they sum is in the cache
+                if d_b2 is not None:
+                    run.weights(d_b2).copy_(g.sum(-2))  # biases first, while what they sum is in the cache
                 d_hidden = g @ run.weights(w2, kind).mT
                 if each == 2:
                     value, slope = kept[2 * number : 2 * number + 2]
                     d_hidden.mul_(slope)
                 else:
                     value, d_hidden = _gelu_backward(kept[number], d_hidden)
-                run.weights(d_b1).copy_(d_hidden.sum(-2))
-                _product(d_hidden, run.weights(w1, kind).mT, run.of(d_rows))
-                _product(x.mT, d_hidden, run.weights(d_w1))
-                _product(value.mT, g, run.weights(d_w2))
+                if d_b1 is not None:
+                    run.weights(d_b1).copy_(d_hidden.sum(-2))
+                if d_rows is not None:
+                    _product(d_hidden, run.weights(w1, kind).mT, run.of(d_rows))
+                if d_w1 is not None:
+                    _product(x.mT, d_hidden, run.weights(d_w1))
+                if d_w2 is not None:
+                    _product(value.mT, g, run.weights(d_w2))
         return d_rows, None, d_w1, d_b1, d_w2, d_b2

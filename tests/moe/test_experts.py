@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.moe import fused as fused_module
@@ -183,6 +184,38 @@ def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_two_of_few(few: 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(rows, [2, 2, 4, 0])
     assert sum(kept) == each * 8 * 4 * HIDDEN
+
+
+@pytest.mark.parametrize("few", [0, 2**24])
+@pytest.mark.parametrize("frozen", [("fc1_weight", "fc2_weight"), ("fc1_bias", "fc2_bias"), ("fc1_weight", "fc1_bias"), ("fc2_weight",)])
+@pytest.mark.parametrize("case", ["even", "ragged"])
+def test_fused_leaves_frozen_weights_out(case: str, frozen: tuple[str, ...], few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' gradients are the same bits, and a frozen weight's matmul is not computed."""
+    monkeypatch.setattr(fused_module, "FEW", few)
+    counts = COUNTS[case]
+    module = experts("fused", len(counts))
+    rows, gradient = inputs(counts)
+    module(rows, counts).backward(gradient)
+    wanted = {name: parameter.grad for name, parameter in module.named_parameters()}
+    by_rows, rows.grad = rows.grad, None
+    work = []
+    for part in ((), frozen):
+        for name, parameter in module.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name not in part)
+        with FlopCounterMode(display=False) as counter:
+            module(rows, counts).backward(gradient)
+        work.append(counter.get_total_flops())
+        assert by_rows is not None and rows.grad is not None
+        assert torch.equal(rows.grad, by_rows)
+        rows.grad = None
+        for name, parameter in module.named_parameters():
+            if name in part:
+                assert parameter.grad is None, name
+            else:
+                assert torch.equal(parameter.grad, wanted[name]), name
+    spared = sum("weight" in name for name in frozen)
+    assert work[0] - work[1] == spared * 2 * sum(counts) * HIDDEN * 4 * HIDDEN
 
 
 def test_a_kernel_that_cannot_run_says_so() -> None:
