@@ -34,6 +34,7 @@ def add(verbs: Any) -> None:
     select.set_defaults(run=_bench_select)
     layer = benches.add_parser("layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone")
     layer.add_argument("--sizes", type=_cases, default=None, metavar="D:tokens:N,...", help="for example 384:8192:16 (default: S, B and L)")
+    layer.add_argument("--compile", action="store_true", help="with torch.compile, as train.compile does: the dense FFN and our experts")
     step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
     step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
     step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
@@ -95,7 +96,7 @@ def _bench_layer(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options)
     cases = CASES if options.sizes is None else [Case(*size) for size in options.sizes]
-    _measured(mesh, options, measured=bench_layer(mesh, cases, options.turns, _compute(options)))
+    _measured(mesh, options, measured=bench_layer(mesh, cases, options.turns, _compute(options), compiled=options.compile))
 
 
 def _bench_step(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from diffmoe_ep.moe.fused import fused
 from diffmoe_ep.moe.kernels import batched, cannot_group, compute_type, even, grouped, loop
 
 Kernel = Literal["auto", "loop", "batched", "grouped", "fused"]
-KERNELS = {"loop": loop, "batched": batched, "grouped": grouped, "fused": fused}
+KERNELS = {"loop": loop, "batched": batched, "grouped": grouped}
 
 
 class Experts(nn.Module):
@@ -28,6 +28,7 @@ class Experts(nn.Module):
         super().__init__()
         width = 4 * hidden // granularity
         self.kernel: Kernel = kernel
+        self.compiled = False  # whether `fused` may use torch.compile
         self.first = 0
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden, width))  # (N, D, F)
         self.fc1_bias = nn.Parameter(torch.empty(num_experts, width))  # (N, F)
@@ -37,7 +38,8 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and zero."""
         kernel = choose_kernel(rows, counts, self.fc1_weight.shape[2]) if self.kernel == "auto" else self.kernel
-        return KERNELS[kernel](rows, counts, (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias))
+        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return fused(rows, counts, weights, self.compiled) if kernel == "fused" else KERNELS[kernel](rows, counts, weights)
 
 
 def choose_kernel(rows: Tensor, counts: Sequence[int], width: int) -> Kernel:

@@ -9,8 +9,9 @@ Weights' gradients go straight into their place in a full tensor. Weights are ca
 that bfloat16 needs no second copy of all experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import pi, sqrt
 from typing import Any, cast
 
@@ -29,12 +30,15 @@ SLOPE = 2 * sqrt(2 / pi)
 BEND = SLOPE * 0.044715
 
 
-def fused(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
-    """All experts by one function of our own, however ragged; computes in the type of the rows, or autocast's."""
+def fused(rows: Tensor, counts: Sequence[int], weights: Weights, compiled: bool = False) -> Tensor:
+    """All experts by one function of our own, however ragged; computes in the type of the rows, or autocast's.
+
+    compiled: let torch.compile make one pass of GELU's on a CPU (a compiler is needed, and seconds at the first call).
+    """
     rows = rows.to(compute_type(rows)).contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *weights)):
-        return cast(Tensor, _Fused.apply(rows, tuple(counts), *weights))
-    return _forward(rows, list(_cut(counts, weights[0].shape[2])), weights, None)
+        return cast(Tensor, _Fused.apply(rows, tuple(counts), compiled, *weights))
+    return _forward(rows, list(_cut(counts, weights[0].shape[2])), weights, None, compiled)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def keeps_all(rows: int, width: int, device: str, dtype: torch.dtype) -> bool:
     return rows * width <= FEW and _by_sigmoid(device, dtype)
 
 
-def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Gelu] | None) -> Tensor:
+def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Gelu] | None, compiled: bool) -> Tensor:
     """Answers (R, D); what each run's backward needs goes to `kept`."""
     w1, b1, w2, b2 = weights
     kind = rows.dtype
@@ -98,10 +102,10 @@ def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Ge
         for run in runs:
             hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
             if kept is not None and keeps:
-                value = _gelu_with_slope(hidden, hidden)
-                kept.append((value, hidden))
+                value, slope = _gelu_with_slope(hidden, hidden, compiled)
+                kept.append((value, slope))
             else:
-                value = _gelu(hidden)
+                value = _gelu(hidden, compiled)
                 if kept is not None:
                     kept.append((hidden,))
             _affine(value, run.weights(w2, kind), run.weights(b2, kind), run.of(out))
@@ -122,18 +126,25 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _gelu(x: Tensor) -> Tensor:
+def _gelu(x: Tensor, compiled: bool = False) -> Tensor:
     """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
     if not _by_sigmoid(x.device.type, x.dtype):
         return F.gelu(x, approximate="tanh")
+    if compiled:
+        return _compiled(_value)(x)
     value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
     for part, out in zip(_pieces(x), _pieces(value), strict=True):
         torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
     return value
 
 
-def _gelu_with_slope(x: Tensor, slope: Tensor) -> Tensor:
-    """GELU of x, and its derivative into `slope`, which may be x itself. With s = sigmoid(z), the derivative is s + s (1 - s) x dz/dx."""
+def _gelu_with_slope(x: Tensor, slope: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    """GELU of x, and its derivative, which may go into `slope`, and that may be x itself.
+
+    With s = sigmoid(z), the derivative is s + s (1 - s) x dz/dx.
+    """
+    if compiled:
+        return _compiled(_value_and_slope)(x)
     value, constant = torch.empty_like(x), x.new_tensor(SLOPE)
     z, s = x.new_empty(2, min(PIECE, x.numel())).unbind()
     for part, out, by_x in zip(_pieces(x), _pieces(value), _pieces(slope), strict=True):
@@ -144,16 +155,38 @@ def _gelu_with_slope(x: Tensor, slope: Tensor) -> Tensor:
         z.sub_(part, alpha=2 / 3 * SLOPE)  # x dz/dx = 3 z - 2 SLOPE x; here a third of it
         torch.ops.aten.sigmoid_backward.grad_input(z, s, grad_input=z)
         torch.add(s, z, alpha=3, out=by_x)
-    return value
+    return value, slope
 
 
-def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of x, computed again, and the gradient by x, into `gradient`."""
+def _gelu_backward(x: Tensor, gradient: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    """GELU of x, computed again, and the gradient by x, which may go into `gradient`."""
     if not _by_sigmoid(x.device.type, x.dtype):
         again = F.gelu(x, approximate="tanh")
         return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
-    slope = torch.empty_like(x)
-    return _gelu_with_slope(x, slope), gradient.mul_(slope)
+    if compiled:
+        return _compiled(_value_and_gradient)(x, gradient)
+    value, slope = _gelu_with_slope(x, torch.empty_like(x))
+    return value, gradient.mul_(slope)
+
+
+def _value(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x * (SLOPE + BEND * x * x))
+
+
+def _value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * (SLOPE + BEND * x * x)
+    s = torch.sigmoid(z)
+    return x * s, s + s * (1 - s) * (3 * z - 2 * SLOPE * x)
+
+
+def _value_and_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _value_and_slope(x)
+    return value, gradient * slope
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 def _pieces(x: Tensor) -> Sequence[Tensor]:
@@ -167,10 +200,11 @@ def _by_sigmoid(device: str, dtype: torch.dtype) -> bool:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], compiled: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         kept: list[Gelu] = []
+        ctx.compiled = compiled
         ctx.runs, ctx.kinds = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)
-        out = _forward(rows, ctx.runs, (w1, b1, w2, b2), kept)
+        out = _forward(rows, ctx.runs, (w1, b1, w2, b2), kept, compiled)
         ctx.save_for_backward(rows, w1, w2, *(tensor for of_run in kept for tensor in of_run))
         return out
 
@@ -180,7 +214,7 @@ class _Fused(torch.autograd.Function):
         rows, w1, w2, *kept = ctx.saved_tensors
         each = len(kept) // len(ctx.runs)  # tensors of a run
         kind, out = rows.dtype, gradients[0].contiguous()
-        by_rows, _, by_w1, by_b1, by_w2, by_b2 = ctx.needs_input_grad  # a frozen weight's gradient is not computed
+        by_rows, _, _, by_w1, by_b1, by_w2, by_b2 = ctx.needs_input_grad  # a frozen weight's gradient is not computed
         d_rows = torch.empty_like(rows) if by_rows else None
         d_w1, d_w2 = torch.empty_like(w1) if by_w1 else None, torch.empty_like(w2) if by_w2 else None
         d_b1 = w1.new_empty(w1.shape[0], w1.shape[2], dtype=ctx.kinds[0]) if by_b1 else None
@@ -195,7 +229,7 @@ class _Fused(torch.autograd.Function):
                     value, slope = kept[2 * number : 2 * number + 2]
                     d_hidden.mul_(slope)
                 else:
-                    value, d_hidden = _gelu_backward(kept[number], d_hidden)
+                    value, d_hidden = _gelu_backward(kept[number], d_hidden, ctx.compiled)
                 if d_b1 is not None:
                     run.weights(d_b1).copy_(d_hidden.sum(-2))
                 if d_rows is not None:
@@ -204,4 +238,4 @@ class _Fused(torch.autograd.Function):
                     _product(x.mT, d_hidden, run.weights(d_w1))
                 if d_w2 is not None:
                     _product(value.mT, g, run.weights(d_w2))
-        return d_rows, None, d_w1, d_b1, d_w2, d_b2
+        return d_rows, None, None, d_w1, d_b1, d_w2, d_b2

@@ -74,6 +74,7 @@ class LayerBench:
     turns: int
     load: tuple[float, float]  # before and after
     rows: tuple[Row, ...]
+    compiled: bool = False  # the dense FFN and our experts
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -93,16 +94,23 @@ class LayerBench:
             cells.append("-" if row.over_matmuls is None else f"{row.over_matmuls:.2f}")
             table.append([f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", *cells])
         head = f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}, {self.device}"
+        head += "; dense and ours compiled" if self.compiled else ""
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
         return [head, *aligned(table), f"{ranks}{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"]
 
 
 def bench_layer(
-    mesh: Mesh, cases: Sequence[Case] = CASES, turns: int = 20, compute: torch.dtype = torch.float32, peers: bool = True
+    mesh: Mesh,
+    cases: Sequence[Case] = CASES,
+    turns: int = 20,
+    compute: torch.dtype = torch.float32,
+    peers: bool = True,
+    compiled: bool = False,
 ) -> LayerBench:
     """Measure every case on the mesh's ranks. peers: also DeepSpeed's layer (which wants a process group) and the plain loop.
 
-    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. Raises ConfigError for sizes that do not divide.
+    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and our experts use
+    torch.compile, as with train.compile. Raises ConfigError for sizes that do not divide.
     """
     before = load()
     rows = []
@@ -112,16 +120,20 @@ def bench_layer(
                 f"D {case.hidden}, {case.tokens} tokens, {case.experts} experts on {mesh.size} ranks: ranks must divide experts, experts "
                 "tokens, and 4 the width; give such numbers"
             )
-        rows.append(_measure(mesh, case, turns, compute, peers))
+        rows.append(_measure(mesh, case, turns, compute, peers, compiled))
     kind = str(compute).removeprefix("torch.")
-    return LayerBench(device_name(mesh.device), kind, mesh.size, turns, (before, load()), tuple(rows))
+    return LayerBench(device_name(mesh.device), kind, mesh.size, turns, (before, load()), tuple(rows), compiled)
 
 
-def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bool) -> Row:
+def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bool, compiled: bool) -> Row:
     generator = torch.Generator().manual_seed(mesh.rank)
     x = torch.randn(1, case.tokens, case.hidden, generator=generator).to(mesh.device, compute).requires_grad_()
     probe = torch.randn(1, case.tokens, case.hidden, generator=generator).to(mesh.device, compute)
-    contenders: dict[str, nn.Module] = {"dense": FeedForward(case.hidden, 4 * case.hidden), "ours": our_layer(case, mesh)}
+    dense, ours = FeedForward(case.hidden, 4 * case.hidden), our_layer(case, mesh)
+    if compiled:
+        dense.forward = torch.compile(dense.forward)  # type: ignore[method-assign]
+        ours.layer.experts.compiled = True
+    contenders: dict[str, nn.Module] = {"dense": dense, "ours": ours}
     if peers:
         with redirect_stdout(sys.stderr):  # DeepSpeed tells what it does where our table goes
             contenders["deepspeed"] = deepspeed_layer(case, mesh)
@@ -132,9 +144,9 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
         actions |= matmuls(case, mesh.device, compute)
     ready = torch.zeros(1, device=mesh.device)
     found = interleaved(actions, turns, mesh.device, lambda: all_sum(ready, mesh.world))
-    dense = 3 * 16 * case.hidden**2  # FLOPs of a token: two matmuls of 8 D^2, forward and twice backward
+    flops = 3 * 16 * case.hidden**2  # FLOPs of a token: two matmuls of 8 D^2, forward and twice backward
     extra = 4 * case.hidden**2 + 12 * case.hidden * case.experts  # predictor (its input gets no gradient) and router
-    return Row(case, found, (dense + extra) / dense)
+    return Row(case, found, (flops + extra) / flops)
 
 
 def _training(module: nn.Module, x: Tensor, probe: Tensor, compute: torch.dtype) -> Callable[[], None]:

@@ -1,6 +1,8 @@
 """Every kernel is the loop, and the loop is the formula."""
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece
     monkeypatch.setattr(fused_module, "FEW", few)
     module = experts("fused", len(counts))
     close(computed(module, counts), formula(module, counts), 1e-12)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gelu_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept whole or computed again, trained or only run; and far out nothing overflows."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for few in (0, 2**24):
+        monkeypatch.setattr(fused_module, "FEW", few)
+        for case in ("ragged", "runs"):
+            module = experts("fused", len(COUNTS[case]))
+            module.compiled = True
+            wanted = formula(module, COUNTS[case])
+            close(computed(module, COUNTS[case]), wanted, 1e-12)
+            with torch.no_grad():
+                close([module(inputs(COUNTS[case])[0], COUNTS[case])], wanted[:1], 1e-12)
+    x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
+    value, slope = fused_module._gelu_backward(x, torch.ones_like(x), compiled=True)
+    assert torch.equal(value, F.relu(x))
+    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
