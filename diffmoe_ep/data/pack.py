@@ -24,7 +24,7 @@ class Packed:
 
 
 def pack(batch: Batch) -> Packed:
-    """Copy a batch into one block."""
+    """Copy a batch into one block, of memory that processes share: so it is copied once, as it would be without."""
     tensors = {"latent": batch.latent, "noise": batch.noise, "u": batch.u, "position": batch.position}
     condition = batch.condition
     tensors |= {"features": condition.features, "lengths": condition.lengths} if isinstance(condition, Text) else {"labels": condition}
@@ -32,7 +32,8 @@ def pack(batch: Batch) -> Packed:
     for name, tensor in tensors.items():
         places[name] = (end, tensor.dtype, tuple(tensor.shape))
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    packed = Packed(torch.empty(end, dtype=torch.uint8), places, batch.captions)
+    memory = torch.UntypedStorage._new_shared(end)  # as torch's own collate does
+    packed = Packed(torch.empty(0, dtype=torch.uint8).set_(memory), places, batch.captions)
     for name, tensor in tensors.items():
         _part(packed, name).copy_(tensor)
     return packed
