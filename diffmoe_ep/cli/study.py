@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
     select.set_defaults(run=_bench_select)
     layer = benches.add_parser("layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone")
     layer.add_argument("--sizes", type=_cases, default=None, metavar="D:tokens:N,...", help="for example 384:8192:16 (default: S, B and L)")
-    layer.add_argument("--compile", action="store_true", help="with torch.compile, as train.compile does: the dense FFN and our experts")
+    layer.add_argument("--compile", action="store_true", help="with torch.compile, as train.compile does: the dense FFN and our layer")
     step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
     step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
     step.add_argument("--experts", type=int, default=16, help="experts (default 16)")

@@ -200,7 +200,7 @@ class TrainConfig:
         "none",
         "activations not kept for the backward but computed again there (choices are kept): none, those of the FFN part, all of a block",
     )
-    compile: bool = knob(False, "compile adaLN, attention, dense FFNs and, on CPU, the experts' GELU (torch.compile; needs a compiler)")
+    compile: bool = knob(False, "compile adaLN, attention, dense FFNs and parts of MoE layers (torch.compile; needs a compiler)")
     clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
     freeze: tuple[str, ...] = knob((), 'patterns of names (*, ?): parameters that stay as they start, as ["patches.*", "*.attention.*"]')
     optimizer: OptimizerConfig = section(OptimizerConfig)

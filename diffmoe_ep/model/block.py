@@ -42,12 +42,12 @@ class Block(nn.Module):
         self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
 
     def compile_parts(self) -> None:
-        """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, GELU between experts."""
+        """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, parts of an MoE layer."""
         self._attend = torch.compile(self._attend)  # type: ignore[method-assign]
         if isinstance(self.ffn, FeedForward):
             self.ffn.forward = torch.compile(self.ffn.forward)  # type: ignore[method-assign]
         else:
-            self.ffn.experts.compiled = True
+            self.ffn.compile_parts()
 
     def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none", caption: Caption | None = None) -> Step:
         """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens, and what the MoE layer did.

@@ -57,6 +57,7 @@ class Route:
     group: Group  # the ranks that rows travel over
     per_expert: int | None = None  # rows that each local expert gets from all ranks, where that is known without asking
     chunks: int = 1  # parts in which rows travel
+    compiled: bool = False  # whether `add_up` may use torch.compile
 
     @cached_property
     def counts(self) -> Sequence[int]:
@@ -99,6 +100,8 @@ class Route:
 class Dispatch(Protocol):
     """The verbs that every dispatcher has."""
 
+    compiled: bool  # whether torch.compile may be used on a CPU
+
     def route(self, assignment: Assignment) -> Route:
         """Say where the chosen rows go; starts to ask the other ranks what comes, and does not wait."""
 
@@ -114,12 +117,14 @@ class LocalDispatch:
 
     def __init__(self) -> None:
         self.group = Group()  # of its own, so that its waits are counted apart
+        self.compiled = False
 
     def route(self, assignment: Assignment) -> Route:
         """See `Dispatch.route`."""
         known = assignment.taken if assignment.ranks == 1 else None
         processed = assignment.chosen.sum(0)  # (N,)
-        return Route(assignment.chosen, processed, Counts(processed, self.group, known), self.group, known)
+        numbers = Counts(processed, self.group, known)
+        return Route(assignment.chosen, processed, numbers, self.group, known, compiled=self.compiled)
 
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """See `Dispatch.dispatch`."""
@@ -127,14 +132,14 @@ class LocalDispatch:
 
     def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
         """See `Dispatch.combine`."""
-        return add_up(rows, weight, route.pairs)
+        return add_up(rows, weight, route.pairs, route.compiled)
 
 
 class AllToAllDispatch:
     """Experts are sharded over a group; rows travel by all-to-all with uneven splits, none included."""
 
     def __init__(self, group: Group, chunks: int = 1) -> None:
-        self.group, self.chunks = group, chunks
+        self.group, self.chunks, self.compiled = group, chunks, False
 
     def route(self, assignment: Assignment) -> Route:
         """See `Dispatch.route`. Pools inside this rank say all splits, pools inside the expert group how many rows an expert gets."""
@@ -143,7 +148,7 @@ class AllToAllDispatch:
         processed = assignment.chosen.sum(0)  # (N,)
         numbers = Counts(processed, self.group, taken if ranks == 1 else None)
         per_expert = taken * (self.group.size // ranks) if taken is not None and inside else None
-        return Route(assignment.chosen, processed, numbers, self.group, per_expert, self.chunks)
+        return Route(assignment.chosen, processed, numbers, self.group, per_expert, self.chunks, self.compiled)
 
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
@@ -156,7 +161,7 @@ class AllToAllDispatch:
         answers = rows.split([sum(part.receive) for part in route.parts])
         leaving = [part.by_rank(rows) for rows, part in zip(answers, route.parts, strict=True)]
         exchanged = [all_to_all(rows, part.receive, part.send, self.group) for rows, part in zip(leaving, route.parts, strict=True)]
-        return add_up(joined(exchanged), weight, route.pairs)
+        return add_up(joined(exchanged), weight, route.pairs, route.compiled)
 
 
 def overlapped(experts: nn.Module, tokens: Tensor, route: Route, weight: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def overlapped(experts: nn.Module, tokens: Tensor, route: Route, weight: Tensor)
         rows, mine = part.by_expert(flight.land()), {name: parts[number] for name, parts in weights.items()}
         answers = functional_call(experts, mine, (rows, route.counts[part.start : part.end]))
         returning.append(start_all_to_all(part.by_rank(answers), part.receive, part.send, route.group))
-    return add_up(joined([flight.land() for flight in returning]), weight, route.pairs)
+    return add_up(joined([flight.land() for flight in returning]), weight, route.pairs, route.compiled)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

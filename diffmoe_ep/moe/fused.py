@@ -16,10 +16,10 @@ from math import pi, sqrt
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffmoe_ep.moe import onednn
 from diffmoe_ep.moe.kernels import Weights, compute_type
 
 RUN = 2**23  # activations (n, F) that a run of several experts holds at most; 32 MiB in float32
@@ -59,6 +59,22 @@ class _Run:
         part = tensor[self.experts.start] if self.single else tensor[self.experts]
         return part if kind is None else part.to(kind)
 
+    def parts(self, rows: Tensor) -> "Sequence[_Run]":
+        """What is multiplied together: the whole run, or one expert after the other where `onednn` takes rows like these."""
+        if self.single or not onednn.takes(rows):
+            return [self]
+        firsts, start, each = range(self.experts.start, self.experts.stop), self.rows.start, self.each
+        return [_Run(slice(e, e + 1), slice(start + i * each, start + (i + 1) * each), each) for i, e in enumerate(firsts)]
+
+    def within(self, run: "_Run") -> "_Run":
+        """These experts' place in a tensor that holds the rows of `run` alone."""
+        return _Run(self.experts, slice(self.rows.start - run.rows.start, self.rows.stop - run.rows.start), self.each)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all."""
+        return int(self.rows.stop - self.rows.start)
+
     @property
     def number(self) -> int:
         """How many experts these are."""
@@ -84,38 +100,51 @@ def _cut(counts: Sequence[int], width: int) -> Iterator[_Run]:
         expert, row = last, row + (last - expert) * each
 
 
-Gelu = tuple[Tensor, ...]  # of a run: what goes into GELU; or, where both are kept, what comes out and the derivative
-
-
 def keeps_all(rows: int, width: int, device: str, dtype: torch.dtype) -> bool:
     """Whether the backward is spared GELU's forward, for twice the memory."""
     return rows * width <= FEW and _by_sigmoid(device, dtype)
 
 
-def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Gelu] | None, compiled: bool) -> Tensor:
-    """Answers (R, D); what each run's backward needs goes to `kept`."""
+def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Tensor] | None, compiled: bool) -> Tensor:
+    """Answers (R, D). To `kept` goes what the backward needs: where all is kept, what a run's GELU gives and each part's derivative of it;
+    otherwise what goes into each part's GELU.
+    """
     w1, b1, w2, b2 = weights
-    kind = rows.dtype
-    keeps = keeps_all(rows.shape[0], w1.shape[2], rows.device.type, kind)
+    kind, width = rows.dtype, w1.shape[2]
+    keeps = keeps_all(rows.shape[0], width, rows.device.type, kind)
     out = rows.new_empty(rows.shape[0], w2.shape[2])
     with torch.autocast(rows.device.type, enabled=False):
         for run in runs:
-            hidden = _affine(run.of(rows), run.weights(w1, kind), run.weights(b1, kind), None)
+            values = rows.new_empty(run.num_rows, width)
             if kept is not None and keeps:
-                value, slope = _gelu_with_slope(hidden, hidden, compiled)
-                kept.append((value, slope))
-            else:
-                value = _gelu(hidden, compiled)
+                kept.append(values)
+            for part in run.parts(rows):
+                value = part.within(run).of(values)
+                hidden = _affine(part.of(rows), part.weights(w1, kind), part.weights(b1, kind), None)
+                if kept is not None and keeps:
+                    _gelu_to_slope(hidden, value, compiled)
+                else:
+                    _gelu(hidden, value, compiled)
                 if kept is not None:
-                    kept.append((hidden,))
-            _affine(value, run.weights(w2, kind), run.weights(b2, kind), run.of(out))
+                    kept.append(hidden)
+                _affine(value, part.weights(w2, kind), part.weights(b2, kind), part.of(out))
     return out
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    if x.dim() == 2:
-        return torch.addmm(bias, x, weight, out=out)
-    return torch.baddbmm(bias[:, None], x, weight, out=out)
+    if x.dim() == 3:
+        return torch.baddbmm(bias[:, None], x, weight, out=out)
+    if onednn.takes(x):
+        found = onednn.linear(x, weight, bias)
+        return found if out is None else out.copy_(found)
+    return torch.addmm(bias, x, weight, out=out)
+
+
+def _times(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Matmul, in a tensor of its own or in `out`, as comes cheaper."""
+    if x.dim() == 2 and onednn.takes(x):
+        return onednn.linear(x, weight)
+    return torch.mm(x, weight, out=out) if x.dim() == 2 else torch.bmm(x, weight, out=out)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -126,26 +155,32 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _gelu(x: Tensor, compiled: bool = False) -> Tensor:
-    """GELU in its tanh form. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
+def _gelu(x: Tensor, value: Tensor, compiled: bool) -> None:
+    """Put GELU of x, in its tanh form, into `value`. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
     if not _by_sigmoid(x.device.type, x.dtype):
-        return F.gelu(x, approximate="tanh")
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=value)
+    elif compiled:
+        _compiled(_put_value)(x, value)
+    else:
+        slope = x.new_tensor(SLOPE)
+        for part, out in zip(_pieces(x), _pieces(value), strict=True):
+            torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
+
+
+def _gelu_to_slope(x: Tensor, value: Tensor, compiled: bool) -> None:
+    """Put GELU of x into `value`, and its derivative in the place of x."""
     if compiled:
-        return _compiled(_value)(x)
-    value, slope = torch.empty_like(x), x.new_tensor(SLOPE)
-    for part, out in zip(_pieces(x), _pieces(value), strict=True):
-        torch.addcmul(slope, part, part, value=BEND, out=out).mul_(part).sigmoid_().mul_(part)
-    return value
+        _compiled(_put_value_and_slope)(x, value)
+    else:
+        _gelu_with_slope(x, value, x)
 
 
-def _gelu_with_slope(x: Tensor, slope: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
-    """GELU of x, and its derivative, which may go into `slope`, and that may be x itself.
+def _gelu_with_slope(x: Tensor, value: Tensor, slope: Tensor) -> None:
+    """Put GELU of x into `value`, and its derivative into `slope`, which may be x itself.
 
     With s = sigmoid(z), the derivative is s + s (1 - s) x dz/dx.
     """
-    if compiled:
-        return _compiled(_value_and_slope)(x)
-    value, constant = torch.empty_like(x), x.new_tensor(SLOPE)
+    constant = x.new_tensor(SLOPE)
     z, s = x.new_empty(2, min(PIECE, x.numel())).unbind()
     for part, out, by_x in zip(_pieces(x), _pieces(value), _pieces(slope), strict=True):
         z, s = z[: len(part)], s[: len(part)]
@@ -155,22 +190,19 @@ def _gelu_with_slope(x: Tensor, slope: Tensor, compiled: bool = False) -> tuple[
         z.sub_(part, alpha=2 / 3 * SLOPE)  # x dz/dx = 3 z - 2 SLOPE x; here a third of it
         torch.ops.aten.sigmoid_backward.grad_input(z, s, grad_input=z)
         torch.add(s, z, alpha=3, out=by_x)
-    return value, slope
 
 
-def _gelu_backward(x: Tensor, gradient: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
-    """GELU of x, computed again, and the gradient by x, which may go into `gradient`."""
+def _gelu_backward(x: Tensor, gradient: Tensor, value: Tensor, by_x: Tensor, compiled: bool) -> None:
+    """Put GELU of x, computed again, into `value`, and the gradient by x into `by_x`, which may be `gradient` itself."""
     if not _by_sigmoid(x.device.type, x.dtype):
-        again = F.gelu(x, approximate="tanh")
-        return again, torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
-    if compiled:
-        return _compiled(_value_and_gradient)(x, gradient)
-    value, slope = _gelu_with_slope(x, torch.empty_like(x))
-    return value, gradient.mul_(slope)
-
-
-def _value(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x * (SLOPE + BEND * x * x))
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=value)
+        torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=by_x)
+    elif compiled:
+        _compiled(_put_value_and_gradient)(x, gradient, value, by_x)
+    else:
+        slope = torch.empty_like(x)
+        _gelu_with_slope(x, value, slope)
+        torch.mul(gradient, slope, out=by_x)
 
 
 def _value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +211,20 @@ def _value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * s, s + s * (1 - s) * (3 * z - 2 * SLOPE * x)
 
 
-def _value_and_gradient(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    value, slope = _value_and_slope(x)
-    return value, gradient * slope
+def _put_value(x: Tensor, value: Tensor) -> None:
+    value.copy_(_value_and_slope(x)[0])
+
+
+def _put_value_and_slope(x: Tensor, value: Tensor) -> None:
+    found, slope = _value_and_slope(x)
+    value.copy_(found)
+    x.copy_(slope)
+
+
+def _put_value_and_gradient(x: Tensor, gradient: Tensor, value: Tensor, by_x: Tensor) -> None:
+    found, slope = _value_and_slope(x)
+    value.copy_(found)
+    by_x.copy_(gradient * slope)
 
 
 @cache
@@ -201,39 +244,46 @@ def _by_sigmoid(device: str, dtype: torch.dtype) -> bool:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], compiled: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        kept: list[Gelu] = []
+        kept: list[Tensor] = []
         ctx.compiled = compiled
         ctx.runs, ctx.kinds = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)
         out = _forward(rows, ctx.runs, (w1, b1, w2, b2), kept, compiled)
-        ctx.save_for_backward(rows, w1, w2, *(tensor for of_run in kept for tensor in of_run))
+        ctx.save_for_backward(rows, w1, w2, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w1, w2, *kept = ctx.saved_tensors
-        each = len(kept) // len(ctx.runs)  # tensors of a run
-        kind, out = rows.dtype, gradients[0].contiguous()
+        rows, w1, w2, *saved = ctx.saved_tensors
+        kind, width, out, kept = rows.dtype, w1.shape[2], gradients[0].contiguous(), iter(saved)
+        keeps = keeps_all(rows.shape[0], width, rows.device.type, kind)
         by_rows, _, _, by_w1, by_b1, by_w2, by_b2 = ctx.needs_input_grad  # a frozen weight's gradient is not computed
         d_rows = torch.empty_like(rows) if by_rows else None
         d_w1, d_w2 = torch.empty_like(w1) if by_w1 else None, torch.empty_like(w2) if by_w2 else None
-        d_b1 = w1.new_empty(w1.shape[0], w1.shape[2], dtype=ctx.kinds[0]) if by_b1 else None
+        d_b1 = w1.new_empty(w1.shape[0], width, dtype=ctx.kinds[0]) if by_b1 else None
         d_b2 = w2.new_empty(w2.shape[0], w2.shape[2], dtype=ctx.kinds[1]) if by_b2 else None
         with torch.autocast(rows.device.type, enabled=False):
-            for number, run in enumerate(ctx.runs):
-                x, g = run.of(rows), run.of(out)
+            for run in ctx.runs:
+                x, g, whole = run.of(rows), run.of(out), run.within(run)
+                values = next(kept) if keeps else rows.new_empty(run.num_rows, width)
+                d_hiddens = torch.empty_like(values)
+                for part in run.parts(rows):
+                    value, d_hidden = part.within(run).of(values), part.within(run).of(d_hiddens)
+                    d_value = _times(part.of(out), part.weights(w2, kind).mT, d_hidden)
+                    if keeps:
+                        torch.mul(d_value, next(kept), out=d_hidden)
+                    else:
+                        _gelu_backward(next(kept), d_value, value, d_hidden, ctx.compiled)
+                    if d_rows is not None:
+                        d_x = part.of(d_rows)
+                        found = _times(d_hidden, part.weights(w1, kind).mT, d_x)
+                        if found is not d_x:
+                            d_x.copy_(found)
+                value, d_hidden = whole.of(values), whole.of(d_hiddens)
                 if d_b2 is not None:
-                    run.weights(d_b2).copy_(g.sum(-2))  # biases first, while what they sum is in the cache
-                d_hidden = g @ run.weights(w2, kind).mT
-                if each == 2:
-                    value, slope = kept[2 * number : 2 * number + 2]
-                    d_hidden.mul_(slope)
-                else:
-                    value, d_hidden = _gelu_backward(kept[number], d_hidden, ctx.compiled)
+                    run.weights(d_b2).copy_(g.sum(-2))
                 if d_b1 is not None:
                     run.weights(d_b1).copy_(d_hidden.sum(-2))
-                if d_rows is not None:
-                    _product(d_hidden, run.weights(w1, kind).mT, run.of(d_rows))
                 if d_w1 is not None:
                     _product(x.mT, d_hidden, run.weights(d_w1))
                 if d_w2 is not None:

@@ -78,6 +78,12 @@ class MoELayer(nn.Module):
         self.rule = InferenceRule()
         self.dispatcher: Dispatch = LocalDispatch()
 
+    def compile_parts(self) -> None:
+        """Let torch.compile fuse what needs no other rank: the predictor and, on a CPU, GELU between matmuls and the answers' backward."""
+        self.experts.compiled = self.dispatcher.compiled = True
+        if self.predictor is not None:
+            self.predictor.forward = torch.compile(self.predictor.forward)  # type: ignore[method-assign]
+
     def forward(self, x: Tensor, kept: Kept | None = None) -> tuple[Tensor, LayerReport]:
         """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the shared ones.
 

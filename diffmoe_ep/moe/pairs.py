@@ -6,7 +6,9 @@ A token's answers are added in the order of the experts, whatever the order in w
 the same bits. The backward of one end is the other, without the weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -44,9 +46,12 @@ def copy_out(tokens: Tensor, pairs: Pairs) -> Tensor:
     return cast(Tensor, _CopyOut.apply(tokens, pairs))
 
 
-def add_up(rows: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-    """Sum the pairs' rows (R, D), each times its entry of weight (S, N), by token, in at least float32: (S, D); 0 where nobody chose."""
-    return cast(Tensor, _AddUp.apply(rows, weight, pairs))
+def add_up(rows: Tensor, weight: Tensor, pairs: Pairs, compiled: bool = False) -> Tensor:
+    """Sum the pairs' rows (R, D), each times its entry of weight (S, N), by token, in at least float32: (S, D); 0 where nobody chose.
+
+    compiled: let torch.compile make one pass of the backward on a CPU (a compiler is needed, and seconds at the first call).
+    """
+    return cast(Tensor, _AddUp.apply(rows, weight, pairs, compiled and rows.device.type == "cpu"))
 
 
 def _sums(rows: Tensor, by_token: Tensor, first: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -70,8 +75,8 @@ class _CopyOut(torch.autograd.Function):
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-        ctx.shape = weight.shape
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, pairs: Pairs, compiled: bool) -> Tensor:
+        ctx.shape, ctx.compiled = weight.shape, compiled
         weight = weight.reshape(-1).index_select(0, pairs.place)  # (R,)
         ctx.save_for_backward(rows, weight, pairs.token, pairs.place)
         wide = torch.promote_types(rows.dtype, weight.dtype)
@@ -79,10 +84,21 @@ class _AddUp(torch.autograd.Function):
         return _sums(rows.to(wide), pairs.by_token, pairs.first, ordered).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, token, place = ctx.saved_tensors
-        wide = torch.promote_types(rows.dtype, weight.dtype)
-        gradient = gradients[0].index_select(0, token).to(wide)  # (R, D)
-        of_weight = weight.new_zeros(ctx.shape.numel())
-        of_weight.scatter_(0, place, (gradient * rows).sum(1).to(weight.dtype))
-        return gradient.mul_(weight[:, None]).to(rows.dtype), of_weight.view(ctx.shape), None
+        of_rows, found = (_compiled(_of_pairs) if ctx.compiled else _of_pairs)(gradients[0], rows, weight, token)
+        of_weight = weight.new_zeros(ctx.shape.numel()).scatter_(0, place, found)
+        return of_rows, of_weight.view(ctx.shape), None, None
+
+
+def _of_pairs(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by rows (R, D) and by their weights (R,), from that by the sums (S, D)."""
+    wide = torch.promote_types(rows.dtype, weight.dtype)
+    gradient = gradient.index_select(0, token).to(wide)  # (R, D)
+    of_weight = (gradient * rows).sum(1).to(weight.dtype)
+    return gradient.mul_(weight[:, None]).to(rows.dtype), of_weight
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)

@@ -24,7 +24,7 @@ from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.study.timing import Timing, aligned, device_name, interleaved, load
+from diffmoe_ep.study.timing import Timing, aligned, device_name, interleaved, keep_memory, load
 
 CONTENDERS = ("dense", "ours", "deepspeed", "loop", "matmuls", "batched")
 
@@ -74,7 +74,7 @@ class LayerBench:
     turns: int
     load: tuple[float, float]  # before and after
     rows: tuple[Row, ...]
-    compiled: bool = False  # the dense FFN and our experts
+    compiled: bool = False  # the dense FFN and our layer
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -109,10 +109,11 @@ def bench_layer(
 ) -> LayerBench:
     """Measure every case on the mesh's ranks. peers: also DeepSpeed's layer (which wants a process group) and the plain loop.
 
-    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and our experts use
+    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and our layer use
     torch.compile, as with train.compile. Raises ConfigError for sizes that do not divide.
     """
     before = load()
+    keep_memory()
     rows = []
     for case in cases:
         if case.experts % mesh.size or case.tokens % case.experts or case.hidden % 4:
@@ -132,7 +133,7 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
     dense, ours = FeedForward(case.hidden, 4 * case.hidden), our_layer(case, mesh)
     if compiled:
         dense.forward = torch.compile(dense.forward)  # type: ignore[method-assign]
-        ours.layer.experts.compiled = True
+        ours.layer.compile_parts()
     contenders: dict[str, nn.Module] = {"dense": dense, "ours": ours}
     if peers:
         with redirect_stdout(sys.stderr):  # DeepSpeed tells what it does where our table goes

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.moe import fused as fused_module
+from diffmoe_ep.moe import onednn
 from diffmoe_ep.moe.experts import Experts, Kernel, choose_kernel
 
 HIDDEN = 8  # grouped_mm reads 16 bytes at a time
@@ -85,8 +86,24 @@ def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece
     monkeypatch.setattr(fused_module, "RUN", run)
     monkeypatch.setattr(fused_module, "PIECE", piece)
     monkeypatch.setattr(fused_module, "FEW", few)
-    module = experts("fused", len(counts))
-    close(computed(module, counts), formula(module, counts), 1e-12)
+    for kind, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):  # only the latter may be multiplied by oneDNN
+        module = experts("fused", len(counts), kind)
+        close(computed(module, counts), formula(module.double(), counts), tolerance)
+
+
+@pytest.mark.skipif(not onednn.takes(torch.zeros(1)), reason="this processor's matmuls are not oneDNN's")
+@pytest.mark.parametrize("case", COUNTS)
+def test_onednn_multiplies_as_torch_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, module = COUNTS[case], experts("fused", len(COUNTS[case]), torch.float32)
+    called: list[int] = []
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *others: called.append(len(x)) or linear(x, *others))
+    ours = computed(module, counts)
+    assert sorted(called) == sorted(4 * counts)  # two products forward, two of the gradients
+    monkeypatch.setattr(onednn, "takes", lambda x: False)
+    called.clear()
+    close(ours, computed(module, counts), 1e-5)
+    assert not called
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -96,16 +113,16 @@ def test_compiled_gelu_is_the_formula(tmp_path: Path, monkeypatch: pytest.Monkey
     for few in (0, 2**24):
         monkeypatch.setattr(fused_module, "FEW", few)
         for case in ("ragged", "runs"):
-            module = experts("fused", len(COUNTS[case]))
-            module.compiled = True
-            wanted = formula(module, COUNTS[case])
-            close(computed(module, COUNTS[case]), wanted, 1e-12)
-            with torch.no_grad():
-                close([module(inputs(COUNTS[case])[0], COUNTS[case])], wanted[:1], 1e-12)
-    x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
-    value, slope = fused_module._gelu_backward(x, torch.ones_like(x), compiled=True)
-    assert torch.equal(value, F.relu(x))
-    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
+            for kind, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+                module = experts("fused", len(COUNTS[case]), kind)
+                module.compiled = True
+                rows = inputs(COUNTS[case], kind)[0]
+                found = computed(module, COUNTS[case])
+                with torch.no_grad():
+                    found.append(module(rows, COUNTS[case]))
+                wanted = formula(module.double(), COUNTS[case])
+                close(found, [*wanted, wanted[0]], tolerance)
+    _check_far_out(compiled=True)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -290,9 +307,18 @@ def test_gelu_is_the_tanh_form() -> None:
 
 
 def test_gelu_of_large_numbers_stays_finite() -> None:
+    _check_far_out(compiled=False)
+
+
+def _check_far_out(compiled: bool) -> None:
     """Far out GELU is 0 or x, and its slope 0 or 1, and nothing overflows on the way."""
-    x = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]])
-    assert torch.equal(fused_module._gelu(x), F.relu(x))
-    value, slope = fused_module._gelu_backward(x, torch.ones_like(x))
+    x, slopes = torch.tensor([[-1e12, -50.0, 0.0, 50.0, 1e12]]), torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]])
+    value, slope, hidden = torch.empty_like(x), torch.empty_like(x), x.clone()
+    fused_module._gelu(x, value, compiled)
     assert torch.equal(value, F.relu(x))
-    assert torch.equal(slope, torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
+    fused_module._gelu_to_slope(hidden, value.zero_(), compiled)
+    assert torch.equal(value, F.relu(x))
+    assert torch.equal(hidden, slopes)
+    fused_module._gelu_backward(x, torch.ones_like(x), value.zero_(), slope, compiled)
+    assert torch.equal(value, F.relu(x))
+    assert torch.equal(slope, slopes)

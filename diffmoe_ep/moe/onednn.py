@@ -1,0 +1,27 @@
+"""Matmuls of float32 on a CPU by oneDNN, where it is quicker than torch's own choice: that is MKL, which has no AVX-512 on all processors.
+
+On an AMD EPYC a product with a weight takes 0.9 of MKL's time with many rows, 0.8 to 0.9 with 16 to 64. torch reaches oneDNN in float32
+by the operator behind compiled linear layers alone, which gives a new tensor.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def takes(x: Tensor) -> bool:
+    """Whether `linear` is the way to multiply rows like these."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _at_hand()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, I) times weight (I, O) of any strides, plus bias (O,): (n, O). No gradient."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")
+    return out
+
+
+@cache
+def _at_hand() -> bool:
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
