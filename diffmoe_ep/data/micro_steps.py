@@ -3,16 +3,18 @@
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
+from diffmoe_ep.data import native
 from diffmoe_ep.data.assemble import Assembler, Stored
 from diffmoe_ep.data.captions import read_chosen
 from diffmoe_ep.data.manifest import REMEDY, DataError
 from diffmoe_ep.data.mixture import MixedOrder, Mixture, Place
 from diffmoe_ep.data.quarantine import Fault
-from diffmoe_ep.data.quick import Quick
+from diffmoe_ep.data.quick import NOTHING, Quick
 from diffmoe_ep.data.remote import LONGEST_PAUSE, Unavailable
 from diffmoe_ep.data.sample import Batch, read_labelled
 from diffmoe_ep.data.shards import Dataset
@@ -40,6 +42,9 @@ class MicroSteps(TorchDataset["Result"]):
         self._quick: dict[int, Quick] = {}  # for datasets with labels
         if assembler.text is None:
             self._quick = {number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)}
+        self._makes_latents = bool(self._quick) and all(quick.makes_latents for quick in self._quick.values())
+        latents = [part.manifest.kind == "moments" for part in mixture.parts] if self._quick else []
+        self.slow = native.problem() if any(latents) else None  # why latents are not made by native code
         self._ahead: dict[int, dict[int, tuple[int, list[int]]]] = {}  # dataset -> lane -> its latest block and the shards to be fetched
 
     def __getitem__(self, micro_step: int) -> Result:
@@ -54,8 +59,34 @@ class MicroSteps(TorchDataset["Result"]):
             where, field = part.where(place.shard, place.sample), f"{part.manifest.kind}.npy"
             return self._other(place, positions[row], faults, DataError(f"{where}: {field} holds values that are not finite; {REMEDY}"))
 
+        failed: dict[int, Unavailable] = {}  # rows that could not be had at the first attempt
+
+        def stored(row: int) -> Stored:
+            place, error = places[row], failed.pop(row, None)
+            quick, found = self._quick.get(place.dataset), None
+            try:
+                found = None if quick is None or error is not None else quick(place.shard, place.sample)
+            except Unavailable as first_error:
+                error = first_error
+            return found or self._stored(place, positions[row], faults, error)
+
+        def at_once(first: int, mirrored: Sequence[bool], latents: np.ndarray) -> list[int]:
+            requests: list[int] = []
+            before = [quick.released for quick in self._quick.values()]
+            for row, flip in enumerate(mirrored, first):
+                place = places[row]
+                try:
+                    requests += self._quick[place.dataset].request(place.shard, place.sample, flip)
+                except Unavailable as error:
+                    failed[row] = error
+                    requests += NOTHING
+            if [quick.released for quick in self._quick.values()] != before:  # a descriptor may be closed again, or another file's
+                return [-1] * len(mirrored)
+            return native.read_latents(requests, latents)
+
+        quickly = at_once if self._makes_latents else None
         try:
-            return self._assembler.batch(positions, self._mixture.manifest, self._each(places, positions, faults), other), tuple(faults)
+            return self._assembler.batch(positions, self._mixture.manifest, stored, other, quickly), tuple(faults)
         except DataError as error:
             return error
 
@@ -72,16 +103,6 @@ class MicroSteps(TorchDataset["Result"]):
                 known.update(latest)
                 wanted = [*blocks.values(), *(shards for _, shards in known.values())]
                 self._mixture.parts[dataset].prefetch(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
-
-    def _each(self, places: Sequence[Place], positions: range, faults: list[Fault]) -> Iterator[Stored]:
-        """The stored samples of the positions, in their order; whether their values are finite is not looked at."""
-        for place, position in zip(places, positions, strict=True):
-            quick, failed = self._quick.get(place.dataset), None
-            try:
-                stored = None if quick is None else quick(place.shard, place.sample)
-            except Unavailable as error:
-                stored, failed = None, error
-            yield stored or self._stored(place, position, faults, failed)
 
     def _stored(self, place: Place, position: int, faults: list[Fault], failed: Unavailable | None) -> Stored:
         """The stored sample of a position or, if its bytes are bad, another; failed: why it could not be had at the first attempt."""

@@ -182,7 +182,7 @@ class ResampledSteps(IterableDataset["Result"]):
                         raise DataError(f"{problem}; and the {len(faults)} samples before it are bad too; mend the data") from error
                     faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
 
-        return self._assembler.batch(positions, self._tars.manifest, map(next_sound, positions)), tuple(faults)
+        return self._assembler.batch(positions, self._tars.manifest, lambda row: next_sound(positions[row])), tuple(faults)
 
     def _stored(self, tar: Tar) -> Stored:
         """ValueError for a sample that cannot be used."""

@@ -259,12 +259,17 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_1_0(file)
 
 
+def deviation(log_variance: np.ndarray) -> np.ndarray:
+    """The posterior's standard deviation, of the shape and type of `log_variance`."""
+    found: np.ndarray = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
+    return found
+
+
 def final_latent(array: np.ndarray, manifest: Manifest, flipped: bool, seed: int, position: int) -> np.ndarray:
     """The (C, H, W) float32 latent that the model trains on: mirrored if asked, sampled from its posterior, scaled and shifted."""
     if manifest.kind == "pixels":
         values = (array[:, :, ::-1] if flipped else array).astype(np.float32)
     else:
         mean, log_variance = np.split(array[int(flipped)].astype(np.float32), 2)
-        deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
-        values = mean + deviation * keyed(seed, position, "posterior").standard_normal(mean.shape, dtype=np.float32)
+        values = mean + deviation(log_variance) * keyed(seed, position, "posterior").standard_normal(mean.shape, dtype=np.float32)
     return values * np.float32(manifest.scale) + np.float32(manifest.shift)

@@ -157,6 +157,7 @@ class Dataset:
         self._fields = manifest.fields
         self._crc32 = fastest_crc32()
         self._open: dict[int, Opened] = {}  # the one opened first goes first
+        self.released = 0  # shards that were held open and are no longer
 
     @classmethod
     def open(cls, folder: str | Path, access: Access | None = None, tolerant: bool = False) -> "Dataset":
@@ -310,6 +311,7 @@ class Dataset:
             return path.read_bytes()
 
     def _release(self, shard: int) -> None:
+        self.released += 1
         os.close(self._open.pop(shard).descriptor)
 
     def _release_all(self) -> None:

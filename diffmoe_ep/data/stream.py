@@ -1,6 +1,7 @@
 """The endless stream of one rank's micro-batches: read, decoded and drawn ahead by worker processes, the same for any number of them."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class Stream:
         else:
             order = self.dataset.order(seed, shuffle_block, Lanes(lanes, micro_step_size // lanes))
             self._source = MicroSteps(self.dataset, order, assembler, micro_step_size, rows, retries, tolerant)
+            if self._source.slow is not None and rank == 0:
+                print(f"latents are made without native code, slower and the same to the bit: {self._source.slow}", file=sys.stderr)
         self._workers = workers
         self._prefetch = prefetch
         self._results: Iterator[Result | PackedResult] | None = None

@@ -265,6 +265,7 @@ class _Watch:
 
     def __init__(self, inner: Dispatch, tokens: int, k: int, counts: Tensor) -> None:
         self.inner, self.pools, self.k = inner, Pools(tokens), k
+        self.compiled = inner.compiled
         self.counts = counts  # (steps, 3) a layer's part of AgainstTopK.counts
         self.step = 0
 

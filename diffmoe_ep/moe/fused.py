@@ -23,6 +23,7 @@ from diffmoe_ep.moe import onednn
 from diffmoe_ep.moe.kernels import Weights, compute_type
 
 RUN = 2**23  # activations (n, F) that a run of several experts holds at most; 32 MiB in float32
+PART = 2**20  # activations (n, F) that experts share whose products are made one by one
 PIECE = 2**19  # activations that GELU's passes go over at a time
 FEW = 2**24  # activations (R, F) at which the backward's needs are kept whole; 128 MiB in float32
 # GELU's tanh form is x * sigmoid(z) with z = x * (SLOPE + BEND * x^2).
@@ -59,12 +60,17 @@ class _Run:
         part = tensor[self.experts.start] if self.single else tensor[self.experts]
         return part if kind is None else part.to(kind)
 
-    def parts(self, rows: Tensor) -> "Sequence[_Run]":
-        """What is multiplied together: the whole run, or one expert after the other where `onednn` takes rows like these."""
+    def parts(self, rows: Tensor, width: int) -> "Sequence[_Run]":
+        """What is worked on together but for the weights' gradients: all, or, where `onednn` takes rows like these, experts with few."""
         if self.single or not onednn.takes(rows):
             return [self]
-        firsts, start, each = range(self.experts.start, self.experts.stop), self.rows.start, self.each
-        return [_Run(slice(e, e + 1), slice(start + i * each, start + (i + 1) * each), each) for i, e in enumerate(firsts)]
+        some = max(1, PART // max(1, self.each * width))
+        starts = range(self.experts.start, self.experts.stop, some)
+        return [self._of_experts(start, min(start + some, self.experts.stop)) for start in starts]
+
+    def _of_experts(self, start: int, stop: int) -> "_Run":
+        row = self.rows.start - self.experts.start * self.each
+        return _Run(slice(start, stop), slice(row + start * self.each, row + stop * self.each), self.each)
 
     def within(self, run: "_Run") -> "_Run":
         """These experts' place in a tensor that holds the rows of `run` alone."""
@@ -118,7 +124,7 @@ def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Te
             values = rows.new_empty(run.num_rows, width)
             if kept is not None and keeps:
                 kept.append(values)
-            for part in run.parts(rows):
+            for part in run.parts(rows, width):
                 value = part.within(run).of(values)
                 hidden = _affine(part.of(rows), part.weights(w1, kind), part.weights(b1, kind), None)
                 if kept is not None and keeps:
@@ -132,22 +138,20 @@ def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Te
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    if x.dim() == 3:
-        return torch.baddbmm(bias[:, None], x, weight, out=out)
     if onednn.takes(x):
-        found = onednn.linear(x, weight, bias)
-        return found if out is None else out.copy_(found)
-    return torch.addmm(bias, x, weight, out=out)
+        return onednn.linear(x, weight, bias, out)
+    if x.dim() == 2:
+        return torch.addmm(bias, x, weight, out=out)
+    return torch.baddbmm(bias[:, None], x, weight, out=out)
 
 
-def _times(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Matmul, in a tensor of its own or in `out`, as comes cheaper."""
-    if x.dim() == 2 and onednn.takes(x):
-        return onednn.linear(x, weight)
+def _times(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    if onednn.takes(x):
+        return onednn.linear(x, weight, out=out)
     return torch.mm(x, weight, out=out) if x.dim() == 2 else torch.bmm(x, weight, out=out)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _outer(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Matmul into `out`, which may be wider: then computed in a's type and copied."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if a.dim() == 2 else torch.bmm(a, b, out=out)
@@ -267,25 +271,22 @@ class _Fused(torch.autograd.Function):
                 x, g, whole = run.of(rows), run.of(out), run.within(run)
                 values = next(kept) if keeps else rows.new_empty(run.num_rows, width)
                 d_hiddens = torch.empty_like(values)
-                for part in run.parts(rows):
+                for part in run.parts(rows, width):
                     value, d_hidden = part.within(run).of(values), part.within(run).of(d_hiddens)
-                    d_value = _times(part.of(out), part.weights(w2, kind).mT, d_hidden)
+                    d_value = _times(part.of(out), part.weights(w2, kind).mT, None)
                     if keeps:
                         torch.mul(d_value, next(kept), out=d_hidden)
                     else:
                         _gelu_backward(next(kept), d_value, value, d_hidden, ctx.compiled)
                     if d_rows is not None:
-                        d_x = part.of(d_rows)
-                        found = _times(d_hidden, part.weights(w1, kind).mT, d_x)
-                        if found is not d_x:
-                            d_x.copy_(found)
+                        _times(d_hidden, part.weights(w1, kind).mT, part.of(d_rows))
                 value, d_hidden = whole.of(values), whole.of(d_hiddens)
                 if d_b2 is not None:
                     run.weights(d_b2).copy_(g.sum(-2))
                 if d_b1 is not None:
                     run.weights(d_b1).copy_(d_hidden.sum(-2))
                 if d_w1 is not None:
-                    _product(x.mT, d_hidden, run.weights(d_w1))
+                    _outer(x.mT, d_hidden, run.weights(d_w1))
                 if d_w2 is not None:
-                    _product(value.mT, g, run.weights(d_w2))
+                    _outer(value.mT, g, run.weights(d_w2))
         return d_rows, None, None, d_w1, d_b1, d_w2, d_b2

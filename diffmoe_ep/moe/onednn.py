@@ -15,10 +15,16 @@ def takes(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _at_hand()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (n, I) times weight (I, O) of any strides, plus bias (O,): (n, O). No gradient."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")
-    return out
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x (n, I) times weight (I, O) of any strides, plus bias (O,): (n, O), copied to `out` if that is given. No gradient.
+
+    Of stacked ones, (E, n, I), (E, I, O), (E, O), each by itself: (E, n, O).
+    """
+    if x.dim() == 3:
+        biases = [None] * len(x) if bias is None else bias.unbind()
+        return torch.stack([linear(*each) for each in zip(x.unbind(), weight.unbind(), biases, strict=True)], out=out)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.T, bias, "none", [], "")
+    return found if out is None else out.copy_(found)
 
 
 @cache

@@ -4,11 +4,12 @@
     webdataset   webdataset.WebDataset(...).decode() over the same tars, in the order in which they lie
     stream       our Stream without workers: order, read, crc32, checks, random draws, final latents, collate
     draws        what the stream draws for the same positions, drawn as it draws it: noise, time, flip, drop, posterior
+    undrawn      the stream with ones in place of drawn noise, so that it reads, checks, makes latents and collates, and draws nothing
     arithmetic   what the stream makes of stored arrays that are at hand: float32, finite, the posterior's deviation, scale and shift
 
-They take many short turns on one thread, and the fastest of each counts: what else the machine does only adds time. The stream's speed
-without its draws is what remains of its time. With workers, what a training loop waits for data is measured against steps of a given
-length.
+They take many short turns on one thread, and the fastest of each counts: what else the machine does only adds time. The stream takes more
+than `draws` and `undrawn` together, by what its draws drive out of the processor's cache. With workers, what a training loop waits for data
+is measured against steps of a given length.
 """
 
 import itertools
@@ -27,18 +28,21 @@ import numpy as np
 import torch
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data import native
 from diffmoe_ep.data.assemble import Assembler
 from diffmoe_ep.data.crc import fastest_crc32
 from diffmoe_ep.data.draw import AT_ONCE, Latents
 from diffmoe_ep.data.foreign import Foreign, index_folder
 from diffmoe_ep.data.manifest import MANIFEST_NAME, Manifest
-from diffmoe_ep.data.order import Order
+from diffmoe_ep.data.micro_steps import MicroSteps
+from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.order import Lanes, Order
 from diffmoe_ep.data.sample import encode, read_sample
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.stream import Stream
 
 SEED, BLOCK, BATCH, DROP = 0, 8, 64, 0.1
-OF_PREAD, TIMES_WEBDATASET = 0.6, 4.0  # what the stream without its draws is to reach
+OF_PREAD, TIMES_WEBDATASET = 0.6, 4.0  # what the stream that draws nothing is to reach
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,10 @@ class StreamBench:
     webdataset: float
     stream: float
     draws: float
+    undrawn: float
     arithmetic: float
-    without_draws: float  # of the stream, the time of the draws taken out
-    without_arithmetic: float  # of the stream, the times of draws and arithmetic taken out
+    difference: float  # of the stream, the time of the draws taken out
+    native: str | None  # why latents are not made by native code
     checksum: str  # library that computes it
     start_seconds: float  # from nothing to the first batch in the middle of the dataset
     workers: int
@@ -68,20 +73,22 @@ class StreamBench:
 
     def lines(self) -> list[str]:
         """As text."""
-        ours, read = self.without_draws, self.without_arithmetic
+        ours, rest = self.undrawn, self.difference
         goals = f"{ours / self.pread:.2f} of (a), goal {OF_PREAD}; {ours / self.webdataset:.1f} times (b), goal {TIMES_WEBDATASET:g}"
+        how = f"stream, checksums by {self.checksum}" if self.native else "stream, by native code"
         rows = [
             ("(a) pread + frombuffer + collate", self.pread, ""),
             ("(b) plain webdataset, decoded", self.webdataset, ""),
-            (f"stream, checksums by {self.checksum}", self.stream, ""),
+            (how, self.stream, ""),
             ("its draws alone", self.draws, ""),
             ("its arithmetic alone", self.arithmetic, ""),
-            ("stream without its draws", ours, f"  {goals}"),
-            ("and without its arithmetic", read, f"  {read / self.pread:.2f} of (a); {read / self.webdataset:.1f} times (b)"),
+            ("stream that draws nothing", ours, f"  {goals}"),
+            ("stream less its draws", rest, f"  {rest / self.pread:.2f} of (a); {rest / self.webdataset:.1f} times (b)"),
         ]
         memory = ", ".join(f"{size / 1e6:.0f} MB" for size in self.worker_bytes)
         return [
             f"{self.samples} samples of {self.sample_bytes} bytes, {self.turns} turns, one process, samples per second:",
+            *([f"  no native code: {self.native}"] if self.native else []),
             *(f"  {name:34}{rate:10,.0f}{1e6 / rate:10.1f} µs each{goal}" for name, rate, goal in rows),
             f"first batch from the middle after {self.start_seconds:.3f} s",
             f"{self.workers} workers, steps of {self.step_seconds:g} s for {BATCH} samples: {self.wait:.2%} of the time waits for data",
@@ -130,9 +137,9 @@ def bench(
     return StreamBench(
         samples=count, sample_bytes=int(np.dtype(manifest.dtype).itemsize * math.prod(manifest.stored_shape)), turns=turns,
         pread=1 / took["pread"], webdataset=1 / took["webdataset"], stream=1 / took["stream"], draws=1 / took["draws"],
-        arithmetic=1 / took["arithmetic"], without_draws=1 / max(without, 1e-9),
-        without_arithmetic=1 / max(without - took["arithmetic"], 1e-9), checksum=fastest_crc32().__module__.partition(".")[0],
-        start_seconds=start, workers=workers, wait=wait, step_seconds=step_seconds, worker_bytes=memory,
+        undrawn=1 / took["undrawn"], arithmetic=1 / took["arithmetic"], difference=1 / max(without, 1e-9), native=native.problem(),
+        checksum=fastest_crc32().__module__.partition(".")[0], start_seconds=start,
+        workers=workers, wait=wait, step_seconds=step_seconds, worker_bytes=memory,
     )  # fmt: skip
 
 
@@ -146,6 +153,7 @@ def _seconds(dataset: Dataset, turns: int, count: int) -> dict[str, float]:
         "webdataset": _webdataset([f"{dataset.folder}/{shard.name}" for shard in manifest.shards]),
         "stream": _open(dataset),
         "draws": _draws(manifest),
+        "undrawn": _undrawn(dataset),
         "arithmetic": _arithmetic(dataset),
     }
     took: dict[str, list[float]] = {name: [] for name in batches}
@@ -208,9 +216,35 @@ def _draws(manifest: Manifest) -> Iterator[Any]:
         yield noise, posterior, u
 
 
+class _Ones(Assembler):
+    """Mirrors every second sample, drops no condition, and its noise is 1."""
+
+    def draw(
+        self, positions: range, kind: str, noise: np.ndarray, posterior: np.ndarray, u: np.ndarray  # noqa: ARG002
+    ) -> tuple[list[bool], list[bool]]:  # fmt: skip
+        """See `Assembler.draw`."""
+        noise.fill(1)
+        posterior.fill(1)
+        u.fill(0.5)
+        return [position % 2 == 1 for position in positions], [False] * len(positions)
+
+
+def _undrawn(dataset: Dataset) -> Iterator[Any]:
+    """What the stream does for its positions, but for drawing."""
+    mixture = Mixture([dataset])
+    source = MicroSteps(mixture, mixture.order(SEED, BLOCK, Lanes(1, BATCH)), _Ones(SEED, DROP, True, None), BATCH, range(BATCH), 0, False)
+    return map(source.__getitem__, itertools.count())
+
+
 def _arithmetic(dataset: Dataset) -> Iterator[Any]:
     """Final latents of a stored array that is at hand."""
     latents, (array, _) = Latents(dataset.manifest), read_sample(dataset, 0, 0)
+    quick = native.Moments(dataset.manifest) if native.takes(dataset.manifest) else None
+    while quick is not None:
+        values = np.ones((BATCH, *dataset.manifest.shape), dtype=np.float32)
+        for latent in values:
+            quick.sample(array[0], latent)
+        yield values
     while True:
         values = np.ones((BATCH, *dataset.manifest.shape), dtype=np.float32)
         for first in range(0, BATCH, AT_ONCE):

@@ -45,6 +45,21 @@ def test_the_raw_reader_reads_the_stream_s_bytes(synthetic: Path) -> None:
         np.testing.assert_array_equal(np.frombuffer(os.pread(descriptor, size, begin), np.float16).reshape(2, 8, 4, 4), array)
 
 
+def test_the_stream_that_draws_nothing_makes_the_same_samples_with_noise_1(synthetic: Path) -> None:
+    dataset = Dataset.open(synthetic)
+    order, undrawn = Order(dataset.sizes, bench_stream.SEED, bench_stream.BLOCK), bench_stream._undrawn(dataset)
+    for step in range(2):
+        batch, faults = next(undrawn)
+        assert faults == ()
+        assert batch.position.tolist() == list(range(64 * step, 64 * step + 64))
+        for row, position in enumerate(batch.position.tolist()):
+            array, label = read_sample(dataset, *order.locate(position))
+            mean, log_variance = np.split(array[position % 2].astype(np.float64), 2)
+            expected = (mean + np.exp(log_variance / 2)) * 0.18215
+            np.testing.assert_allclose(batch.latent[row].numpy(), expected, rtol=1e-5, atol=1e-6)
+            assert batch.condition[row] == label
+
+
 def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     data.add_bench(parser.add_subparsers())
@@ -53,7 +68,8 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     options.run(options)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert (found["samples"], found["sample_bytes"], found["turns"], found["workers"]) == (128, 2 * 8 * 4 * 4 * 2, 1, 1)
-    assert all(found[name] > 0 for name in ("pread", "webdataset", "stream", "draws", "arithmetic", "without_draws", "start_seconds"))
+    rates = ("pread", "webdataset", "stream", "draws", "undrawn", "arithmetic", "difference", "start_seconds")
+    assert all(found[name] > 0 for name in rates)
     assert found["checksum"] in ("zlib", "isal")
     assert 0 <= found["wait"] <= 1
     assert len(found["worker_bytes"]) == 1 and found["worker_bytes"][0] > 0
