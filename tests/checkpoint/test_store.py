@@ -1,5 +1,6 @@
 """Checkpoint folders written and read by one process."""
 
+import enum
 import hashlib
 import io
 import multiprocessing
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.chunks import MetadataUnpickler
@@ -295,6 +297,32 @@ def test_a_forged_description_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "proof").exists()
     pickle.loads((folder / ".metadata").read_bytes())  # the forgery is a real one
     assert (tmp_path / "proof").exists()
+
+
+class ByName(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, enum.Enum) else NotImplemented
+
+
+def test_a_description_by_an_early_python_3_11_is_read(tmp_path: Path) -> None:
+    folder = store.save(tmp_path, 1, fragments(values()), {})
+    metadata, file = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load(), io.BytesIO()
+    ByName(file).dump(metadata)
+    assert b"getattr" in file.getvalue()
+    assert MetadataUnpickler(io.BytesIO(file.getvalue())).load() == metadata
+
+
+@pytest.mark.parametrize("name", ["__class__", "__init__", "mro", "_member_map_"])
+@pytest.mark.parametrize("thing", [_MEM_FORMAT_ENCODING, _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT, Metadata, "text"])
+def test_getattr_reaches_nothing_but_members(thing: Any, name: str) -> None:
+    class Reaching:
+        def __reduce__(self) -> Any:
+            return getattr, (thing, name)
+
+    with pytest.raises(pickle.UnpicklingError, match=f"it asks for '{name}' of .*, as only a forged file would"):
+        MetadataUnpickler(io.BytesIO(pickle.dumps(Reaching()))).load()
 
 
 @pytest.mark.parametrize(
