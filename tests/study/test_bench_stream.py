@@ -76,8 +76,8 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     told = capsys.readouterr().out
     assert "128 samples of 512 bytes, 1 turns" in told
     assert f"{found['pread']:,.0f}" in told
-    assert f"{found['without_draws'] / found['pread']:.2f} of (a), goal 0.6; " in told
-    assert f"{found['without_draws'] / found['webdataset']:.1f} times (b), goal 4\n" in told
+    assert f"{found['undrawn'] / found['pread']:.2f} of (a), goal 0.6; " in told
+    assert f"{found['undrawn'] / found['webdataset']:.1f} times (b), goal 4\n" in told
     options = parser.parse_args([*words[:2], "--turns", "0"])
     with pytest.raises(ConfigError, match="--turns is 0"):
         options.run(options)
