@@ -42,7 +42,7 @@ class MicroSteps(TorchDataset["Result"]):
         self._quick: dict[int, Quick] = {}  # for datasets with labels
         if assembler.text is None:
             self._quick = {number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)}
-        self._makes_latents = bool(self._quick) and all(quick.makes_latents for quick in self._quick.values())
+        self._makes_latents = len(self._quick) == len(mixture.parts) and all(quick.makes_latents for quick in self._quick.values())
         latents = [part.manifest.kind == "moments" for part in mixture.parts] if self._quick else []
         self.slow = native.problem() if any(latents) else None  # why latents are not made by native code
         self._ahead: dict[int, dict[int, tuple[int, list[int]]]] = {}  # dataset -> lane -> its latest block and the shards to be fetched

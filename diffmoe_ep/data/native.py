@@ -133,6 +133,9 @@ def _built() -> Path:
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path.home() / ".cache/diffmoe_ep"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = folder.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise RuntimeError(f"{folder} is not this user's alone, so others could put code there; chmod 700 it, or remove it")
     path = folder / f"moments-{name}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:

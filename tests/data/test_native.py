@@ -220,3 +220,14 @@ def test_it_is_built_once_and_anew_when_its_source_is_another(tmp_path: Path, mo
     finally:
         native._library.cache_clear()
     assert sorted(path.suffix for path in (tmp_path / ".cache/diffmoe_ep").iterdir()) == [".so", ".so"]  # nothing half-made is left
+
+
+def test_code_is_loaded_from_no_folder_that_others_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".cache/diffmoe_ep"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    if shutil.which("c++") or shutil.which("g++"):
+        with pytest.raises(RuntimeError, match=r"\.cache/diffmoe_ep is not this user's alone"):
+            native._built()
+    assert list(folder.iterdir()) == []
