@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 
 from data_prep.shard import Sample
-from diffmoe_ep.data.keyed import keyed, permutation
 from diffmoe_ep.data.manifest import DataError, Manifest
+from diffmoe_ep.data.rng import keyed, permutation
 from diffmoe_ep.data.sample import encode
 
 NUM_HELDOUT = 297  # of 1,797; 1,500 train

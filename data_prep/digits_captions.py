@@ -12,8 +12,8 @@ import numpy as np
 
 from data_prep import digits
 from data_prep.source import Raw, Source, chunks, fingerprint_of
-from diffmoe_ep.data.keyed import keyed, permutation
 from diffmoe_ep.data.manifest import DataError
+from diffmoe_ep.data.rng import keyed, permutation
 from diffmoe_ep.data.sample import Caption
 
 LICENCE = digits.LICENCE

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_prep.source import IMAGE_ENDINGS
-from diffmoe_ep.data.keyed import keyed, permutation
 from diffmoe_ep.data.manifest import DataError
+from diffmoe_ep.data.rng import keyed, permutation
 
 SHUFFLE_SEED = 0  # the order of the samples is part of the dataset
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_prep import digits
 from data_prep.digits_captions import GRID, Placed, captions, compose
-from diffmoe_ep.encoders.tiny import UNTOLD, Lesson, make_tiny_t5
+from data_prep.tiny_encoder import UNTOLD, Lesson, make_tiny_t5
 
 STEPS, BATCH = 2400, 32
 CANVAS = 24  # captions do not depend on it

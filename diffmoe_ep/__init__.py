@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffmoe_ep.checkpoint.exchange import load_model
+    from diffmoe_ep.checkpoint.load import load_model
 
 __all__ = ["load_model"]
 
@@ -11,7 +11,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     """Import the face for programs only when it is asked for, so that `diffmoe --help` does not wait for torch."""
     if name == "load_model":
-        from diffmoe_ep.checkpoint.exchange import load_model
+        from diffmoe_ep.checkpoint.load import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.single import (
+from diffmoe_ep.checkpoint.exported import (
     POSITIONS,
     TYPES,
     Clock,

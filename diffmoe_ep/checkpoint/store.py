@@ -26,8 +26,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from diffmoe_ep.checkpoint.chunks import ChunkReader, ChunkWriter, FragmentLoadPlanner, FragmentSavePlanner, kinds, read_metadata
-from diffmoe_ep.checkpoint.layout import Fragment, whole
+from diffmoe_ep.checkpoint.dcp import ChunkReader, ChunkWriter, FragmentLoadPlanner, FragmentSavePlanner, kinds, read_metadata
+from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.config import UserError
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from diffmoe_ep.cli import capacity, data, draw, exchange, score, study, train
+from diffmoe_ep.cli import bench, capacity, convert, data, evaluate, sample, train
 from diffmoe_ep.config import UserError
 
 
@@ -46,6 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers with expert parallelism.")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # older DeepSpeed launchers pass it
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb in (train, data, draw, score, capacity, exchange, study):
+    for verb in (train, data, sample, evaluate, capacity, convert, bench):
         verb.add(verbs)
     return parser

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe_ep.cli.draw import bar_for, drawer, encoded, load_source, numbers, out_folder, source_of
+from diffmoe_ep.cli.sample import bar_for, drawer, encoded, load_source, numbers, out_folder, source_of
 
 if TYPE_CHECKING:
-    from diffmoe_ep.evaluate.draw import Drawn
+    from diffmoe_ep.sampling.sample import Drawn
 
 
 def add(verbs: Any) -> None:
@@ -44,9 +44,9 @@ def _thresholds(text: str) -> list[Any]:
 
 
 def _capacity_report(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.capacity import check_report, report
-    from diffmoe_ep.evaluate.prompts import read_prompts
+    from diffmoe_ep.evaluate.capacity.report import check_report, report
     from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.sampling.prompts import read_prompts
 
     words = [*options.prompt, *(read_prompts(options.prompts) if options.prompts is not None else [])]
     source, out = source_of(options), out_folder(options.out)
@@ -70,10 +70,10 @@ def _capacity_report(options: argparse.Namespace) -> None:
 
 
 def _capacity_search(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.capacity_search import check_search, search, with_threshold, write_search
-    from diffmoe_ep.evaluate.draw import check_pixels, classes_in_turn, pixels_of
+    from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of
 
     train, heldout = load_images(options.reference), load_images(options.heldout)
     source = source_of(options)

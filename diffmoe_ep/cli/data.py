@@ -63,8 +63,8 @@ def add_bench(kinds: Any) -> None:
 
 
 def _bench_stream(options: argparse.Namespace) -> None:
-    from diffmoe_ep.parallel.memory import keep_freed_memory
-    from diffmoe_ep.study.bench_stream import bench, write_json, write_synthetic
+    from diffmoe_ep.bench.stream import bench, write_json, write_synthetic
+    from diffmoe_ep.parallel.allocator import keep_freed_memory
 
     keep_freed_memory()  # as a rank on CPUs; else all of them mostly wait for pages that the system clears
     for name in ("synthetic", "turns", "workers", "steps"):
@@ -84,7 +84,7 @@ def _bench_stream(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from diffmoe_ep.data.foreign import Foreign, index_folder
+    from diffmoe_ep.data.index import Foreign, index_folder
 
     if options.classes is not None and options.classes < 1:
         raise ConfigError(f"--classes is {options.classes}; it must be at least 1")
@@ -111,8 +111,8 @@ def _index(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from diffmoe_ep.data.check import check_folder
-    from diffmoe_ep.data.remote import is_remote
+    from diffmoe_ep.data.integrity import check_folder
+    from diffmoe_ep.data.remote.fetch import is_remote
 
     if is_remote(options.folder):
         raise ConfigError(f"{options.folder} is a URL; check the folder before it is uploaded: what is fetched is always checked")
@@ -125,7 +125,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _opened(options: argparse.Namespace) -> "Dataset":
-    from diffmoe_ep.data.remote import Access
+    from diffmoe_ep.data.remote.fetch import Access
     from diffmoe_ep.data.shards import Dataset
 
     if options.samples < 1:
@@ -139,7 +139,7 @@ def _opened(options: argparse.Namespace) -> "Dataset":
 def _stats(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from diffmoe_ep.study.dataset import stats
+    from diffmoe_ep.data.inspect import stats
 
     dataset = _opened(options)
     with tqdm(unit="sample", disable=not sys.stderr.isatty()) as bar:
@@ -148,7 +148,7 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _peek(options: argparse.Namespace) -> None:
-    from diffmoe_ep.study.dataset import peek
+    from diffmoe_ep.data.inspect import peek
 
     dataset = _opened(options)
     try:

@@ -100,15 +100,15 @@ def _dry_run(config: Config) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from diffmoe_ep.model.plan import plan
+    from diffmoe_ep.planner.flops import plan
 
     config = load(options.config, options.overrides)
     held = plan(config, options.capacity)
     print("\n".join(held.lines()))
     content = held.as_dict()
     if options.cluster is not None:
-        from diffmoe_ep.study.cluster import load_cluster
-        from diffmoe_ep.study.cost import plan_cluster
+        from diffmoe_ep.planner.cluster import load_cluster
+        from diffmoe_ep.planner.layouts import plan_cluster
 
         laid = plan_cluster(config, load_cluster(options.cluster, options.measured), options.samples)
         print("\n".join(["", *laid.lines()]))

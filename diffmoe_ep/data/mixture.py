@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmoe_ep.config import ConfigError, DataConfig
-from diffmoe_ep.data.keyed import keyed, permutation
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.order import Lanes, Order
-from diffmoe_ep.data.remote import Access, shown
+from diffmoe_ep.data.remote.fetch import Access, shown
+from diffmoe_ep.data.rng import keyed, permutation
 from diffmoe_ep.data.shards import Dataset
 
 BLOCK = 1024  # positions of a lane in which each dataset has its due number; part of every mixed run's identity

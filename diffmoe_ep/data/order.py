@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from diffmoe_ep.data.keyed import keyed, permutation
+from diffmoe_ep.data.rng import keyed, permutation
 
 TRIES = 32  # samples that may stand in for a bad one, before its block is given up
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from diffmoe_ep.data.condition import Text
-from diffmoe_ep.data.keyed import keyed
 from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextFeatures
+from diffmoe_ep.data.rng import keyed
 from diffmoe_ep.data.shards import Content, Dataset
 
 LARGEST_WEIGHT = 1e100  # of a caption, so that sums stay finite

@@ -22,7 +22,7 @@ import numpy as np
 
 from diffmoe_ep.data.crc import fastest_crc32
 from diffmoe_ep.data.manifest import MANIFEST_NAME, NPY_ERRORS, REMEDY, DataError, Manifest, Shard, read_manifest
-from diffmoe_ep.data.remote import Access, RemoteFolder, Unavailable, is_remote
+from diffmoe_ep.data.remote.fetch import Access, RemoteFolder, Unavailable, is_remote
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
 Content = bytes | memoryview  # of a member

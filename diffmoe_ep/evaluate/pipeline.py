@@ -13,8 +13,8 @@ from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.sample import read_sample
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.evaluate.features import Features, pixel_features
-from diffmoe_ep.evaluate.generate import CapacityRecord
 from diffmoe_ep.evaluate.scores import classifier_accuracy, frechet_distance, nearest_distance
+from diffmoe_ep.sampling.generate import CapacityRecord
 
 Images = tuple[Tensor, Tensor]  # uint8 (n, C, H, W), int64 labels (n,)
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffmoe_ep.moe.pairs import Pairs, add_up, copy_out, pairs_of
+from diffmoe_ep.moe.permute import Pairs, add_up, copy_out, pairs_of
 from diffmoe_ep.moe.routing import Assignment
 from diffmoe_ep.moe.rows import permute_rows
+from diffmoe_ep.parallel.async_all_to_all import Counts, start_all_to_all
 from diffmoe_ep.parallel.collectives import Group, all_to_all
-from diffmoe_ep.parallel.exchange import Counts, start_all_to_all
 
 
 @dataclass(frozen=True)

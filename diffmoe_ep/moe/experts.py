@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_ep.moe.fused import fused
-from diffmoe_ep.moe.kernels import batched, cannot_group, compute_type, even, grouped, loop
+from diffmoe_ep.moe.kernels.fused import fused
+from diffmoe_ep.moe.kernels.plain import batched, cannot_group, compute_type, even, grouped, loop
 
 Kernel = Literal["auto", "loop", "batched", "grouped", "fused"]
 KERNELS = {"loop": loop, "batched": batched, "grouped": grouped}

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.moe.pool_cost import Algorithm, cheapest, link_between
-from diffmoe_ep.moe.pool_search import SEARCHES, Bound, kth_largest
+from diffmoe_ep.moe.topk.cost import Algorithm, cheapest, link_between
+from diffmoe_ep.moe.topk.search import SEARCHES, Bound, kth_largest
 from diffmoe_ep.parallel.collectives import ALONE, Group
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
-from diffmoe_ep.parallel.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

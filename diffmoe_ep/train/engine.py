@@ -17,7 +17,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
-from diffmoe_ep.checkpoint.layout import Fragment, share
+from diffmoe_ep.checkpoint.fragments import Fragment, share
 from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
 from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ep.config import Config, ConfigError, dump, has_experts, num_tokens, pool_samples
-from diffmoe_ep.evaluate.picture import curves
 from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.sampling.picture import curves
 
 T = TypeVar("T")
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")

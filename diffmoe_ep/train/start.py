@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from diffmoe_ep.checkpoint.exchange import check_starts, config_of, load_into, located
-from diffmoe_ep.checkpoint.single import CONFIG, is_single, read_single
+from diffmoe_ep.checkpoint.exported import CONFIG, is_single, read_single
+from diffmoe_ep.checkpoint.load import check_starts, config_of, load_into, located
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.data.loader.resampled import Tars
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exchange import check_continues, fragments, persistent_buffers
-from diffmoe_ep.checkpoint.layout import Fragment
+from diffmoe_ep.checkpoint.fragments import Fragment
+from diffmoe_ep.checkpoint.load import check_continues, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
-from diffmoe_ep.data import quarantine
 from diffmoe_ep.data.captions import TextFields
+from diffmoe_ep.data.loader import quarantine
+from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.resampled import Tars
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
-from diffmoe_ep.evaluate.decode import load_decoder
-from diffmoe_ep.evaluate.draw import draw, write_grid
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import build_sharded, is_expert, widen_pools
@@ -34,8 +32,10 @@ from diffmoe_ep.moe.layer import LayerReport
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.train.captions import Conditions
-from diffmoe_ep.train.data import open_data
+from diffmoe_ep.sampling.decode import load_decoder
+from diffmoe_ep.sampling.sample import draw, write_grid
+from diffmoe_ep.train.conditions import Conditions
+from diffmoe_ep.train.dataset import open_data
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, rates
 from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting

@@ -23,8 +23,8 @@ from checkpoint.published import (
     saved,
     state,
 )
+from diffmoe_ep.checkpoint.exported import load_single, read_single, save_single
 from diffmoe_ep.checkpoint.reference import export_reference, import_reference
-from diffmoe_ep.checkpoint.single import load_single, read_single, save_single
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import from_tree
 from diffmoe_ep.model.dit import DiT

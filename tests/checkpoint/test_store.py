@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.chunks import MetadataUnpickler
-from diffmoe_ep.checkpoint.layout import Fragment, whole
+from diffmoe_ep.checkpoint.dcp import MetadataUnpickler
+from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.checkpoint.store import CheckpointError
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.layout import Fragment, expert_fragment, share, whole
+from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, share, whole
 from diffmoe_ep.checkpoint.store import CheckpointError
 from ranks import run
 

@@ -11,13 +11,13 @@ import pytest
 
 from data_prep.write import write_dataset
 from diffmoe_ep.data import native
-from diffmoe_ep.data.keyed import keyed
+from diffmoe_ep.data.loader.micro_steps import MicroSteps
+from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.micro_steps import MicroSteps
 from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.rng import keyed
 from diffmoe_ep.data.sample import Batch, decode_label, encode, final_latent
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.data.stream import Stream
 
 needs_code = pytest.mark.skipif(native.problem() is not None, reason=f"no native code here: {native.problem()}")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe_ep.data.keyed import keyed
 from diffmoe_ep.data.manifest import Manifest, TextFeatures
+from diffmoe_ep.data.rng import keyed
 from diffmoe_ep.data.sample import Batch, Caption, Condition, decode, encode, final_latent
 
 PIXELS = Manifest("tiny", "pixels", (3, 4, 5), "uint8", 1 / 8, -1.0, 10, (), "made up")

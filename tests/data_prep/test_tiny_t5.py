@@ -10,8 +10,8 @@ import torch
 from data_prep import tiny_t5
 from data_prep.__main__ import main
 from data_prep.digits_captions import compose
+from data_prep.tiny_encoder import UNTOLD
 from diffmoe_ep.encoders.text import load_text_encoder
-from diffmoe_ep.encoders.tiny import UNTOLD
 from pictures import content
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -99,7 +99,7 @@ def test_it_learns(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    from diffmoe_ep.encoders.tiny import make_tiny_t5
+    from data_prep.tiny_encoder import make_tiny_t5
 
     sizes = {"questions": tiny_t5.QUESTIONS, "answers": tiny_t5.ANSWERS, "width": 32, "layers": 1}
     make_tiny_t5(tmp_path / "t5", tiny_t5.lesson, steps=40, progress=losses.append, **sizes)

@@ -8,8 +8,8 @@ import torch
 from data_prep.write import write_dataset
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.sample import encode
-from diffmoe_ep.evaluate.generate import CapacityRecord
 from diffmoe_ep.evaluate.pipeline import load_images, score
+from diffmoe_ep.sampling.generate import CapacityRecord
 
 FACTS = Manifest("dots", "pixels", (1, 4, 4), "uint8", 1 / 8, -1.0, 3, (), "made up")
 RECORD = CapacityRecord(torch.tensor([[[3.0, 1.0]], [[2.0, 1.0]]]).double(), torch.full((2, 1), 4.0).double())

@@ -14,7 +14,7 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch, overlapped
 from diffmoe_ep.moe.experts import Experts
 from diffmoe_ep.moe.layer import Kept, MoELayer
-from diffmoe_ep.moe.pairs import pairs_of
+from diffmoe_ep.moe.permute import pairs_of
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.moe.routing import Assignment
 from diffmoe_ep.parallel import mesh as meshes

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.moe import fused as fused_module
-from diffmoe_ep.moe import onednn
 from diffmoe_ep.moe.experts import Experts, Kernel, choose_kernel
+from diffmoe_ep.moe.kernels import fused as fused_module
+from diffmoe_ep.moe.kernels import onednn
 
 HIDDEN = 8  # grouped_mm reads 16 bytes at a time
 COUNTS = {

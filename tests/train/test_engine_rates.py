@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffmoe_ep.config import Config
+from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.train import trainer as training

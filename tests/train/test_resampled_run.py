@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from diffmoe_ep.config import Config, ConfigError
-from diffmoe_ep.data.resampled import Tars
+from diffmoe_ep.data.loader.resampled import Tars
 from diffmoe_ep.parallel import mesh as meshes
-from diffmoe_ep.train.data import open_data
+from diffmoe_ep.train.dataset import open_data
 from diffmoe_ep.train.log import Clock
 from diffmoe_ep.train.trainer import Trainer, start_mesh
 from ranks import run

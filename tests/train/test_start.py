@@ -11,11 +11,11 @@ import torch
 
 from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.exchange import config_of, facts_of
-from diffmoe_ep.checkpoint.single import save_single
+from diffmoe_ep.checkpoint.exported import save_single
+from diffmoe_ep.checkpoint.load import config_of, facts_of
 from diffmoe_ep.config import Config, ConfigError, override
+from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.data.stream import Stream
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.start import match

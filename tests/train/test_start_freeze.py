@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.exchange import check_continues
+from diffmoe_ep.checkpoint.load import check_continues
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.train import trainer as training

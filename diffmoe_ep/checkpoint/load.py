@@ -1,0 +1,211 @@
+"""Between checkpoints and models: what of a model goes into a checkpoint, and a checkpoint back into a model at any expert parallelism."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffmoe_ep.checkpoint.exported import POSITIONS, is_single, load_single, read_single, stored_tensors
+from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
+from diffmoe_ep.checkpoint.reference import turned_clock
+from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
+from diffmoe_ep.config import Config, from_tree, has_experts, has_predictor, to_tree
+from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.model.parallelize import build_sharded, is_expert
+from diffmoe_ep.parallel.mesh import Mesh
+
+Weights = Literal["ema", "model"]
+HOW = ("model.kernel", "pool.select")  # these change how a model is computed, not what it is
+# Of a model's knobs those that a run may change which starts from another run's weights; model.size is a name for three others.
+FREE = ("size", "kernel", "text_length", "predictor_weight", "predictor_reduction", "balance_weight", "threshold_decay")
+
+
+def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Mesh) -> list[Fragment]:
+    """This rank's part of named parameters or buffers, under canonical names "prefix.name" and the logical shape over all experts."""
+    return [
+        expert_fragment(f"{prefix}.{name}", tensor, mesh.expert.rank, model.config.num_experts)
+        if is_expert(name)
+        else whole(f"{prefix}.{name}", tensor)
+        for name, tensor in named.items()
+    ]
+
+
+def located(path: Path) -> Path:
+    """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form."""
+    return path if is_single(path) else resolve(path)
+
+
+def load_model(path: str | Path, weights: Weights | None = None, device: str | torch.device = "cpu") -> DiT:
+    """Load a trained model for one device, in eval mode, without DeepSpeed or a process group.
+
+    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of weights).
+    weights: "ema" (averaged, with the live thresholds) or "model"; by default what its config samples from (ema, unless sample.weights
+        says otherwise) or the set that a single-file folder holds.
+    Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`; `model.train()` selects by
+    pool as in training. Raises CheckpointError when there is no complete checkpoint, or it is damaged.
+    """
+    folder = located(Path(path))
+    config = config_of(folder)
+    return load_sharded(folder, weights or config.sample.weights, config, Mesh(device=torch.device(device)))
+
+
+def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> DiT:
+    """Load a checkpoint into a model whose experts are sharded over the mesh; every rank reads only what it holds."""
+    if is_single(folder):
+        there = read_single(folder).config.sample.weights
+        if weights != there:
+            raise CheckpointError(f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})")
+        return load_single(folder, config, mesh)
+    model = build_sharded(config, mesh)
+    named = dict(model.named_parameters()) | persistent_buffers(model)
+    stored = tensors(folder)
+    wanted: list[Fragment] = []
+    for name, tensor in named.items():
+        own = weights if f"{weights}.{name}" in stored else "model"  # the averaged weights carry the live thresholds
+        if own != weights and isinstance(tensor, torch.nn.Parameter):
+            raise CheckpointError(f'{folder} has no averaged weights for {name}; load it with weights="model"')
+        wanted += fragments({name: tensor}, own, model, mesh)
+    load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
+    return model.to(mesh.device).eval()
+
+
+def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
+    """Fill a model to be trained, its experts sharded over the mesh, with stored weights; every rank reads only what it holds.
+
+    Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of a reversed clock are rewritten to
+    ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError if one cannot load.
+    """
+    if not is_single(folder):
+        wanted = fragments(dict(model.named_parameters()), weights, model, mesh)
+        wanted += fragments(persistent_buffers(model), "model", model, mesh)
+        load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
+        return
+    problem = None
+    try:
+        _load_single_into(model, folder, mesh)
+    except CheckpointError as error:
+        problem = str(error)
+    mesh.agree(problem)
+
+
+@torch.no_grad()
+def _load_single_into(model: DiT, folder: Path, mesh: Mesh) -> None:
+    single, into = read_single(folder), model.state_dict()
+    here = model.config.num_experts // mesh.expert.size
+    for name, tensor in stored_tensors(folder, single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):
+        if name != POSITIONS:
+            into[name].copy_(tensor)
+    if single.clock == "reversed":
+        turned = {name: into[name].cpu() for name in ("time.fc1.weight", "head.projection.weight", "head.projection.bias")}
+        for name, tensor in turned_clock(turned, model.config).items():  # its own inverse
+            into[name].copy_(tensor)
+
+
+def persistent_buffers(model: DiT) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state: thresholds and how often they were moved."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def config_of(folder: Path) -> Config:
+    """The configuration with which a checkpoint was trained."""
+    if is_single(folder):
+        return read_single(folder).config
+    return from_tree(_meta(folder)["config"])
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint knows of the data it was trained on: kind, shape, scale, shift, class names."""
+    if is_single(folder):
+        return dict(read_single(folder).facts)
+    return dict(_meta(folder)["data"])
+
+
+def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the first differing key, unless a run may start from a checkpoint's or single-file folder's weights.
+
+    facts: of this run's data; where both are known, latents and text features have to be those of the same encoders.
+    """
+    source = config_of(folder)
+    if is_single(folder) and config.init_weights != source.sample.weights:
+        there = source.sample.weights
+        raise CheckpointError(f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}")
+    for key, here, there in _differences(_architecture(config), _architecture(source)):
+        raise CheckpointError(
+            f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or start from another run"
+        )
+    for key, here, there in _differences(_latents(config, facts), _latents(config, facts_of(folder))):
+        if here is not None and there is not None:
+            raise CheckpointError(
+                f"{folder} was trained on data whose {key} is {there}, but that of this run's data is {here}; prepare the data with the "
+                "encoder and scale of that run, or start from another run"
+            )
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    """By key, what says which weights a model has and what they mean; knobs without effect in its family are left out."""
+    model = config.model
+    unused = {*FREE, "num_classes" if model.condition == "text" else "text_width"}
+    if not has_experts(model):
+        unused |= {"interleave", "num_experts", "granularity", "shared_experts", "predictor"}
+    if model.family != "tc":
+        unused.add("top_k")
+    named = {f"model.{key}": value for key, value in to_tree(model).items() if key not in unused}
+    if "model.predictor" in named:
+        named["model.predictor"] = has_predictor(model)
+    if model.condition == "text":
+        named["text.encoder"] = config.text.encoder
+    return named | {"train.objective": config.train.objective}
+
+
+def _latents(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What data have to share with those that weights were trained on; None: not known."""
+    scaled = ("scale", "shift", "encoder") if facts.get("kind") == "moments" else ()  # pixels are scaled from whatever they are stored as
+    known = {key: None if facts.get(key) == "" else facts.get(key) for key in ("kind", *scaled)}
+    prints = {text["name"]: text["fingerprint"] for text in facts.get("text", ())}
+    return known | {f"fingerprint of text features ({config.text.encoder})": prints.get(config.text.encoder)}
+
+
+def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
+    """Raise CheckpointError, naming the first differing key, unless a run with this config and data continues what the checkpoint began."""
+    meta = _meta(folder)
+    for key, here, there in _differences(to_tree(config), to_tree(from_tree(meta["config"]))):
+        if key.startswith(("model.", "pool.")) and key not in HOW:
+            raise CheckpointError(
+                f"{folder} is a checkpoint of another model: {key} is {there} there and {here} here; give this run another "
+                f"folder, or set {key}={there}"
+            )
+        if key in (
+            "seed",
+            "train.batch",
+            "train.accumulation",
+            "train.objective",
+            "train.freeze",
+            "train.optimizer.kind",
+            "train.optimizer.momentum",
+            "train.ema.thresholds",
+            "data.shuffle_block",
+            "data.lanes",
+        ):
+            raise CheckpointError(
+                f"{folder} was trained with {key} {there}, this run has {here}, so it would not be the same run; set "
+                f"{key}={there}, or give this run another folder"
+            )
+    if fingerprint != meta["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} was trained on other data than data.folder (or data.mixture) holds now (fingerprint "
+            f"{meta['fingerprint'][:12]} there, {fingerprint[:12]} here); restore the data, or give this run another folder"
+        )
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return dict(read_meta(folder)["meta"])
+
+
+def _differences(here: Any, there: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(here, dict) and isinstance(there, dict):
+        keys = list(here) + [key for key in there if key not in here]
+        return [found for key in keys for found in _differences(here.get(key), there.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if here == there else [(prefix, here, there)]

@@ -1,0 +1,86 @@
+"""The verb that scores samples of a trained model: evaluate."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ep.cli.sample import Source, add_source, draw_all, images, out_folder, protocol, source_of, write_json
+from diffmoe_ep.config import ConfigError
+
+
+def add(verbs: Any) -> None:
+    """Declare evaluate."""
+    evaluate = verbs.add_parser("evaluate", help="score samples of a run or checkpoint against real images")
+    evaluate.add_argument(
+        "--composition", action="store_true", help="of a model of digits_captions: single object, two objects, counting, position"
+    )
+    evaluate.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
+    evaluate.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
+    evaluate.add_argument("--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png")
+    evaluate.set_defaults(run=_evaluate)
+    add_source(evaluate, "500; 400 for --composition")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
+    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of, write_grid
+
+    if options.samples is None:
+        options.samples = 400 if options.composition else 500
+    source = source_of(options)
+    takes_text = source.config.model.condition == "text"
+    if takes_text != options.composition:
+        raise ConfigError(
+            "the model is conditioned on captions; its samples are scored with --composition"
+            if takes_text
+            else "--composition scores samples of prompts, but the model is conditioned on classes; leave it away"
+        )
+    check_pixels(source.facts)
+    if options.composition:
+        return _compose(options, source)
+    train, heldout = load_images(options.reference), load_images(options.heldout)
+    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    out = None if options.out is None else out_folder(options.out)
+    drawn = draw_all(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
+    if drawn is not None:
+        scores = score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity)
+        print("\n".join(scores.lines()))
+        if out is not None:
+            write_json(out / "scores.json", {**scores.as_dict(), "protocol": protocol(source)})
+            write_grid(drawn, source.facts, out / "grid.png")
+            print(f"written to {out}: scores.json, grid.png")
+    meshes.stop()
+    return None
+
+
+def _compose(options: argparse.Namespace, source: Source) -> None:
+    """Score how well prompts are followed."""
+    from diffmoe_ep.evaluate.digits.composition import TASKS, check_canvases, composition, prompts
+    from diffmoe_ep.evaluate.digits.detect import load_canvases
+    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.sampling.sample import pixels_of, write_grid
+
+    each, rest = divmod(options.samples, len(TASKS))
+    if rest or each < 2:
+        raise ConfigError(f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}")
+    train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
+    check_canvases(tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    out = None if options.out is None else out_folder(options.out)
+    asked = prompts(each)
+    drawn = draw_all(source, [prompt.text for prompt in asked])
+    if drawn is not None:
+        found = composition(pixels_of(drawn, source.facts).numpy(), asked, train, heldout, drawn.capacity.average())
+        print("\n".join(found.lines()))
+        if out is not None:
+            judged = [
+                {**image, "task": prompt.task, "right": right}
+                for image, prompt, right in zip(images(source, drawn, None)["images"], asked, found.verdicts, strict=True)
+            ]
+            write_json(out / "composition.json", {**found.as_dict(), "protocol": protocol(source), "images": judged})
+            shown = [number for number in range(len(asked)) if number % each < 30]  # the first rows of each task
+            part = replace(drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown))
+            write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
+            print(f"written to {out}: composition.json, grid.png")
+    meshes.stop()

@@ -1,0 +1,66 @@
+"""Text-to-image runs side by side: how well each follows its prompts, as `diffmoe evaluate --composition` found and wrote to RUN/scores."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ep.config import ConfigError, load
+from diffmoe_ep.evaluate.digits.composition import TASKS
+from diffmoe_ep.model.count import count
+
+SCORE = "scores/composition.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    run: str  # its folder's name
+    parameters: int  # trainable, in all
+    activated: float  # those that work on an average token, at the capacity found
+    tasks: dict[str, float]  # share of pictures that are right, by task
+    overall: float
+    shuffled: float  # overall, prompts dealt to other pictures
+    capacity: float
+
+
+@dataclass(frozen=True)
+class Compositions:
+    """Runs in the order given."""
+
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """As a table to read."""
+        cells: list[tuple[str, ...]] = [("run", "parameters", "activated", *TASKS, "overall", "shuffled", "C")]
+        for row in self.rows:
+            shares = (*(row.tasks[task] for task in TASKS), row.overall, row.shuffled, row.capacity)
+            cells.append((row.run, f"{row.parameters:,}", f"{row.activated:,.0f}", *(f"{share:.3f}" for share in shares)))
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        return [
+            "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+            for line in cells
+        ]
+
+
+def compare_composition(folders: Sequence[Path]) -> Compositions:
+    """Read run folders; ConfigError for one that was not scored."""
+    return Compositions(tuple(_row(folder) for folder in folders))
+
+
+def _row(folder: Path) -> Row:
+    for name in ("config.yaml", SCORE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out {folder}/scores ...")
+    found = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+    sizes = count(load(folder / "config.yaml").model)
+    tasks = {task: float(found["samples"][task]["right"]) for task in TASKS}
+    return Row(
+        folder.name, sizes.total, sizes.activated(found["capacity"]), tasks, found["overall"], found["overall_shuffled"], found["capacity"]
+    )

@@ -1,0 +1,52 @@
+"""What a run makes of its samples' captions: conditions for the model, encoded here if they come as words, and prompts for its grids."""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from diffmoe_ep.config import Config
+from diffmoe_ep.data.captions import TextFields
+from diffmoe_ep.data.condition import Condition, padded
+from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.sample import Batch
+from diffmoe_ep.encoders.text import TextEncoder
+from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.sampling.prompts import Prompts, first_captions, load_encoder
+from diffmoe_ep.sampling.sample import classes_in_turn
+
+
+class Conditions:
+    """From batches to conditions. With `text.online` every rank has a frozen encoder of its own, on its device."""
+
+    def __init__(self, config: Config, dataset: Mixture | Tars, mesh: Mesh) -> None:
+        """ConfigError, on all ranks alike, where an encoder is needed and some rank cannot have it."""
+        self.config, self.dataset, self.device = config, dataset, mesh.device
+        self.text = TextFields.of(config.model, config.text)
+        self.encoder: TextEncoder | None = None
+        if self.text is not None and self.text.online:
+            problem = None
+            try:
+                self.encoder = load_encoder(config, asdict(dataset.manifest), mesh.device)
+            except ValueError as error:
+                problem = str(error)
+            mesh.agree(problem)
+
+    def of(self, batch: Batch) -> Condition:
+        """A batch's labels, or its captions' features; nothing that was dropped is encoded."""
+        if not batch.captions:
+            return batch.condition
+        assert self.encoder is not None and self.text is not None
+        words = [caption for caption in batch.captions if caption]
+        found = iter(self.encoder.features(words)[0] if words else ())
+        none = torch.zeros(0, self.text.width)
+        rows = [torch.from_numpy(next(found)).float() if caption else none for caption in batch.captions]  # through float16, as stored
+        return padded(rows, self.text.places, self.text.width).to(self.device)
+
+    def for_grid(self, count: int) -> Tensor | Prompts:
+        """What a sample grid shows: classes in turn, or the dataset's first captions."""
+        if self.text is not None:
+            assert isinstance(self.dataset, Mixture), "the config has no grids of plain tars"
+            return first_captions(self.dataset, self.text, count, self.encoder)
+        return classes_in_turn(count, list(range(self.config.model.num_classes)))

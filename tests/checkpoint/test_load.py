@@ -1,0 +1,176 @@
+"""Weights of another run into a model to be trained: which fit, which are named as not fitting, and what a reversed clock becomes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffmoe_ep.checkpoint.exported import load_single, save_single
+from diffmoe_ep.checkpoint.load import check_starts, fragments, load_into, persistent_buffers
+from diffmoe_ep.checkpoint.store import CheckpointError, save
+from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
+from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.model.initialize import initialize
+from diffmoe_ep.parallel.mesh import Mesh
+from train.runs import busy
+
+MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 4, "hidden": 16, "heads": 2, "blocks": 2, "num_classes": 3, "num_experts": 4}
+FACTS = {"kind": "moments", "shape": [2, 4, 4], "scale": 0.18, "shift": 0.0, "encoder": "", "text": []}
+
+
+def config(*overrides: str, **model: Any) -> Config:
+    return from_tree({"model": MODEL | model, "train": {"precision": "float32"}}, overrides)
+
+
+def saved(folder: Path, given: Config, facts: dict[str, Any] | None = None) -> tuple[Path, DiT, dict[str, torch.Tensor]]:
+    """A checkpoint as a run writes it, with averaged thresholds too; the live model and the averaged tensors."""
+    model = busy(0.1)(DiT(given.model), 1)
+    for layer in model.moe_layers():
+        if layer.predictor is not None:
+            for quantile in (0.3, 0.6):
+                layer.predictor.move(torch.full((4,), quantile))
+    live = dict(model.named_parameters()) | persistent_buffers(model)
+    averaged = {name: tensor.detach() * 0.5 for name, tensor in live.items() if not name.endswith("updates")}
+    pieces = fragments(live, "model", model, Mesh()) + fragments(averaged, "ema", model, Mesh())
+    meta = {"config": to_tree(given), "data": facts or FACTS, "fingerprint": "0", "samples_consumed": 0}
+    return save(folder, 7, pieces, meta), model, averaged
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_checkpoint_fills_a_model_and_thresholds_are_the_live_ones(tmp_path: Path, weights: str, condition: str) -> None:
+    given = config(condition=condition, text_width=8)
+    folder, source, averaged = saved(tmp_path, given)
+    model = initialize(DiT(given.model), 2)
+    load_into(model, folder, weights, Mesh())  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, averaged[name] if weights == "ema" else source.state_dict()[name]), name
+    for layer, other in zip(model.moe_layers(), source.moe_layers(), strict=True):
+        assert layer.predictor is not None and other.predictor is not None
+        assert torch.equal(layer.predictor.threshold, other.predictor.threshold)
+        assert layer.predictor.updates == 2
+
+
+@pytest.mark.parametrize("family", ["diffmoe", "dense"])
+def test_a_reversed_clock_is_rewritten_to_ours(tmp_path: Path, family: str) -> None:
+    """The model to be trained answers without hooks what the loaded one answers with them, in the channels that are velocity."""
+    given = config(f"model.family={family}")
+    source = busy(0.3)(DiT(given.model), 1)
+    folder = save_single(source.state_dict(), given, {}, tmp_path / "single", clock="reversed")
+    model = initialize(DiT(given.model), 2)
+    load_into(model, folder, "ema", Mesh())
+    x, t = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0.05, 0.95, 5)
+    wanted = load_single(folder)
+    plain = DiT(given.model)
+    plain.load_state_dict(source.state_dict())
+    y = torch.tensor([0, 1, 2, 3, 3])
+    with torch.no_grad():
+        found, there, unturned = (each.eval()(x, t, y).prediction for each in (model, wanted, plain))
+    torch.testing.assert_close(found, there, rtol=0, atol=1e-5)
+    assert (found - unturned)[:, :2].abs().max() > 0.1
+    rewritten = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, source.state_dict()[name])}
+    assert rewritten == {"time.fc1.weight", "head.projection.weight", "head.projection.bias"}
+
+
+def test_stored_positions_are_not_taken_over(tmp_path: Path) -> None:
+    """A run's own checkpoints do not hold positions, so that a resumed run could not have them."""
+    given = config()
+    source = busy(0.3)(DiT(given.model), 1)
+    tensors = source.state_dict() | {"positions": source.positions + 1e-5}
+    model = initialize(DiT(given.model), 2)
+    load_into(model, save_single(tensors, given, {}, tmp_path / "single"), "ema", Mesh())
+    assert torch.equal(model.positions, source.positions)
+    assert torch.equal(model.head.projection.weight, source.head.projection.weight)
+
+
+def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+    given = config()
+    folder = save_single(busy(0.3)(DiT(given.model), 1), given, {}, tmp_path / "single")
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="use a sound copy"):
+        load_into(DiT(given.model), folder, "ema", Mesh())
+
+
+@pytest.mark.parametrize(
+    ("source", "here", "message"),
+    [
+        ([], ["model.hidden=32"], r"another model: model\.hidden is 16 there and 32 here; set model\.hidden=16"),
+        ([], ["model.family=dense"], r"model\.family is diffmoe there and dense here"),
+        ([], ["model.condition=text"], r"model\.condition is class there and text here"),
+        ([], ["model.num_experts=2"], r"model\.num_experts is 4 there and 2 here"),
+        ([], ["model.num_classes=5"], r"model\.num_classes is 3 there and 5 here"),
+        ([], ["model.interleave=false"], r"model\.interleave is True there and False here"),
+        (
+            ["model.family=ec", "pool.span=1"],
+            ["model.family=ec", "pool.span=1", "model.predictor=true"],
+            r"model\.predictor is False there",
+        ),
+        (["model.family=tc", "model.top_k=2"], ["model.family=tc"], r"model\.top_k is 2 there and 1 here"),
+        (["train.objective=ddpm"], [], r"train\.objective is ddpm there and flow here"),
+        (["model.condition=text"], ["model.condition=text", "model.text_width=512"], r"model\.text_width is 4096 there and 512 here"),
+        (["model.condition=text"], ["model.condition=text", "text.encoder=clip"], r"text\.encoder is t5 there and clip here"),
+    ],
+)
+def test_another_architecture_is_named_by_its_first_differing_key(tmp_path: Path, source: list[str], here: list[str], message: str) -> None:
+    folder, _, _ = saved(tmp_path, config(*source))
+    with pytest.raises(CheckpointError, match=message):
+        check_starts(folder, config(*here), FACTS)
+
+
+@pytest.mark.parametrize(
+    ("source", "here"),
+    [
+        ([], ["model.kernel=loop", "model.threshold_decay=0.99", "model.predictor_weight=0.1", "model.predictor_reduction=mean"]),
+        ([], ["seed=9", "train.batch=64", "pool.span=8", "pool.capacity=2", "train.optimizer.kind=sgd", "train.precision=bf16"]),
+        ([], ["model.predictor=true", "model.balance_weight=1", "model.top_k=3", "model.text_width=7"]),
+        (["model.family=dense"], ["model.family=dense", "model.num_experts=2", "model.interleave=false"]),
+        (["model.condition=text"], ["model.condition=text", "model.num_classes=77", "model.text_length=60"]),
+    ],
+)
+def test_what_the_weights_do_not_depend_on_may_differ(tmp_path: Path, source: list[str], here: list[str]) -> None:
+    folder, _, _ = saved(tmp_path, config(*source))
+    check_starts(folder, config(*here), FACTS)
+
+
+def text(fingerprint: str) -> dict[str, Any]:
+    features = {"name": "t5", "width": 4096, "max_length": 120, "precision": "float32", "fingerprint": fingerprint}
+    return FACTS | {"text": [features]}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (FACTS, FACTS | {"scale": 0.36}, r"trained on data whose scale is 0\.18, but that of this run's data is 0\.36"),
+        (FACTS, FACTS | {"shift": 0.1}, r"shift is 0\.0, but that of this run's data is 0\.1"),
+        (FACTS, FACTS | {"kind": "pixels"}, r"kind is moments, but that of this run's data is pixels"),
+        (FACTS | {"encoder": "a"}, FACTS | {"encoder": "b"}, "encoder is a, but"),
+        (text("a"), text("b"), r"fingerprint of text features \(t5\) is a, but"),
+    ],
+)
+def test_latents_and_features_of_other_encoders_are_refused(
+    tmp_path: Path, there: dict[str, Any], here: dict[str, Any], message: str
+) -> None:
+    folder, _, _ = saved(tmp_path, config(), there)
+    with pytest.raises(CheckpointError, match=message):
+        check_starts(folder, config(), here)
+    for known in (there, {"name": "reference", "kind": "moments"}, {}):
+        check_starts(folder, config(), known)
+
+
+def test_facts_that_one_side_does_not_know_are_no_reason(tmp_path: Path) -> None:
+    pixels = FACTS | {"kind": "pixels", "scale": 2.0}
+    folder, _, _ = saved(tmp_path, config(), pixels)
+    check_starts(folder, config(), pixels | {"scale": 1.0})  # pixels are scaled from whatever they are stored as
+    check_starts(folder, config(), {key: value for key, value in pixels.items() if key != "text"})  # of an older format
+
+
+def test_a_single_file_has_one_set_of_weights(tmp_path: Path) -> None:
+    given = config()
+    kept = dataclasses.replace(given, sample=dataclasses.replace(given.sample, weights="model"))
+    folder = save_single(busy(0.3)(DiT(given.model), 1), kept, {}, tmp_path / "single")
+    with pytest.raises(CheckpointError, match="holds one set of weights, model, not ema; set init_weights=model"):
+        check_starts(folder, given, FACTS)
+    check_starts(folder, override(given, ["init_weights=model"]), FACTS)
