@@ -23,7 +23,7 @@ for seed in ${SEEDS:-0 1 2}; do
         run="$runs/$family-$seed"
         printf '\n== %s\n' "$run"
         "$python" -m diffmoe_ep train configs/digits.yaml "folder=$run" "data.folder=$data/train" "model.family=$family" "seed=$seed" \
-            parallel.expert=1 data.workers=0 sample.grid_every=0 "$@"
+            parallel.expert_parallel=1 data.workers=0 sample.grid_every=0 "$@"
         "$python" -m diffmoe_ep evaluate "$run" --reference "$data/train" --heldout "$data/heldout" --out "$run/scores"
         done+=("$run")
     done

@@ -33,8 +33,8 @@ diffmoe layer 120 bench layer --compute bfloat16 --sizes 1024:8192:16,1024:16384
 diffmoe step 120 bench step --size L --compute bfloat16 --batch 32 --json "$out/step.json"
 memory="$("$python" -c 'import torch; print(torch.cuda.mem_get_info()[1] // 10**9)')"
 if ((memory >= 130)); then
-    diffmoe text 150 bench train configs/text/diffmoe_e16_4.6b.yaml train.batch=16 train.schedule.warmup=0 parallel.expert=1 \
-        parallel.zero=0 --cluster "$cluster" --json "$out/text.json"
+    diffmoe text 150 bench train configs/text/diffmoe_e16_4.6b.yaml train.global_batch=16 train.schedule.warmup=0 parallel.expert_parallel=1 \
+        parallel.zero_stage=0 --cluster "$cluster" --json "$out/text.json"
 else
     printf '\n== text: left out, the 4.6B model trains on one card of 130 GB or more, this one has %s GB\n' "$memory"
 fi
@@ -42,7 +42,7 @@ stage data 30 "$python" -m data_prep digits --out data/digits
 for precision in float32 bf16; do
     rm -rf -- "$out/digits-$precision"
     diffmoe "digits-$precision-train" 60 train configs/digits.yaml "folder=$out/digits-$precision" "train.precision=$precision" \
-        train.steps=200 train.batch=1024 log.every=20 sample.grid_every=0 checkpoint.every=1000 parallel.expert=1
+        train.steps=200 train.global_batch=1024 log.every=20 sample.grid_every=0 checkpoint.every=1000 parallel.expert_parallel=1
 done
 
 "$python" - "$out" <<'PY' || failed+=(table)

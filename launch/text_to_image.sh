@@ -5,7 +5,7 @@
 # Sets up its environment first (launch/setup.sh). Run it again and it goes on where it was, or says that it is finished.
 #
 #   ./launch/text_to_image.sh
-#   FAMILIES=diffmoe ./launch/text_to_image.sh train.optimizer.rate=1e-3      one family; any key=value, of every run
+#   FAMILIES=diffmoe ./launch/text_to_image.sh train.optimizer.lr=1e-3      one family; any key=value, of every run
 #   STEPS=200 SFT_STEPS=50 RUNS=runs/short ./launch/text_to_image.sh          shorter, elsewhere (a finished run keeps its settings)
 #   DATA=/big/captions ENCODER=/big/tiny_t5 ./launch/text_to_image.sh         other places (usual: data/digits_captions, data/tiny_t5)
 #   SAMPLES=800 ./launch/text_to_image.sh                                     pictures that are scored of each model (usual: 400)
@@ -61,7 +61,7 @@ for family in ${FAMILIES:-dense diffmoe}; do
     two diffmoe_ep train "configs/text/digits_$family.yaml" "folder=$run" "data.folder=$data/train" ${STEPS:+"train.steps=$STEPS"} "${same[@]}"
     score "$run"
     title "fine-tuning on the cleaner subset: $run-sft"
-    sft=("init_from=$run" train.optimizer.rate=5e-4 "train.steps=${SFT_STEPS:-600}" train.schedule.warmup=20)
+    sft=("init_from=$run" train.optimizer.lr=5e-4 "train.steps=${SFT_STEPS:-600}" train.schedule.warmup=20)
     two diffmoe_ep train "configs/text/digits_$family.yaml" "folder=$run-sft" "data.folder=$data-clean/train" "${sft[@]}" "${same[@]}"
     score "$run-sft"
     "$python" -m diffmoe_ep sample "$run-sft" --out "$run-sft/drawn" --per-prompt 6 --prompt "one 3" --prompt "one 2 and one 7" \

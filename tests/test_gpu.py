@@ -16,7 +16,7 @@ from ranks import run, take_down
 from train.runs import config, trace
 
 pytestmark = pytest.mark.gpu
-MODEL = ModelConfig(hidden=32, heads=2, num_experts=8)
+MODEL = ModelConfig(hidden_size=32, num_heads=2, num_experts=8)
 
 
 def layer(dtype: torch.dtype) -> MoELayer:
@@ -65,7 +65,7 @@ def test_a_training_step_tells_its_noise(digits: Path, tmp_path: Path) -> None:
     """Two runs of a few steps in float32: attention's backward may add in no fixed order, all else is fixed."""
     runs = []
     for _ in range(2):
-        runs.append(trace(0, config(digits / "train", tmp_path, "train.steps=5", "parallel.zero=0")))
+        runs.append(trace(0, config(digits / "train", tmp_path, "train.steps=5", "parallel.zero_stage=0")))
         take_down()
     assert max(abs(one - other) for one, other in zip(runs[0]["loss"], runs[1]["loss"], strict=True)) < 1e-5
 
@@ -87,7 +87,7 @@ def test_one_host_synchronisation_a_layer() -> None:
 def test_training_follows_the_cpu(digits: Path, precision: str, tmp_path: Path) -> None:
     """The same run as on the CPU: to float32's rounding in float32, closely in bf16."""
     cpu = run(1, trace, config(digits / "train", tmp_path, "train.precision=float32"))[0]
-    gpu = trace(0, config(digits / "train", tmp_path, f"train.precision={precision}", "parallel.zero=0"))
+    gpu = trace(0, config(digits / "train", tmp_path, f"train.precision={precision}", "parallel.zero_stage=0"))
     take_down()
     worst = max(abs(one - other) for one, other in zip(gpu["loss"], cpu["loss"], strict=True))
     print(json.dumps({"precision": precision, "largest loss difference": worst}))

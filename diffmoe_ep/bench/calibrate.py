@@ -90,9 +90,9 @@ class Probe:
     """
 
     def __init__(self, config: Config, device: str = "cpu") -> None:
-        self.where, hidden = torch.device(device), config.model.hidden
+        self.where, hidden = torch.device(device), config.model.hidden_size
         self.bf16 = config.train.precision == "bf16"
-        tokens = config.train.batch // config.train.accumulation * num_tokens(config.model)
+        tokens = config.train.global_batch // config.train.grad_accumulation * num_tokens(config.model)
         rows = tokens if self.where.type == "cuda" else max(1, min(tokens, LARGEST // (8 * hidden**2)))
         kind = torch.bfloat16 if self.bf16 else torch.float32
         x = torch.randn(rows, hidden, device=self.where).to(kind)
@@ -144,7 +144,7 @@ def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int =
 
     Rates and steps are timed in turn, and the fastest of each are compared.
     """
-    config = replace(config, parallel=replace(config.parallel, expert=1))
+    config = replace(config, parallel=replace(config.parallel, expert_parallel=1))
     alone = replace(cluster, kind="cuda" if device.startswith("cuda") else "cpu", nodes=1, ranks_per_node=1)
     probe, step, taken = Probe(config, device), training_step(config, device), []
     losses = [step(), step()]  # the optimiser's state is made, buffers are there
@@ -153,8 +153,8 @@ def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int =
         taken.append(timed(lambda: losses.append(step()), probe.where))
     peak = torch.cuda.max_memory_allocated(probe.where) if probe.where.type == "cuda" else None
     found = probe.measurement()
-    predicted = estimate(config, Layout(1, 1, config.parallel.zero, config.train.recompute), alone.measured(found))
-    name = f"{config.model.family}, hidden {config.model.hidden}, {config.model.blocks} blocks, {config.train.batch} samples"
+    predicted = estimate(config, Layout(1, 1, config.parallel.zero_stage, config.compute.recompute), alone.measured(found))
+    name = f"{config.model.family}, hidden {config.model.hidden_size}, {config.model.num_blocks} blocks, {config.train.global_batch} samples"
     told = tuple(float(loss) for loss in losses)
     return Comparison(name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0], told, peak)
 
@@ -175,7 +175,7 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
     model = initialize(build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed)
     engine, ema = Engine(model, config, mesh), Ema(model, config.train.ema)
     objective, shape = objective_of(config.train.objective), (config.model.in_channels, config.model.input_size, config.model.input_size)
-    micro = config.train.batch // config.train.accumulation
+    micro = config.train.global_batch // config.train.grad_accumulation
     latent, noise = (torch.randn(micro, *shape, device=mesh.device) for _ in range(2))
     u = torch.rand(micro, device=mesh.device)
     condition: Condition = torch.arange(micro, device=mesh.device) % config.model.num_classes
@@ -185,13 +185,13 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         loss = torch.zeros((), device=mesh.device)
-        for _ in range(config.train.accumulation):
+        for _ in range(config.train.grad_accumulation):
             noised = objective.noised(latent, noise, u)
             output = engine.forward(noised.x, noised.t, condition)
             diffusion = objective.loss(output.prediction, noised)
             engine.backward(diffusion + output.auxiliary)
-            engine.step(config.train.optimizer.rate)
-            loss += diffusion.detach() / config.train.accumulation
+            engine.step(config.train.optimizer.lr)
+            loss += diffusion.detach() / config.train.grad_accumulation
         ema.update(1)
         return loss
 

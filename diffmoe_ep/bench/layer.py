@@ -110,7 +110,7 @@ def bench_layer(
     """Measure every case on the mesh's ranks. peers: also DeepSpeed's layer (which wants a process group) and the plain loop.
 
     compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and our layer use
-    torch.compile, as with train.compile. Raises ConfigError for sizes that do not divide.
+    torch.compile, as with compute.compile. Raises ConfigError for sizes that do not divide.
     """
     before = load()
     keep_memory()
@@ -180,7 +180,7 @@ class Ours(nn.Module):
 
 def our_layer(case: Case, mesh: Mesh, seed: int = 0) -> Ours:
     """Our layer over the mesh's ranks, whose tokens are one pool."""
-    model = ModelConfig(hidden=case.hidden, heads=1, num_experts=case.experts)
+    model = ModelConfig(hidden_size=case.hidden, num_heads=1, num_experts=case.experts)
     layer = MoELayer(model, PoolConfig())
     fill(layer, seed)
     layer.pools = Pools(group=mesh.pool)

@@ -210,7 +210,7 @@ def compare(stored: Mapping[str, Kind], model: ModelConfig, where: str) -> None:
     """Raise CheckpointError that names the first key in which stored tensors are not those of a model."""
     tokens = (model.input_size // model.patch) ** 2
     wanted = kinds_of(model)
-    compare_kinds(stored, wanted, {POSITIONS: ((tokens, model.hidden), "F32")}, where)
+    compare_kinds(stored, wanted, {POSITIONS: ((tokens, model.hidden_size), "F32")}, where)
 
 
 def compare_kinds(stored: Mapping[str, Kind], wanted: Mapping[str, Kind], optional: Mapping[str, Kind | None], where: str) -> None:
@@ -228,7 +228,7 @@ def compare_kinds(stored: Mapping[str, Kind], wanted: Mapping[str, Kind], option
 
 def check_positions(positions: Tensor, model: ModelConfig, where: str) -> None:
     """Raise CheckpointError unless stored positions (T, D) are the computed ones, up to what averaging in float32 does to a constant."""
-    computed = sine_positions(model.hidden, model.input_size // model.patch)
+    computed = sine_positions(model.hidden_size, model.input_size // model.patch)
     distance = float((positions.float() - computed).abs().max())
     if not distance < 1e-3:
         reason = "there the first half of D codes the column, the second the row, each as sines and then cosines"
@@ -281,6 +281,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _state(model: DiT) -> dict[str, Tensor]:
     """A model's state, and its positions where they are not the computed ones to the bit."""
-    computed = sine_positions(model.config.hidden, math.isqrt(len(model.positions)))
+    computed = sine_positions(model.config.hidden_size, math.isqrt(len(model.positions)))
     same = torch.equal(model.positions.detach().cpu(), computed)
     return dict(model.state_dict()) | ({} if same else {POSITIONS: model.positions})

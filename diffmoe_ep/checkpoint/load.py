@@ -17,9 +17,9 @@ from diffmoe_ep.model.parallelize import build_sharded, is_expert
 from diffmoe_ep.parallel.mesh import Mesh
 
 Weights = Literal["ema", "model"]
-HOW = ("model.kernel", "pool.select")  # these change how a model is computed, not what it is
+HOW = ("compute.kernel", "compute.topk")  # these change how a model is computed, not what it is
 # Of a model's knobs those that a run may change which starts from another run's weights; model.size is a name for three others.
-FREE = ("size", "kernel", "text_length", "predictor_weight", "predictor_reduction", "balance_weight", "threshold_decay")
+FREE = ("size", "text_length", "predictor_weight", "predictor_reduction", "balance_weight", "threshold_decay")
 
 
 def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Mesh) -> list[Fragment]:
@@ -179,8 +179,8 @@ def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
             )
         if key in (
             "seed",
-            "train.batch",
-            "train.accumulation",
+            "train.global_batch",
+            "train.grad_accumulation",
             "train.objective",
             "train.freeze",
             "train.optimizer.kind",

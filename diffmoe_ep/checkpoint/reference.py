@@ -104,7 +104,7 @@ def import_reference(
     positions, other = None, "model" if weights == "ema" else "ema"
     if THEIR_POSITIONS in tensors:
         positions = list(tensors[THEIR_POSITIONS].shape)
-        ours[POSITIONS] = tensors[THEIR_POSITIONS].reshape(-1, config.model.hidden)
+        ours[POSITIONS] = tensors[THEIR_POSITIONS].reshape(-1, config.model.hidden_size)
     rest = {f"{weights}.{name}": tensor for name, tensor in tensors.items() if name.endswith(f".{THEIR_DECAY}")}
     if both and other in content:
         others, prefixes[other] = _tensors(content[other], f"{where}: {other}")
@@ -220,9 +220,9 @@ def _config(
         "in_channels": in_channels,
         "out_channels": features // patch**2,
         "patch": patch,
-        "hidden": hidden,
-        "blocks": blocks,
-        "heads": heads,
+        "hidden_size": hidden,
+        "num_blocks": blocks,
+        "num_heads": heads,
         "num_classes": rows - 1,
     }
     if moe:
@@ -285,9 +285,9 @@ def _check(tensors: Mapping[str, Tensor], model: ModelConfig, where: str) -> Non
     compare_kinds(stored, wanted, optional, where)
     if THEIR_POSITIONS in tensors:
         positions = tensors[THEIR_POSITIONS]
-        if positions.shape[-1] != model.hidden or positions.dtype != torch.float32:
+        if positions.shape[-1] != model.hidden_size or positions.dtype != torch.float32:
             raise CheckpointError(f"{where}: {THEIR_POSITIONS} is {tuple(positions.shape)} {positions.dtype}; it is (1, T, D) float32")
-        check_positions(positions.reshape(-1, model.hidden), model, f"{where}: {THEIR_POSITIONS}")
+        check_positions(positions.reshape(-1, model.hidden_size), model, f"{where}: {THEIR_POSITIONS}")
 
 
 def _plain(value: Any) -> Any:
@@ -361,9 +361,9 @@ def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, di
     if single.clock == "forward" and single.config.train.objective == "flow":
         ours = turned_clock(ours, model)
     sets = {weights: _to_theirs(ours, model)}
-    shape = provenance.get("positions") if _is_imported(single) else (1, -1, model.hidden)
+    shape = provenance.get("positions") if _is_imported(single) else (1, -1, model.hidden_size)
     if shape is not None:
-        positions = ours.get(POSITIONS, sine_positions(model.hidden, model.input_size // model.patch))
+        positions = ours.get(POSITIONS, sine_positions(model.hidden_size, model.input_size // model.patch))
         sets[weights][THEIR_POSITIONS] = positions.view(tuple(shape))
     if not _is_imported(single):
         decay = torch.tensor(model.threshold_decay)

@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
     select.set_defaults(run=_bench_select)
     layer = benches.add_parser("layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone")
     layer.add_argument("--sizes", type=_cases, default=None, metavar="D:tokens:N,...", help="for example 384:8192:16 (default: S, B and L)")
-    layer.add_argument("--compile", action="store_true", help="with torch.compile, as train.compile does: the dense FFN and our layer")
+    layer.add_argument("--compile", action="store_true", help="with torch.compile, as compute.compile does: the dense FFN and our layer")
     step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
     step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
     step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
@@ -47,7 +47,7 @@ def add(verbs: Any) -> None:
     )
     model = benches.add_parser("train", help="training steps of a config's model on this device beside the plan's time and memory")
     model.add_argument("config", help="YAML file; its samples are made up, the same at every step, so that the loss must fall")
-    model.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.batch=8 train.optimizer.rate=1e-3")
+    model.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=8 train.optimizer.lr=1e-3")
     model.add_argument("--cluster", required=True, metavar="FILE", help="for example configs/cluster/h200x1.yaml")
     model.add_argument("--turns", type=int, default=10, help="timed steps (default 10)")
     model.set_defaults(run=_bench_train)
@@ -104,14 +104,14 @@ def _bench_step(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options, alone=True)
     hidden, blocks, heads = SIZES[options.size]
-    model = ModelConfig(size=options.size, hidden=hidden, blocks=blocks, heads=heads, num_experts=options.experts)
+    model = ModelConfig(size=options.size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=options.experts)
     found: dict[str, Any] = {"measured": bench_step(model, mesh, options.batch, options.turns, _compute(options))}
     if options.cluster is not None:  # what the planner says of the same step, under DeepSpeed's engine
         from diffmoe_ep.bench.calibrate import compare
         from diffmoe_ep.planner.cluster import load_cluster
 
         precision = "bf16" if options.compute == "bfloat16" else "float32"
-        tree = {"model": {"size": options.size, "num_experts": options.experts}, "train": {"batch": options.batch, "precision": precision}}
+        tree = {"model": {"size": options.size, "num_experts": options.experts}, "train": {"global_batch": options.batch, "precision": precision}}
         for family in ("dense", "diffmoe"):
             config = from_tree(tree, [f"model.family={family}"])
             found[family] = compare(config, load_cluster(options.cluster), mesh.device.type, max(3, options.turns // 2))

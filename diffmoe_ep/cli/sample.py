@@ -40,7 +40,7 @@ def add_source(verb: argparse.ArgumentParser, num: str) -> None:
     """Declare what verbs that draw samples have in common; num: how many there are if --samples does not say."""
     verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
     verb.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert=2"
+        "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert_parallel=2"
     )
     verb.add_argument("--samples", type=int, default=None, help=f"number of samples (default {num})")
     verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
@@ -57,21 +57,21 @@ class Source:
 
 
 def source_of(options: argparse.Namespace) -> Source:
-    """Find the checkpoint and check everything that follows from it; parallel.expert is 1 unless an override says otherwise."""
+    """Find the checkpoint and check everything that follows from it; parallel.expert_parallel is 1 unless an override says otherwise."""
     from diffmoe_ep.checkpoint.load import config_of, facts_of, located
     from diffmoe_ep.parallel.mesh import launched_world
     from diffmoe_ep.sampling.sample import check_sampling
 
     checkpoint = located(options.path)
-    config = override(config_of(checkpoint), ["parallel.expert=1", *options.overrides])
-    world, expert = launched_world(), config.parallel.expert
+    config = override(config_of(checkpoint), ["parallel.expert_parallel=1", *options.overrides])
+    world, expert = launched_world(), config.parallel.expert_parallel
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; it must be at least 1")
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed is {options.seed}; it must be at least 0 and less than 2^63")
     if world % expert:
         started = f"{world} process{'es were' if world > 1 else ' was'} started"
-        raise ConfigError(f"parallel.expert is {expert} and {started}; start a multiple of parallel.expert, or leave it at 1")
+        raise ConfigError(f"parallel.expert_parallel is {expert} and {started}; start a multiple of parallel.expert_parallel, or leave it at 1")
     check_sampling(config, options.samples)
     return Source(checkpoint, config, facts_of(checkpoint), config.seed if options.seed is None else options.seed)
 
@@ -86,7 +86,7 @@ def _mesh(source: Source) -> "Mesh":
     from diffmoe_ep.parallel import mesh as meshes
 
     parallel = source.config.parallel
-    return meshes.start(parallel.expert, 1, parallel.timeout_minutes)
+    return meshes.start(parallel.expert_parallel, 1, parallel.timeout_minutes)
 
 
 def _load(source: Source, mesh: "Mesh") -> "DiT":

@@ -12,7 +12,7 @@ def add(verbs: Any) -> None:
     """Declare train, plan and keys."""
     train = verbs.add_parser("train", help="train a model, or continue its run", epilog="Keys and defaults: diffmoe keys")
     train.add_argument("config", help="YAML file, for example configs/digits.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20 parallel.expert=2")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20 parallel.expert_parallel=2")
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved config, the parameter counts and the layout of ranks, and stop"
     )
@@ -53,11 +53,11 @@ def _dry_run(config: Config) -> None:
     from diffmoe_ep.model.count import count
     from diffmoe_ep.parallel.mesh import launched_rank, launched_world
 
-    world = max(launched_world(), config.parallel.expert if launched_world() == 1 else 1)
+    world = max(launched_world(), config.parallel.expert_parallel if launched_world() == 1 else 1)
     check_world(config, world)
     if launched_rank() != 0:
         return
-    sizes, expert = count(config.model), config.parallel.expert
+    sizes, expert = count(config.model), config.parallel.expert_parallel
     print(dump(config), end="")
     print("---")
     rows = [
@@ -74,11 +74,11 @@ def _dry_run(config: Config) -> None:
     ]
     for name, number in rows:
         print(f"{name:<22}{number:>16,}")
-    local = config.train.batch // config.train.accumulation // world
+    local = config.train.global_batch // config.train.grad_accumulation // world
     print("---")
     print(
-        f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.batch // config.train.accumulation} samples of a micro-step, "
-        f"{config.train.accumulation} micro-step{'s' * (config.train.accumulation > 1)} a step"
+        f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.global_batch // config.train.grad_accumulation} samples of a micro-step, "
+        f"{config.train.grad_accumulation} micro-step{'s' * (config.train.grad_accumulation > 1)} a step"
     )
     if has_experts(config.model):
         span, each = pool_samples(config), config.model.num_experts // expert
@@ -94,7 +94,7 @@ def _dry_run(config: Config) -> None:
             print(f"  rank {rank}: experts {first} to {first + each - 1}, copy {rank // expert} of {world // expert}")
     if world != launched_world():
         print(
-            f"parallel.expert={expert} needs at least {expert} processes, this is one: "
+            f"parallel.expert_parallel={expert} needs at least {expert} processes, this is one: "
             f"start with deepspeed --num_gpus {expert} --module diffmoe_ep train ..."
         )
 

@@ -8,6 +8,7 @@ from diffmoe_ep.config.read import dump, from_tree, keys, load, override, read_s
 from diffmoe_ep.config.schema import (
     SIZES,
     CheckpointConfig,
+    ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -25,7 +26,7 @@ from diffmoe_ep.config.schema import (
 )
 
 __all__ = [
-    "SIZES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
+    "SIZES", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
     "ParallelConfig", "PartConfig", "PoolConfig", "SampleConfig", "ScheduleConfig", "TrainConfig", "UserError", "check", "check_world",
     "dump", "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "read_section",
     "to_tree", "tokens_per_expert",

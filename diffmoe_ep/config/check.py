@@ -13,16 +13,16 @@ def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
     model, train = config.model, config.train
     _check_limits(config, "")
-    if model.size is not None and (model.hidden, model.blocks, model.heads) != SIZES[model.size]:
+    if model.size is not None and (model.hidden_size, model.num_blocks, model.num_heads) != SIZES[model.size]:
         hidden, blocks, heads = SIZES[model.size]
         raise ConfigError(
-            f"model.size {model.size} means hidden {hidden}, blocks {blocks}, heads {heads}, but the config has {model.hidden}, "
-            f"{model.blocks}, {model.heads}; set model.size=null, or remove the others"
+            f"model.size {model.size} means hidden_size {hidden}, num_blocks {blocks}, num_heads {heads}, but the config has {model.hidden_size}, "
+            f"{model.num_blocks}, {model.num_heads}; set model.size=null, or remove the others"
         )
     if model.input_size % model.patch:
         raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
-    if model.hidden % model.heads or model.hidden % 4:
-        raise ConfigError(f"model.hidden {model.hidden} must be a multiple of model.heads ({model.heads}) and of 4 (positions)")
+    if model.hidden_size % model.num_heads or model.hidden_size % 4:
+        raise ConfigError(f"model.hidden_size {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of 4 (positions)")
     if model.out_channels < model.in_channels:
         raise ConfigError(
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
@@ -30,19 +30,19 @@ def check(config: Config) -> None:
     _check_start(config)
     _check_data(config)
     _check_sampling(config)
-    if config.parallel.zero not in (0, 1, 2):
-        reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert shards; use 2"
+    if config.parallel.zero_stage not in (0, 1, 2):
+        reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert_parallel shards; use 2"
         raise ConfigError(
-            f"parallel.zero is {config.parallel.zero}: {reason if config.parallel.zero == 3 else 'the stages are 0, 1 and 2'}"
+            f"parallel.zero_stage is {config.parallel.zero_stage}: {reason if config.parallel.zero_stage == 3 else 'the stages are 0, 1 and 2'}"
         )
-    if model.family == "dense" and config.parallel.expert != 1:
+    if model.family == "dense" and config.parallel.expert_parallel != 1:
         raise ConfigError(
-            f"parallel.expert is {config.parallel.expert}, but model.family dense has no experts to shard; set parallel.expert=1"
+            f"parallel.expert_parallel is {config.parallel.expert_parallel}, but model.family dense has no experts to shard; set parallel.expert_parallel=1"
         )
-    if train.batch % train.accumulation:
+    if train.global_batch % train.grad_accumulation:
         raise ConfigError(
-            f"train.batch {train.batch} is not a multiple of train.accumulation {train.accumulation}; "
-            f"accumulation that divides it: {_divisors(train.batch)}"
+            f"train.global_batch {train.global_batch} is not a multiple of train.grad_accumulation {train.grad_accumulation}; "
+            f"accumulation that divides it: {_divisors(train.global_batch)}"
         )
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         raise ConfigError(f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1")
@@ -65,7 +65,7 @@ def _check_start(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    data, micro = config.data, config.train.batch // config.train.accumulation
+    data, micro = config.data, config.train.global_batch // config.train.grad_accumulation
     if data.mode == "resampled":
         text = config.model.condition == "text"
         for key, wrong in (("mixture", bool(data.mixture)), ("lanes", data.lanes > 1)):
@@ -86,7 +86,7 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"data.mixture[{number}].folder {state}; name each dataset once, with its weight")
     if micro % data.lanes:
         raise ConfigError(
-            f"data.lanes {data.lanes} does not divide the {micro} samples of a micro-step (train.batch / train.accumulation); "
+            f"data.lanes {data.lanes} does not divide the {micro} samples of a micro-step (train.global_batch / train.grad_accumulation); "
             f"lanes that do: {_divisors(micro)}"
         )
     waits = sum(min(2**attempt, 60) for attempt in range(min(data.retries, 10_000)))
@@ -131,19 +131,19 @@ def _check_limits(part: Any, prefix: str) -> None:
 
 
 def _check_experts(config: Config) -> None:
-    num_experts, expert = config.model.num_experts, config.parallel.expert
+    num_experts, expert = config.model.num_experts, config.parallel.expert_parallel
     if num_experts % expert:
         raise ConfigError(
-            f"model.num_experts {num_experts} is not a multiple of parallel.expert {expert}; "
-            f"parallel.expert that divides it: {_divisors(num_experts)}"
+            f"model.num_experts {num_experts} is not a multiple of parallel.expert_parallel {expert}; "
+            f"parallel.expert_parallel that divides it: {_divisors(num_experts)}"
         )
-    micro = config.train.batch // config.train.accumulation
+    micro = config.train.global_batch // config.train.grad_accumulation
     if isinstance(config.pool.span, int) and (config.pool.span < 1 or micro % config.pool.span):
         raise ConfigError(
             f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
-            f"(train.batch / train.accumulation); spans that do: {_divisors(micro)}"
+            f"(train.global_batch / train.grad_accumulation); spans that do: {_divisors(micro)}"
         )
-    if not config.model.interleave or config.model.blocks > 1:
+    if not config.model.interleave or config.model.num_blocks > 1:
         pool, tokens = pool_samples(config), num_tokens(config.model)
         if config.model.family != "tc":
             tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity", config.model.granularity)
@@ -152,9 +152,9 @@ def _check_experts(config: Config) -> None:
 
 def _check_family(config: Config) -> None:
     model = config.model
-    if 4 * model.hidden % model.granularity or model.num_experts % model.granularity:
+    if 4 * model.hidden_size % model.granularity or model.num_experts % model.granularity:
         raise ConfigError(
-            f"model.granularity {model.granularity} must divide 4 * model.hidden ({4 * model.hidden}) and model.num_experts "
+            f"model.granularity {model.granularity} must divide 4 * model.hidden_size ({4 * model.hidden_size}) and model.num_experts "
             f"({model.num_experts})"
         )
     if model.family == "tc" and model.top_k > model.num_experts:
@@ -174,22 +174,22 @@ def _check_family(config: Config) -> None:
 
 def check_world(config: Config, world: int) -> None:
     """Check what follows from the number of ranks W; raises ConfigError."""
-    expert, micro = config.parallel.expert, config.train.batch // config.train.accumulation
+    expert, micro = config.parallel.expert_parallel, config.train.global_batch // config.train.grad_accumulation
     if world < expert:
         raise ConfigError(
-            f"parallel.expert is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
+            f"parallel.expert_parallel is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
             f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} -m diffmoe_ep ...) "
-            f"or set parallel.expert={world}"
+            f"or set parallel.expert_parallel={world}"
         )
     if world % expert:
         raise ConfigError(
-            f"the number of ranks {world} is not a multiple of parallel.expert {expert}; "
-            f"parallel.expert that divides it: {_divisors(world)}"
+            f"the number of ranks {world} is not a multiple of parallel.expert_parallel {expert}; "
+            f"parallel.expert_parallel that divides it: {_divisors(world)}"
         )
     if micro % world:
         raise ConfigError(
-            f"train.batch {config.train.batch} / train.accumulation {config.train.accumulation} = {micro} samples of a micro-step do not "
-            f"divide over {world} ranks; make train.batch a multiple of {world * config.train.accumulation}"
+            f"train.global_batch {config.train.global_batch} / train.grad_accumulation {config.train.grad_accumulation} = {micro} samples of a micro-step do not "
+            f"divide over {world} ranks; make train.global_batch a multiple of {world * config.train.grad_accumulation}"
         )
     span, local = pool_samples(config), micro // world
     if has_experts(config.model) and local % span and span % local:
@@ -219,7 +219,7 @@ def pool_samples(config: Config) -> int:
     """Samples in one training pool."""
     if config.model.family == "ec":
         return 1
-    return config.train.batch // config.train.accumulation if config.pool.span == "all" else config.pool.span
+    return config.train.global_batch // config.train.grad_accumulation if config.pool.span == "all" else config.pool.span
 
 
 def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity", granularity: int = 1) -> int:

@@ -70,7 +70,7 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
         _lay_over(merged, override)
     model = merged.get("model")
     if isinstance(model, dict) and model.get("size") in SIZES:  # a name stands for its three numbers
-        merged["model"] = dict(zip(("hidden", "blocks", "heads"), SIZES[model["size"]], strict=True)) | model
+        merged["model"] = dict(zip(("hidden_size", "num_blocks", "num_heads"), SIZES[model["size"]], strict=True)) | model
     config = _build(Config, merged, "")
     check(config)
     return config

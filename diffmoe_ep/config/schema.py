@@ -68,7 +68,7 @@ class DataConfig:
     workers: int = knob(2, "loader processes per rank; 0 reads in the training process; never changes what is read", NATURAL)
     prefetch: int = knob(4, "micro-batches that each worker keeps ready", POSITIVE)
     flip: bool = knob(True, "mirror each sample with probability 0.5 (keyed by its position)")
-    drop_condition: float = knob(0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)", SHARE)
+    condition_dropout: float = knob(0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)", SHARE)
     shuffle_block: int = knob(
         8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order", NATURAL
     )
@@ -94,7 +94,7 @@ class TextConfig:
     precision: Literal["float32", "bfloat16"] = knob("float32", "type that the encoder computes in")
 
 
-SIZES = {  # hidden, blocks, heads; the paper's Table 1, the two largest inferred from the parameter counts of its Table 5
+SIZES = {  # hidden_size, num_blocks, num_heads; the paper's Table 1, the two largest inferred from the parameter counts of its Table 5
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
@@ -112,15 +112,15 @@ class ModelConfig:
         "diffmoe", "experts choose from a pool; from each sample; tokens choose; no experts"
     )
     size: Literal["S", "B", "L", "XL", "XXL", "XXXL"] | None = knob(
-        None, "the paper's hidden, blocks and heads by name; or give them yourself"
+        None, "the paper's hidden_size, num_blocks and num_heads by name; or give them yourself"
     )
     input_size: int = knob(32, "height and width of the (latent) image", POSITIVE)
     in_channels: int = knob(4, "channels of the (latent) image", POSITIVE)
     out_channels: int = knob(8, "channels predicted; under flow those after in_channels (learned variance) are unused", POSITIVE)
     patch: int = knob(2, "height and width of a token in (latent) pixels", POSITIVE)
-    hidden: int = knob(384, "width D of a token", POSITIVE)
-    blocks: int = knob(12, "transformer blocks L", POSITIVE)
-    heads: int = knob(6, "attention heads H; hidden must be a multiple", POSITIVE)
+    hidden_size: int = knob(384, "width D of a token", POSITIVE)
+    num_blocks: int = knob(12, "transformer blocks L", POSITIVE)
+    num_heads: int = knob(6, "attention heads H; hidden_size must be a multiple", POSITIVE)
     condition: Literal["class", "text"] = knob("class", "a label, added to the time; or a caption, by cross-attention in every block")
     num_classes: int = knob(1000, "classes; the label table has one row more, the null class (condition class)", POSITIVE)
     text_width: int = knob(4096, "width of a caption token's features (condition text); 4096: T5-XXL", POSITIVE)
@@ -132,11 +132,6 @@ class ModelConfig:
     top_k: int = knob(1, "experts that a token chooses (tc); times granularity for equal compute", POSITIVE)
     balance_weight: float = knob(0.01, "weight of the balance loss (tc)", NATURAL)
     predictor: bool | None = knob(None, "capacity predictor and dynamic thresholds; null: diffmoe has them, ec not; tc never")
-    kernel: Literal["auto", "loop", "batched", "grouped", "fused"] = knob(
-        "auto",
-        "how experts compute, all with one result: one by one; one batched matmul, padded where rows are ragged; torch's grouped matmul "
-        "(no float64); one function that writes gradients in place; auto: what was measured quickest for device, type and evenness",
-    )
     predictor_weight: float = knob(1.0, "weight of the capacity predictors' loss")
     predictor_reduction: Literal["sum", "mean"] = knob("sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)")
     threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)", SHARE)
@@ -147,11 +142,6 @@ class PoolConfig:
     """What the experts choose from."""
 
     span: int | Literal["all"] = knob("all", "samples in one pool: all = the micro-step of all ranks; 1 = each sample by itself")
-    select: Literal["auto", "gather", "owner", "radix"] = knob(
-        "auto",
-        "how ranks find the exact top-k together, all with one result: gather all scores; send them to columns' owners; sum histograms; "
-        "auto: the cheapest by bytes and rounds",
-    )
     capacity: float = knob(1.0, "capacity factor C in training: each expert takes floor(P * C / N) of the P tokens of a pool", POSITIVE)
 
 
@@ -160,12 +150,12 @@ class OptimizerConfig:
     """How the weights are moved."""
 
     kind: Literal["adamw", "sgd"] = knob("adamw", "adamw or sgd")
-    rate: float = knob(1e-4, "peak learning rate", POSITIVE)
+    lr: float = knob(1e-4, "peak learning rate", POSITIVE)
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's decays of the two moments")
     eps: float = knob(1e-8, "AdamW's epsilon", POSITIVE)
     weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd", NATURAL)
-    expert_rate: float = knob(1.0, "the routed experts' rate as a multiple of rate", NATURAL)
-    router_rate: float = knob(1.0, "the routers' rate as a multiple of rate", NATURAL)
+    expert_lr_scale: float = knob(1.0, "the routed experts' learning rate as a multiple of lr", NATURAL)
+    router_lr_scale: float = knob(1.0, "the routers' learning rate as a multiple of lr", NATURAL)
     momentum: float = knob(0.0, "momentum of sgd", SHARE)
 
 
@@ -193,15 +183,10 @@ class TrainConfig:
 
     objective: Literal["flow", "ddpm"] = knob("flow", "rectified flow, uniform time; or DDPM with learned variance (2 * in_channels out)")
     steps: int = knob(100_000, "optimiser steps of the whole run", POSITIVE)
-    batch: int = knob(256, "samples of one optimiser step over all ranks", POSITIVE)
-    accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step", POSITIVE)
+    global_batch: int = knob(256, "samples of one optimiser step over all ranks", POSITIVE)
+    grad_accumulation: int = knob(1, "micro-steps into which a step's samples are cut; pools lie inside a micro-step", POSITIVE)
     precision: Literal["bf16", "float32"] = knob("bf16", "compute type; weights, moments, router, thresholds and EMA are float32 in both")
-    recompute: Literal["none", "ffn", "block"] = knob(
-        "none",
-        "activations not kept for the backward but computed again there (choices are kept): none, those of the FFN part, all of a block",
-    )
-    compile: bool = knob(False, "compile adaLN, attention, dense FFNs and parts of MoE layers (torch.compile; needs a compiler)")
-    clip: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
+    max_grad_norm: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
     freeze: tuple[str, ...] = knob((), 'patterns of names (*, ?): parameters that stay as they start, as ["patches.*", "*.attention.*"]')
     optimizer: OptimizerConfig = section(OptimizerConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
@@ -212,11 +197,32 @@ class TrainConfig:
 class ParallelConfig:
     """How the run is laid over ranks. Nothing here changes what is computed."""
 
-    expert: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded", POSITIVE)
-    overlap: int = knob(1, "parts in which rows travel to the experts, so that some travel while others compute; 1: all at once", POSITIVE)
-    zero: int = knob(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
+    expert_parallel: int = knob(1, "expert parallelism EP: ranks over which one copy of the experts is sharded", POSITIVE)
+    zero_stage: int = knob(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
     timeout_minutes: int = knob(10, "longest wait for a peer in any collective", POSITIVE)
     deepspeed: str | None = knob(None, "a DeepSpeed JSON file whose settings are merged in (not those that this config decides)")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the same numbers are computed: nothing here changes a result beyond rounding."""
+
+    kernel: Literal["auto", "loop", "batched", "grouped", "fused"] = knob(
+        "auto",
+        "how experts compute, all with one result: one by one; one batched matmul, padded where rows are ragged; torch's grouped matmul "
+        "(no float64); one function that writes gradients in place; auto: what was measured quickest for device, type and evenness",
+    )
+    topk: Literal["auto", "gather", "owner", "radix"] = knob(
+        "auto",
+        "how ranks find the exact top-k together, all with one result: gather all scores; send them to columns' owners; sum histograms; "
+        "auto: the cheapest by bytes and rounds",
+    )
+    recompute: Literal["none", "ffn", "block"] = knob(
+        "none",
+        "activations not kept for the backward but computed again there (choices are kept): none, those of the FFN part, all of a block",
+    )
+    overlap: int = knob(1, "parts in which rows travel to the experts, so that some travel while others compute; 1: all at once", POSITIVE)
+    compile: bool = knob(False, "compile adaLN, attention, dense FFNs and parts of MoE layers (torch.compile; needs a compiler)")
 
 
 @dataclass(frozen=True)
@@ -277,6 +283,7 @@ class Config:
     pool: PoolConfig = section(PoolConfig)
     train: TrainConfig = section(TrainConfig)
     parallel: ParallelConfig = section(ParallelConfig)
+    compute: ComputeConfig = section(ComputeConfig)
     sample: SampleConfig = section(SampleConfig)
     log: LogConfig = section(LogConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)

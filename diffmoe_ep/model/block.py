@@ -36,10 +36,10 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, pool: PoolConfig, is_moe: bool) -> None:
         super().__init__()
-        self.attention = Attention(model.hidden, model.heads)
-        self.cross_attention = CrossAttention(model.hidden, model.heads) if model.condition == "text" else None
-        self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden, 4 * model.hidden)
-        self.modulation = nn.Linear(model.hidden, 6 * model.hidden)
+        self.attention = Attention(model.hidden_size, model.num_heads)
+        self.cross_attention = CrossAttention(model.hidden_size, model.num_heads) if model.condition == "text" else None
+        self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden_size, 4 * model.hidden_size)
+        self.modulation = nn.Linear(model.hidden_size, 6 * model.hidden_size)
 
     def compile_parts(self) -> None:
         """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, parts of an MoE layer."""
@@ -90,8 +90,8 @@ class Head(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.modulation = nn.Linear(model.hidden, 2 * model.hidden)
-        self.projection = nn.Linear(model.hidden, model.patch**2 * model.out_channels)
+        self.modulation = nn.Linear(model.hidden_size, 2 * model.hidden_size)
+        self.projection = nn.Linear(model.hidden_size, model.patch**2 * model.out_channels)
         self.out_channels = model.out_channels
 
     def forward(self, x: Tensor, c: Tensor, channels: int) -> Tensor:

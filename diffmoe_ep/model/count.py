@@ -48,17 +48,17 @@ class Count:
 
 def moe_blocks(model: ModelConfig) -> int:
     """How many blocks have an MoE layer."""
-    return sum(is_moe(model, block) for block in range(model.blocks))
+    return sum(is_moe(model, block) for block in range(model.num_blocks))
 
 
 def expert_width(model: ModelConfig) -> int:
     """Width of an expert, routed or shared: 4D/m."""
-    return 4 * model.hidden // model.granularity
+    return 4 * model.hidden_size // model.granularity
 
 
 def count(model: ModelConfig) -> Count:
     """Count a model's parameters."""
-    hidden, num_experts, width = model.hidden, model.num_experts, expert_width(model)
+    hidden, num_experts, width = model.hidden_size, model.num_experts, expert_width(model)
     ffn = 8 * hidden**2 + 5 * hidden
     expert = 2 * hidden * width + width + hidden
     shared_width = width * model.shared_experts
@@ -71,14 +71,14 @@ def count(model: ModelConfig) -> Count:
     condition = model.text_width * (hidden + 1) + hidden + linear if text else (model.num_classes + 1) * hidden
     head = 2 * linear + (hidden + 1) * model.patch**2 * model.out_channels
     return Count(
-        dense_ffn=(model.blocks - moe) * ffn,
+        dense_ffn=(model.num_blocks - moe) * ffn,
         experts=moe * num_experts * expert,
         shared=moe * shared,
         router=moe * num_experts * hidden,
         predictor=moe * (linear + num_experts * hidden + num_experts) if has_predictor(model) else 0,
-        attention=model.blocks * 4 * linear,
-        cross_attention=model.blocks * 4 * linear if text else 0,
-        modulation=model.blocks * 6 * linear,
+        attention=model.num_blocks * 4 * linear,
+        cross_attention=model.num_blocks * 4 * linear if text else 0,
+        modulation=model.num_blocks * 6 * linear,
         other=patches + time + condition + head,
         capacity=model.top_k / model.granularity if model.family == "tc" else 1.0,
         unit=model.granularity / num_experts,
@@ -94,7 +94,7 @@ def equation_40(model: ModelConfig, capacity: float | None = None) -> float:
     """
     sizes, moe = count(model), moe_blocks(model)
     capacity = sizes.capacity if capacity is None else capacity
-    dense, shared = model.blocks - moe, model.shared_experts / model.granularity
+    dense, shared = model.num_blocks - moe, model.shared_experts / model.granularity
     active = dense + moe * (capacity + shared)
     whole = dense + moe * (model.num_experts / model.granularity + shared)
     return active / whole * sizes.ffn + sizes.attention + sizes.cross_attention + sizes.modulation + sizes.other

@@ -57,18 +57,18 @@ class DiT(nn.Module):
         self.compute_type = compute_type
         self.recompute = recompute
         self.channels = model.out_channels if channels is None else channels
-        self.patches = PatchEmbed(model.in_channels, model.hidden, model.patch)
-        self.time = TimeEmbed(model.hidden)
-        self.label = LabelEmbed(model.num_classes, model.hidden) if model.condition == "class" else None
-        self.caption = CaptionEmbed(model.text_width, model.hidden) if model.condition == "text" else None
-        self.blocks = nn.ModuleList(Block(model, pool, is_moe(model, index)) for index in range(model.blocks))
+        self.patches = PatchEmbed(model.in_channels, model.hidden_size, model.patch)
+        self.time = TimeEmbed(model.hidden_size)
+        self.label = LabelEmbed(model.num_classes, model.hidden_size) if model.condition == "class" else None
+        self.caption = CaptionEmbed(model.text_width, model.hidden_size) if model.condition == "text" else None
+        self.blocks = nn.ModuleList(Block(model, pool, is_moe(model, index)) for index in range(model.num_blocks))
         self.head = Head(model)
-        self.register_buffer("positions", sine_positions(model.hidden, model.input_size // model.patch), persistent=False)
+        self.register_buffer("positions", sine_positions(model.hidden_size, model.input_size // model.patch), persistent=False)
 
     def allocate(self, device: torch.device | str) -> "DiT":
         """Give a model that was built on the meta device its memory; weights are still to be filled, buffers are as they start."""
         self.to_empty(device=device)
-        self.positions.copy_(sine_positions(self.config.hidden, self.config.input_size // self.config.patch))
+        self.positions.copy_(sine_positions(self.config.hidden_size, self.config.input_size // self.config.patch))
         for layer in self.moe_layers():
             if layer.predictor is not None:
                 layer.predictor.reset()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmoe_ep.config import Config
+from diffmoe_ep.config import ComputeConfig, Config
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
 from diffmoe_ep.moe.layer import MoELayer
@@ -20,9 +20,18 @@ def build_sharded(config: Config, mesh: Mesh, channels: int | None = None) -> Di
     """
     compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
     with torch.device("meta"):
-        model = DiT(config.model, config.pool, compute_type, config.train.recompute, channels)
-        shard_experts(model, mesh, config.parallel.overlap)
+        model = DiT(config.model, config.pool, compute_type, config.compute.recompute, channels)
+        apply_compute(model, config.compute)
+        shard_experts(model, mesh, config.compute.overlap)
     return model.allocate(mesh.device)
+
+
+def apply_compute(model: DiT, compute: ComputeConfig) -> DiT:
+    """Let experts compute and pools search as the config asks; the numbers are the same."""
+    for layer in model.moe_layers():
+        layer.experts.kernel = compute.kernel
+        layer.pools = replace(layer.pools, algorithm=compute.topk)
+    return model
 
 
 def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:

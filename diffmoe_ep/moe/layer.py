@@ -64,17 +64,17 @@ class MoELayer(nn.Module):
 
     def __init__(self, model: ModelConfig, pool: PoolConfig) -> None:
         super().__init__()
-        self.router = Router(model.hidden, model.num_experts)
-        self.predictor = CapacityPredictor(model.hidden, model.num_experts, model.threshold_decay) if has_predictor(model) else None
-        self.experts = Experts(model.num_experts, model.hidden, model.kernel, model.granularity)
+        self.router = Router(model.hidden_size, model.num_experts)
+        self.predictor = CapacityPredictor(model.hidden_size, model.num_experts, model.threshold_decay) if has_predictor(model) else None
+        self.experts = Experts(model.num_experts, model.hidden_size, granularity=model.granularity)
         self.shared = (
-            FeedForward(model.hidden, model.shared_experts * 4 * model.hidden // model.granularity) if model.shared_experts else None
+            FeedForward(model.hidden_size, model.shared_experts * 4 * model.hidden_size // model.granularity) if model.shared_experts else None
         )
         self.num_experts, self.granularity = model.num_experts, model.granularity
         self.top_k = model.top_k if model.family == "tc" else None
         self.capacity = pool.capacity
         span = 1 if model.family == "ec" else pool.span
-        self.pools = Pools(None if span == "all" else span * num_tokens(model), algorithm=pool.select)
+        self.pools = Pools(None if span == "all" else span * num_tokens(model))
         self.rule = InferenceRule()
         self.dispatcher: Dispatch = LocalDispatch()
 

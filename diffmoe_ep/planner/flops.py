@@ -103,7 +103,7 @@ def _parts(model: ModelConfig, sizes: Count, capacity: float) -> tuple[Part, ...
 
 def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
     """FLOPs of one sample's forward by kind of module."""
-    hidden, tokens, moe, width = model.hidden, num_tokens(model), moe_blocks(model), expert_width(model)
+    hidden, tokens, moe, width = model.hidden_size, num_tokens(model), moe_blocks(model), expert_width(model)
 
     def linear(rows: float, ins: int, outs: int) -> float:
         return 2 * rows * ins * outs
@@ -119,12 +119,12 @@ def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
     time = linear(1, 256, hidden) + linear(1, hidden, hidden)
     head = linear(1, hidden, 2 * hidden) + linear(tokens, hidden, pixels * model.out_channels)
     return {
-        "FFN": (model.blocks - moe) * ffn(tokens, 4 * hidden),
+        "FFN": (model.num_blocks - moe) * ffn(tokens, 4 * hidden),
         "experts": moe * ffn(capacity * model.granularity * tokens, width),  # a sample's rows in all N experts together
         "shared experts": moe * model.shared_experts * ffn(tokens, width),
-        "attention": model.blocks * (linear(tokens, hidden, 3 * hidden) + mixing + linear(tokens, hidden, hidden)),
-        "cross-attention": model.blocks * looking if caption else 0,
-        "adaLN": model.blocks * linear(1, hidden, 6 * hidden),
+        "attention": model.num_blocks * (linear(tokens, hidden, 3 * hidden) + mixing + linear(tokens, hidden, hidden)),
+        "cross-attention": model.num_blocks * looking if caption else 0,
+        "adaLN": model.num_blocks * linear(1, hidden, 6 * hidden),
         "router": moe * linear(tokens, hidden, model.num_experts),
         "predictor": moe * linear(tokens, hidden, hidden + model.num_experts) if has_predictor(model) else 0,
         "other": linear(tokens, model.in_channels * pixels, hidden) + time + embedding + head,
@@ -145,7 +145,7 @@ def _check_capacity(model: ModelConfig, capacity: float, trained: float) -> None
 
 def _title(model: ModelConfig) -> str:
     words = [model.family if model.size is None else f"{model.family}, size {model.size}"]
-    words.append(f"{model.blocks} blocks, hidden {model.hidden}, {model.heads} heads, {num_tokens(model)} tokens")
+    words.append(f"{model.num_blocks} blocks, hidden {model.hidden_size}, {model.num_heads} heads, {num_tokens(model)} tokens")
     if model.condition == "text":
         words.append(f"captions of {model.text_length} tokens, width {model.text_width}")
     if has_experts(model):

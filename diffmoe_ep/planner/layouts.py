@@ -23,14 +23,14 @@ def plan_cluster(config: Config, cluster: Cluster, samples: int | None = None) -
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples is {samples}; it must be at least 1")
-    own = Layout(cluster.ranks, config.parallel.expert, config.parallel.zero, config.train.recompute)
+    own = Layout(cluster.ranks, config.parallel.expert_parallel, config.parallel.zero_stage, config.compute.recompute)
     possible = [layout for layout in layouts(config, cluster.ranks) if _problem(config, layout) is None]
     reason = _problem(config, own) or ""
     if not possible:
         raise ConfigError(_problem(config, replace(own, expert=1)) or reason)
     estimates = sorted((estimate(config, layout, cluster) for layout in possible), key=lambda one: (one.step.seconds, one.memory.total))
     found = next((one for one in estimates if one.layout == own), None)
-    return ClusterPlan(config, cluster, tuple(estimates), found, reason, samples or config.train.steps * config.train.batch)
+    return ClusterPlan(config, cluster, tuple(estimates), found, reason, samples or config.train.steps * config.train.global_batch)
 
 
 def estimate(config: Config, layout: Layout, cluster: Cluster) -> Estimate:
@@ -50,7 +50,7 @@ def layouts(config: Config, world: int) -> list[Layout]:
 
 def _problem(config: Config, layout: Layout) -> str | None:
     try:
-        check_world(replace(config, parallel=replace(config.parallel, expert=layout.expert)), layout.world)
+        check_world(replace(config, parallel=replace(config.parallel, expert_parallel=layout.expert)), layout.world)
     except ConfigError as error:
         return str(error)
     return None

@@ -99,7 +99,7 @@ class Activations:
 def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: int, kind: str) -> Activations:
     """What each block's forward saves, one line an operation: the one place to change when a block's code changes."""
     model, compute = config.model, _width(config)
-    hidden, width, experts, tokens = model.hidden, expert_width(model), model.num_experts, part.tokens
+    hidden, width, experts, tokens = model.hidden_size, expert_width(model), model.num_experts, part.tokens
     bf16 = config.train.precision == "bf16"
     whole = tokens * hidden * compute  # (S, D) in the compute type
     norm_in = tokens * hidden * FLOAT if kind == "cuda" else whole  # CUDA's autocast normalises in float32
@@ -111,12 +111,12 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     attention = modulated
     attention += part.samples * 6 * hidden * compute  # the modulation's output
     attention += 3 * whole  # query, key, value
-    attention += whole + tokens * model.heads * FLOAT  # mixed values and log-sum-exp
+    attention += whole + tokens * model.num_heads * FLOAT  # mixed values and log-sum-exp
     attention += whole  # output, for its gate
     if model.condition == "text":
         attention += norm_in + statistics + whole  # the norm's input and its output, from which queries come
         attention += whole + 2 * caption * hidden * compute  # query, key, value
-        attention += whole + tokens * model.heads * FLOAT  # mixed values and log-sum-exp
+        attention += whole + tokens * model.num_heads * FLOAT  # mixed values and log-sum-exp
         attention += caption * compute  # the mask as numbers
 
     dense = modulated
@@ -153,7 +153,7 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     prediction = part.samples * model.in_channels * model.input_size**2 * FLOAT  # the difference that the loss squares
     outside = patches + condition + modulated + prediction
     choice = tokens * experts + indices + order  # a byte for each token and expert
-    kinds = tuple(is_moe(model, block) for block in range(model.blocks))
+    kinds = tuple(is_moe(model, block) for block in range(model.num_blocks))
     return Activations(outside, attention, dense, moe, whole, choice, kinds)
 
 
@@ -164,8 +164,8 @@ KERNELS = {"loop": (2, True), "batched": (2, True), "grouped": (2, True), "fused
 
 def kernel_of(config: Config, layout: Layout, kind: str) -> str:
     """The expert kernel of training: the config's, or what `moe.experts.choose_kernel` makes of auto there."""
-    if config.model.kernel != "auto":
-        return config.model.kernel
+    if config.compute.kernel != "auto":
+        return config.compute.kernel
     if kind == "cpu":
         return "fused"
     part = share(config, layout)
@@ -190,11 +190,11 @@ def _moments(config: Config, layout: Layout, saved: Activations, rows: int, pair
     reduced = FLOAT * touched  # reduced gradients of the parameters that this rank's part touches
     largest = max(weight.numel for weight in held)
     buckets = FLOAT * _buckets(held, layout, reduce_bucket(config))
-    before = (reduced if layout.zero == 2 else FLOAT * total) if config.train.accumulation > 1 else 0  # of earlier micro-steps
+    before = (reduced if layout.zero == 2 else FLOAT * total) if config.train.grad_accumulation > 1 else 0  # of earlier micro-steps
     before_name = "reduced gradients" if layout.zero == 2 else "gradients"
     all_copies = sum(copies(config, "none", held, kernel))
     kept_copies, copies_of_again = copies(config, layout.recompute, held, kernel)
-    hidden, width = config.model.hidden, expert_width(config.model)
+    hidden, width = config.model.hidden_size, expert_width(config.model)
     buffers = (rows + pairs) * hidden * compute if layout.expert > 1 else 0
     widest = max(rows * width, share(config, layout).tokens * 4 * hidden)
     workspace = 2 * widest * compute + FLOAT * largest  # gradients on their way through an FFN, and one weight's
@@ -232,7 +232,7 @@ def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kerne
     again = [weight for weight in copied if weight.block and (recompute == "block" or weight.ffn)]
     kept = sum(weight.numel for weight in copied) - sum(weight.numel for weight in again)
     layers = {moe: sum(weight.numel for weight in again if weight.moe is moe) for moe in (False, True)}
-    counts = {moe: sum(is_moe(config.model, block) is moe for block in range(config.model.blocks)) for moe in (False, True)}
+    counts = {moe: sum(is_moe(config.model, block) is moe for block in range(config.model.num_blocks)) for moe in (False, True)}
     return compute * kept, compute * max(layers[moe] // counts[moe] for moe in (False, True) if counts[moe])
 
 

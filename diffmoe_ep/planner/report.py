@@ -117,14 +117,14 @@ def lines(plan: ClusterPlan) -> list[str]:
 
 def _head(plan: ClusterPlan) -> list[str]:
     config, ranks = plan.config, plan.cluster.ranks
-    micro = config.train.batch // config.train.accumulation
+    micro = config.train.global_batch // config.train.grad_accumulation
     part = share(config, plan.estimates[0].layout)
-    steps = f", {config.train.accumulation} micro-steps" if config.train.accumulation > 1 else ""
+    steps = f", {config.train.grad_accumulation} micro-steps" if config.train.grad_accumulation > 1 else ""
     lines = [
         f"cluster: {plan.cluster.title()}",
         f"model: {config.model.family}, {count(config.model).total / 1e6:,.1f}M parameters, {config.train.precision}, "
         f"{num_tokens(config.model)} tokens a sample",
-        f"step: {config.train.batch} samples{steps}; a rank has {part.samples} of the {micro} samples of a micro-step, "
+        f"step: {config.train.global_batch} samples{steps}; a rank has {part.samples} of the {micro} samples of a micro-step, "
         f"{part.tokens:,} tokens",
     ]
     if has_experts(config.model) and moe_blocks(config.model) and config.model.family != "tc":
@@ -163,7 +163,7 @@ def _layouts(plan: ClusterPlan) -> list[str]:
     room = size(plan.estimates[0].room)
     signs = {one.verdict for one in plan.estimates}
     notes = [
-        f"memory: a rank's peak, of {room} of room; step: its time; each with train.recompute=none, ffn and block",
+        f"memory: a rank's peak, of {room} of room; step: its time; each with compute.recompute=none, ffn and block",
         f"overlap, rates and days: by the quickest of the three that fits; overlap: rows travel while experts compute; days: "
         f"{plan.samples:,} samples",
         *(["  !  does not fit"] if "no" in signs else []),
@@ -185,7 +185,7 @@ def _details(plan: ClusterPlan, one: Estimate, title: str) -> list[str]:
 
 def _traffic(plan: ClusterPlan, one: Estimate) -> list[str]:
     moved, moe = one.traffic, moe_blocks(plan.config.model)
-    micro, backward = plan.config.train.accumulation, 2 + (one.layout.recompute != "none")
+    micro, backward = plan.config.train.grad_accumulation, 2 + (one.layout.recompute != "none")
     reductions = micro if one.layout.zero == 2 else 1
     times = dict(zip(flows(moved), (moe * micro, 2 * backward * moe * micro, reductions, reductions, 1), strict=True))
     rows = [("received by a rank", "inside node", "across nodes", "rounds", "time", "times a step")]
@@ -211,15 +211,15 @@ def _verdict(plan: ClusterPlan) -> list[str]:
         )
     if best is None:
         found.append(f"No layout fits. The one that needs least is {plan.closest.layout.name}: {_excess(plan.closest)}.")
-        found.append("More ranks, a smaller train.batch, or more of train.accumulation would shrink what a rank holds.")
+        found.append("More ranks, a smaller train.global_batch, or more of train.grad_accumulation would shrink what a rank holds.")
     elif best is own:
         found.append(f"The config's layout is the fastest that fits{'' if best.verdict == 'yes' else ' in the mean'}.")
     else:
-        again = f" train.recompute={best.layout.recompute}"
+        again = f" compute.recompute={best.layout.recompute}"
         faster = f", {own.step.seconds / best.step.seconds:.2f} times the config's speed" if own is not None and own.over <= 0 else ""
         least = "" if best.verdict == "yes" else " in the mean"
         found.append(
-            f"The fastest layout that fits{least}: parallel.expert={best.layout.expert} parallel.zero={best.layout.zero}{again} "
+            f"The fastest layout that fits{least}: parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero}{again} "
             f"({size(best.memory.total)}, {span(best.step.seconds)}{faster})."
         )
     return found

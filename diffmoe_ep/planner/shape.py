@@ -68,7 +68,7 @@ class Share:
 @lru_cache
 def weights(model: ModelConfig, expert: int) -> tuple[Weight, ...]:
     """A rank's trainable tensors in the order of `model.parameters()`, for experts sharded over `expert` ranks."""
-    hidden = model.hidden
+    hidden = model.hidden_size
     found = _linear(model.in_channels * model.patch**2, hidden, copied=False)
     found += _linear(256, hidden, copied=False) + _linear(hidden, hidden)
     text = model.condition == "text"
@@ -76,7 +76,7 @@ def weights(model: ModelConfig, expert: int) -> tuple[Weight, ...]:
         found += [Weight(model.text_width, False, False), *_linear(model.text_width, hidden), *_linear(hidden, hidden)]
     else:
         found.append(Weight((model.num_classes + 1) * hidden, False, False))
-    for block in range(model.blocks):
+    for block in range(model.num_blocks):
         moe = is_moe(model, block)
         attention, ffn = _linear(hidden, 3 * hidden) + _linear(hidden, hidden), _ffn(model, moe, expert)
         attention += _linear(hidden, hidden) * 4 if text else []
@@ -86,7 +86,7 @@ def weights(model: ModelConfig, expert: int) -> tuple[Weight, ...]:
 
 
 def _ffn(model: ModelConfig, moe: bool, expert: int) -> list[Weight]:
-    hidden, width, experts = model.hidden, expert_width(model), model.num_experts
+    hidden, width, experts = model.hidden_size, expert_width(model), model.num_experts
     if not moe:
         return _linear(hidden, 4 * hidden) + _linear(4 * hidden, hidden)
     part = [Weight(experts * hidden, False, False)]  # the router stays float32
@@ -146,7 +146,7 @@ def _cut(numels: list[int], ranks: int) -> Partition:
 def share(config: Config, layout: Layout) -> Share:
     """One rank's part of a micro-step; the config's batch must divide over the ranks."""
     model = config.model
-    samples = config.train.batch // config.train.accumulation // layout.world
+    samples = config.train.global_batch // config.train.grad_accumulation // layout.world
     tokens = samples * num_tokens(model)
     if not has_experts(model):
         return Share(samples, tokens, 0, 0, 0, 0, 1)

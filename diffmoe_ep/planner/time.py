@@ -59,7 +59,7 @@ class Work:
 def step_time(config: Config, layout: Layout, cluster: Cluster, moved: Traffic | None = None) -> Step:
     """Predict a training step; the config's batch must divide over the ranks."""
     moved = traffic(config, layout, cluster) if moved is None else moved
-    model, accumulation, moe = config.model, config.train.accumulation, moe_blocks(config.model)
+    model, accumulation, moe = config.model, config.train.grad_accumulation, moe_blocks(config.model)
     rate = cluster.flops(config.train.precision)
     work = _forward(config, layout)
     forward = {name: sum(_seconds(one, rate, cluster) for one in works) for name, works in work.items()}
@@ -89,10 +89,10 @@ def step_time(config: Config, layout: Layout, cluster: Cluster, moved: Traffic |
         "weight gather": moved.gather.seconds(cluster),
         "EMA": 12 * total / bandwidth,
     }
-    hidden = min(dispatch, compute["experts"]) * (1 - 1 / max(CHUNKS, config.parallel.overlap))
+    hidden = min(dispatch, compute["experts"]) * (1 - 1 / max(CHUNKS, config.compute.overlap))
     seconds = sum(parts.values())
-    flops = plan(config).training * config.train.batch
-    return Step(parts, hidden, flops / (seconds * layout.world * 1e12 * cluster.peak_tflops), config.train.batch)
+    flops = plan(config).training * config.train.global_batch
+    return Step(parts, hidden, flops / (seconds * layout.world * 1e12 * cluster.peak_tflops), config.train.global_batch)
 
 
 def _exchange(moved: Traffic, cluster: Cluster) -> float:
@@ -119,7 +119,7 @@ def _seconds(work: Work, rate: float, cluster: Cluster, back: bool = False) -> f
 def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
     """The operations of one micro-step's forward on one rank: (what it is) -> works."""
     model, part = config.model, share(config, layout)
-    size, tokens, hidden, width = 2 if config.train.precision == "bf16" else 4, part.tokens, model.hidden, expert_width(model)
+    size, tokens, hidden, width = 2 if config.train.precision == "bf16" else 4, part.tokens, model.hidden_size, expert_width(model)
     moe, experts, here = moe_blocks(model), model.num_experts, model.num_experts // layout.expert
 
     def linear(rows: float, ins: int, outs: int, copies: int = 1) -> Work:
@@ -148,7 +148,7 @@ def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
         attention += [looking, linear(tokens, hidden, hidden), passes(3)]
         caption = [linear(places, model.text_width, hidden), passes(2, places), linear(places, hidden, hidden)]
     ends = [linear(tokens, model.in_channels * pixels, hidden), *modulated, linear(tokens, hidden, pixels * model.out_channels)]
-    dense = [*modulated, *gated] * model.blocks + ffn(tokens, 4 * hidden) * (model.blocks - moe)
+    dense = [*modulated, *gated] * model.num_blocks + ffn(tokens, 4 * hidden) * (model.num_blocks - moe)
 
     expert = ffn(part.rows, width, here)
     rows = [passes(2, part.pairs), passes(2, part.rows, calls=8), passes(4, part.pairs, bytes_=4), passes(3, part.pairs, bytes_=4, calls=2)]
@@ -163,6 +163,6 @@ def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
         routing += [linear(tokens, hidden, hidden), passes(2), linear(tokens, hidden, experts)]
         routing += [passes(8, columns=experts, bytes_=4, calls=6)]
     return {
-        "attention": attention * model.blocks + caption + ends, "feed-forward": dense,
+        "attention": attention * model.num_blocks + caption + ends, "feed-forward": dense,
         "experts": [*expert, *rows] * moe, "router and predictor": routing * moe,
     }  # fmt: skip

@@ -57,7 +57,7 @@ def traffic(config: Config, layout: Layout, cluster: Cluster) -> Traffic:
     algorithm, selections, search = _selection(config, part.tokens, part.pool_ranks, cluster)
     dispatch = Flow()
     if layout.expert > 1 and moe_blocks(config.model):
-        received = part.rows * config.model.hidden * compute
+        received = part.rows * config.model.hidden_size * compute
         near = min(layout.expert, cluster.ranks_per_node)  # ranks of an expert group on one node
         far = layout.expert - near
         dispatch = Flow(received * (near - 1) / layout.expert, received * far / layout.expert, 1, far > 0)
@@ -89,7 +89,7 @@ def _selection(config: Config, tokens: int, ranks: int, cluster: Cluster) -> tup
         cost: SearchCost = search_cost(name, tokens, columns, ranks, link, experts=model.num_experts)
         inside = cost.received * (near - 1) / (ranks - 1)
         flows[name], seconds[name] = Flow(inside, cost.received - inside, cost.rounds, nodes > 1), cost.seconds
-    chosen = config.pool.select
+    chosen = config.compute.topk
     algorithm = cheapest(tokens, columns, ranks, link, experts=model.num_experts) if chosen == "auto" else chosen
     return algorithm, flows, seconds[algorithm]
 

@@ -128,7 +128,7 @@ def curves(metrics: Path | str, path: Path | str) -> None:
     loss, capacity, rate, speed = figure.subplots(2, 2, sharex=True).flat
     _draw_loss(loss, records)
     _draw_capacity(capacity, records)
-    _draw(rate, records, "rate", PURPLE, "learning rate", smooth=False)
+    _draw(rate, records, "lr", PURPLE, "learning rate", smooth=False)
     _draw(speed, records, "samples_per_second", GREEN, "samples/s")
     for axes, title in ((loss, "Loss"), (capacity, "Capacity"), (rate, "Learning rate"), (speed, "Samples per second")):
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")

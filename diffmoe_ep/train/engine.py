@@ -55,14 +55,14 @@ class Engine:
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # the trained ones
         if not any(is_expert(name) for name in self.named):
             _hide_layers(self.module)
-        self._clip = config.train.clip or math.inf
+        self._clip = config.train.max_grad_norm or math.inf
         self._norm: Tensor | float = 0.0
         optimizer = _optimizer(self.named, config.train.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False
         )
-        self.basic = self.optimizer.optimizer if config.parallel.zero else self.optimizer
-        if config.parallel.zero == 0:
+        self.basic = self.optimizer.optimizer if config.parallel.zero_stage else self.optimizer
+        if config.parallel.zero_stage == 0:
             # DeepSpeed's own clipping at stage 0 leaves the other ranks' experts out of the norm.
             self.engine.clip_fp32_gradients = self._clip_gradients
         self._held = self._find_held()
@@ -84,7 +84,7 @@ class Engine:
         for group in self.basic.param_groups:
             group["lr"] = rate * group["factor"]
         self.engine.step()
-        if self.config.parallel.zero:
+        if self.config.parallel.zero_stage:
             self._norm = self.optimizer._global_grad_norm
 
     def tell(self, values: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ class Engine:
 
     def moments_to_save(self) -> list[Fragment]:
         """The same without repetition: at stage 0 every replica holds all, so each gives one share."""
-        if self.config.parallel.zero:
+        if self.config.parallel.zero_stage:
             return self.moments()
         return [self.my_share(fragment, is_expert(fragment.name)) for fragment in self.moments()]
 
@@ -146,7 +146,7 @@ class Engine:
 
     def continue_from(self, step: int) -> None:
         """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""
-        if self.config.parallel.zero:
+        if self.config.parallel.zero_stage:
             for held in self._held:  # the flat float32 copies follow the loaded weights
                 held.owner.data[held.at : held.at + held.numel].copy_(
                     self.named[held.name].data.view(-1)[held.start : held.start + held.numel]
@@ -154,9 +154,9 @@ class Engine:
         if self.config.train.optimizer.kind == "adamw":
             for owner in {id(held.owner): held.owner for held in self._held}.values():
                 self.basic.state[owner]["step"].fill_(step)
-        accumulation = self.config.train.accumulation
+        accumulation = self.config.train.grad_accumulation
         self.engine.global_steps, self.engine.micro_steps = step, step * accumulation
-        self.engine.global_samples = step * self.config.train.batch
+        self.engine.global_samples = step * self.config.train.global_batch
 
     def _start_state(self, owner: Tensor) -> None:
         """Make an optimiser's state as its own first step would, so that loading has something to write into."""
@@ -167,7 +167,7 @@ class Engine:
             state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
 
     def _find_held(self) -> list[Held]:
-        if not self.config.parallel.zero:
+        if not self.config.parallel.zero_stage:
             return [Held(name, 0, parameter, 0, parameter.numel()) for name, parameter in self.named.items()]
         held = []
         for name, parameter in self.named.items():
@@ -184,7 +184,7 @@ class Engine:
         order = {name: index for index, name in enumerate(self.named)}
         for held in self._held:
             numel[order[held.name]] += held.numel
-        if self.config.parallel.zero:
+        if self.config.parallel.zero_stage:
             over_world, over_replicas = all_sum(numel, self.mesh.world), all_sum(numel, self.mesh.replicas)
             numel = torch.stack([(over_replicas if is_expert(name) else over_world)[index] for name, index in order.items()])
         for (name, parameter), found in zip(self.named.items(), numel.tolist(), strict=True):
@@ -196,13 +196,13 @@ class Engine:
 
 def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's settings for a config, with the user's own JSON file merged in; raises ConfigError where that contradicts the config."""
-    micro = config.train.batch // config.train.accumulation // mesh.size
+    micro = config.train.global_batch // config.train.grad_accumulation // mesh.size
     ours: dict[str, Any] = {
-        "train_batch_size": config.train.batch,
+        "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": config.train.accumulation,
-        "gradient_clipping": config.train.clip if config.parallel.zero else (config.train.clip or 1e30),  # at stage 0 it calls our norm
-        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": 50_000_000},
+        "gradient_accumulation_steps": config.train.grad_accumulation,
+        "gradient_clipping": config.train.max_grad_norm if config.parallel.zero_stage else (config.train.max_grad_norm or 1e30),  # at stage 0 it calls our norm
+        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -226,9 +226,9 @@ def _user_settings(path: str | None) -> dict[str, Any]:
 def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
     where = f"parallel.deepspeed {config.parallel.deepspeed}"
     zero = user.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero) != config.parallel.zero:
+    if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero_stage) != config.parallel.zero_stage:
         raise ConfigError(
-            f"{where} sets zero_optimization to {zero!r}, but parallel.zero is {config.parallel.zero}; set the stage with parallel.zero"
+            f"{where} sets zero_optimization to {zero!r}, but parallel.zero_stage is {config.parallel.zero_stage}; set the stage with parallel.zero_stage"
         )
     closed = [key for key in user if key not in OPEN] + [f"zero_optimization.{key}" for key in zero if key not in OPEN_ZERO]
     if closed:
@@ -253,13 +253,13 @@ def _hide_layers(model: DiT) -> None:
 def rate_factor(name: str, config: OptimizerConfig) -> float:
     """The multiple of the learning rate that a parameter is trained at, by its name."""
     if is_expert(name):
-        return config.expert_rate
-    return config.router_rate if ".router." in name else 1.0
+        return config.expert_lr_scale
+    return config.router_lr_scale if ".router." in name else 1.0
 
 
 def rates(config: OptimizerConfig, rate: float) -> dict[str, float]:
     """What to tell of the rates at which experts and routers are trained, where these are not the common one."""
-    factors = {"rate_experts": config.expert_rate, "rate_routers": config.router_rate}
+    factors = {"lr_experts": config.expert_lr_scale, "lr_routers": config.router_lr_scale}
     return {name: rate * factor for name, factor in factors.items() if factor != 1}
 
 
@@ -272,8 +272,8 @@ def _optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch
     )
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(groups, lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def _moments(config: OptimizerConfig) -> tuple[str, ...]:

@@ -214,10 +214,10 @@ def greeting(config: Config, mesh: Mesh, step: int, begun: str = "") -> str:
     """Two lines on what is about to happen: what is trained, and how it is laid out; between them, if given, what it began with."""
     sizes, span = count(config.model), pool_samples(config)
     what = (
-        f"{config.folder} {f'continues at step {step}' if step else 'starts'}: {config.train.steps} steps of {config.train.batch} samples, "
+        f"{config.folder} {f'continues at step {step}' if step else 'starts'}: {config.train.steps} steps of {config.train.global_batch} samples, "
         f"{config.model.family}, {sizes.total / 1e6:.2f}M parameters, {sizes.activated() / 1e6:.2f}M activated"
     )
-    layout = f"{_ranks(mesh.size)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero}"
+    layout = f"{_ranks(mesh.size)} on {mesh.device.type}, {config.train.precision}, ZeRO-{config.parallel.zero_stage}"
     if has_experts(config.model):
         tokens = span * num_tokens(config.model)
         layout += f", {config.model.num_experts} experts over {_ranks(mesh.expert.size)}"

@@ -64,9 +64,9 @@ def train(config: Config) -> None:
 
 def start_mesh(config: Config) -> Mesh:
     """Join the other ranks in the grid that the config asks for."""
-    local = config.train.batch // config.train.accumulation // meshes.launched_world()
+    local = config.train.global_batch // config.train.grad_accumulation // meshes.launched_world()
     ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
-    return meshes.start(config.parallel.expert, ranks, config.parallel.timeout_minutes)
+    return meshes.start(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 
 
 def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | Tars, Path | None]:
@@ -115,9 +115,9 @@ class Trainer:
         if checkpoint is not None:
             self.load(checkpoint)
         self.stream = Stream(
-            dataset, seed=config.seed, batch=config.train.batch, accumulation=config.train.accumulation, rank=mesh.rank, world=mesh.size,
-            drop_condition=config.data.drop_condition, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
-            workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.batch,
+            dataset, seed=config.seed, batch=config.train.global_batch, accumulation=config.train.grad_accumulation, rank=mesh.rank, world=mesh.size,
+            drop_condition=config.data.condition_dropout, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
+            workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.global_batch,
             lanes=config.data.lanes, retries=config.data.retries, max_bad_fraction=config.data.max_bad_fraction,
             quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank), text=TextFields.of(config.model, config.text),
         )  # fmt: skip
@@ -127,7 +127,7 @@ class Trainer:
         config = self.config
         channels = config.model.in_channels if config.train.objective == "flow" else None  # flow has no use for the variance half
         model = build_sharded(config, self.mesh, channels)
-        if config.train.compile:
+        if config.compute.compile:
             model.compile_parts()
         return initialize(widen_pools(model, self.mesh), config.seed)
 
@@ -147,7 +147,7 @@ class Trainer:
             if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
                 values = self.measure(told)
             if self.due(config.log.every):
-                values |= self.measure_data() | clock.lap(self.step, config.train.batch) | self.meter.lap()
+                values |= self.measure_data() | clock.lap(self.step, config.train.global_batch) | self.meter.lap()
                 self.engine.tell(values)
                 if metrics is not None and progress is not None:
                     metrics.write(values)
@@ -164,7 +164,7 @@ class Trainer:
 
     def train_step(self, clock: Clock) -> dict[str, Tensor]:
         """One optimiser step over `accumulation` micro-steps; gives what it measured, still on the device."""
-        accumulation, losses, reports = self.config.train.accumulation, [], []
+        accumulation, losses, reports = self.config.train.grad_accumulation, [], []
         for _ in range(accumulation):
             batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device)
             noised = self.objective.noised(batch.latent, batch.noise, batch.u)
@@ -207,14 +207,14 @@ class Trainer:
         if not math.isfinite(sum(losses)) or not math.isfinite(norm) or skipped:
             raise ConfigError(
                 f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and is not saved. "
-                "Resume from the last checkpoint with a lower train.optimizer.rate, or with train.clip=1",
+                "Resume from the last checkpoint with a lower train.optimizer.lr, or with train.max_grad_norm=1",
                 everywhere=True,
             )
         values: dict[str, Any] = {
-            "step": self.step, "samples": self.step * self.config.train.batch, "loss": sum(losses), "diffusion_loss": losses[0],
-            "predictor_loss": losses[1], "grad_norm": norm, "rate": rate(self.config.train, self.step - 1),
+            "step": self.step, "samples": self.step * self.config.train.global_batch, "loss": sum(losses), "diffusion_loss": losses[0],
+            "predictor_loss": losses[1], "grad_norm": norm, "lr": rate(self.config.train, self.step - 1),
         }  # fmt: skip
-        values |= rates(self.config.train.optimizer, values["rate"])
+        values |= rates(self.config.train.optimizer, values["lr"])
         if "capacity" in told:
             experts = all_sum(told["capacity"], self.mesh.world) / self.mesh.size  # (layers, N)
             values |= {
@@ -264,7 +264,7 @@ class Trainer:
         facts.pop("shards")
         meta = {
             "config": to_tree(config),
-            "samples_consumed": self.step * config.train.batch,
+            "samples_consumed": self.step * config.train.global_batch,
             "data": facts,
             "fingerprint": self.dataset.fingerprint,
             "ancestry": self.start.ancestry,

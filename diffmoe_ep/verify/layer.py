@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ep.config import ModelConfig, PoolConfig, tokens_per_expert
+from diffmoe_ep.config import ComputeConfig, ModelConfig, PoolConfig, tokens_per_expert
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
@@ -60,7 +60,7 @@ def check_choice(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
     scores, also = draw(1, local * mesh.size, experts).float(), draw(2, local * mesh.size, experts).float()
     cases = {"": (scores, also), " with ties": ((scores * 1.5).round() / 7, (also * 1.5).round() / 7)}
     mine = slice(mesh.rank * local, (mesh.rank + 1) * local)
-    for algorithm in get_args(get_type_hints(PoolConfig)["select"]):
+    for algorithm in get_args(get_type_hints(ComputeConfig)["topk"]):
         found = []
         for span in spans(mesh):
             pool = span * TOKENS
@@ -161,7 +161,7 @@ def check_layer(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
 
 def _model(experts: int) -> ModelConfig:
     return ModelConfig(
-        input_size=8, in_channels=1, out_channels=1, patch=2, hidden=HIDDEN, heads=2, blocks=1, num_classes=2, num_experts=experts,
+        input_size=8, in_channels=1, out_channels=1, patch=2, hidden_size=HIDDEN, num_heads=2, num_blocks=1, num_classes=2, num_experts=experts,
         interleave=False,
     )  # fmt: skip
 

@@ -36,8 +36,8 @@ CLASSES = 10
 
 # SGD without clipping moves each weight by its gradient, so a wrong scale shows by itself; AdamW with clipping is what people train with.
 KINDS = {
-    "sgd": ["train.optimizer.kind=sgd", "train.optimizer.rate=0.05", "train.clip=0"],
-    "adamw": ["train.optimizer.kind=adamw", "train.optimizer.rate=1e-3", "train.clip=0.3"],
+    "sgd": ["train.optimizer.kind=sgd", "train.optimizer.lr=0.05", "train.max_grad_norm=0"],
+    "adamw": ["train.optimizer.kind=adamw", "train.optimizer.lr=1e-3", "train.max_grad_norm=0.3"],
 }
 ACCUMULATION = {"sgd": 1, "adamw": 2}
 
@@ -77,12 +77,12 @@ def config_of(kind: str, mesh: Mesh, expert: int, zero: int, timeout_minutes: fl
         "folder": "verify writes nothing",
         "data": {"workers": 0, "flip": False},
         "model": {
-            "input_size": SHAPE[1], "in_channels": 1, "out_channels": 1, "hidden": 32, "blocks": 4, "heads": 2, "num_classes": CLASSES,
+            "input_size": SHAPE[1], "in_channels": 1, "out_channels": 1, "hidden_size": 32, "num_blocks": 4, "num_heads": 2, "num_classes": CLASSES,
             "num_experts": num_experts(mesh.size),
         },
         "pool": {"span": pools},
-        "train": {"steps": STEPS, "batch": BATCH * mesh.size, "accumulation": ACCUMULATION[kind], "precision": "float32"},
-        "parallel": {"expert": expert, "zero": zero, "timeout_minutes": max(1, math.ceil(timeout_minutes))},
+        "train": {"steps": STEPS, "global_batch": BATCH * mesh.size, "grad_accumulation": ACCUMULATION[kind], "precision": "float32"},
+        "parallel": {"expert_parallel": expert, "zero_stage": zero, "timeout_minutes": max(1, math.ceil(timeout_minutes))},
     }  # fmt: skip
     return from_tree(tree, KINDS[kind])
 
@@ -110,29 +110,29 @@ def _plain_loop(config: Config, device: torch.device) -> Trace:
     settings, objective = config.train.optimizer, objective_of(config.train.objective)
     optimizer: torch.optim.Optimizer
     if settings.kind == "sgd":
-        optimizer = torch.optim.SGD(named.values(), lr=settings.rate)
+        optimizer = torch.optim.SGD(named.values(), lr=settings.lr)
     else:
         optimizer = torch.optim.AdamW(
-            named.values(), lr=settings.rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
+            named.values(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
         )
     stream, losses, norms, thresholds = _stream(config), list[float](), list[float](), list[Tensor]()
     moved = {name: parameter.detach().clone() for name, parameter in named.items()}
     for step in range(STEPS):
         optimizer.zero_grad()
         loss, quantiles = torch.zeros((), device=device), []
-        for _ in range(config.train.accumulation):
+        for _ in range(config.train.grad_accumulation):
             batch = next(stream).to(device)
             noised = objective.noised(batch.latent, batch.noise, batch.u)
             output = model(noised.x, noised.t, batch.condition)
-            part = (objective.loss(output.prediction, noised) + output.auxiliary) / config.train.accumulation
+            part = (objective.loss(output.prediction, noised) + output.auxiliary) / config.train.grad_accumulation
             part.backward()
             loss += part.detach()
             quantiles.append(torch.stack([report.quantile for report in output.layers if report.quantile is not None]))
         gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
         norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
-        if config.train.clip and norm > config.train.clip:
+        if config.train.max_grad_norm and norm > config.train.max_grad_norm:
             for gradient in gradients:
-                gradient *= config.train.clip / float(norm)
+                gradient *= config.train.max_grad_norm / float(norm)
         for group in optimizer.param_groups:
             group["lr"] = rate(config.train, step)
         optimizer.step()
@@ -148,8 +148,8 @@ def _plain_loop(config: Config, device: torch.device) -> Trace:
 
 def _stream(config: Config) -> Stream:
     return Stream(
-        cast(Dataset, Digitless()), seed=config.seed, batch=config.train.batch, accumulation=config.train.accumulation, rank=0, world=1,
-        drop_condition=config.data.drop_condition, flip=False, shuffle_block=config.data.shuffle_block, workers=0, prefetch=1,
+        cast(Dataset, Digitless()), seed=config.seed, batch=config.train.global_batch, accumulation=config.train.grad_accumulation, rank=0, world=1,
+        drop_condition=config.data.condition_dropout, flip=False, shuffle_block=config.data.shuffle_block, workers=0, prefetch=1,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_sizes_that_do_not_divide_are_named() -> None:
 
 
 def test_a_step_is_its_parts_and_the_dense_twin_is_dense() -> None:
-    model = ModelConfig(input_size=8, hidden=16, blocks=2, heads=2, num_classes=4, num_experts=4)
+    model = ModelConfig(input_size=8, hidden_size=16, num_blocks=2, num_heads=2, num_classes=4, num_experts=4)
     found = bench_step(model, Mesh(), batch=2, turns=3)
     for name, timing in found.timings.items():
         assert len(timing.seconds) == 3

@@ -20,12 +20,12 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 
-MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 3, "hidden": 8, "heads": 2, "blocks": 2, "num_classes": 3, "num_experts": 4}
+MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 3, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_classes": 3, "num_experts": 4}
 FACTS = {"kind": "pixels", "shape": [2, 4, 4], "scale": 0.5, "shift": -1.0, "class_names": ["a", "b", "c"]}
 
 
 def config_of(family: str = "diffmoe") -> Config:
-    return from_tree({"seed": 5, "model": MODEL | {"family": family}, "train": {"precision": "float32", "batch": 8}})
+    return from_tree({"seed": 5, "model": MODEL | {"family": family}, "train": {"precision": "float32", "global_batch": 8}})
 
 
 def busy(config: Config, seed: int = 0) -> DiT:
@@ -207,8 +207,8 @@ CONTENT: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"format": 2}, "has format 2, this version reads up to 1"),
     "clock": ({"clock": "backwards"}, "clock is 'backwards'; it is forward or reversed"),
     "section": ({"data": None}, "lacks data"),
-    "key": ({"config": {"model": {"hiden": 8}}}, "unknown key model.hiden; did you mean model.hidden"),
-    "numbers": ({"config": {"model": {"hidden": 8, "heads": 3}}}, "model.hidden 8 must be a multiple of model.heads"),
+    "key": ({"config": {"model": {"hiden": 8}}}, "unknown key model.hiden; did you mean model.hidden_size"),
+    "numbers": ({"config": {"model": {"hidden_size": 8, "num_heads": 3}}}, "model.hidden_size 8 must be a multiple of model.num_heads"),
 }
 
 

@@ -16,7 +16,7 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.parallel.mesh import Mesh
 from train.runs import busy
 
-MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 4, "hidden": 16, "heads": 2, "blocks": 2, "num_classes": 3, "num_experts": 4}
+MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 4, "hidden_size": 16, "num_heads": 2, "num_blocks": 2, "num_classes": 3, "num_experts": 4}
 FACTS = {"kind": "moments", "shape": [2, 4, 4], "scale": 0.18, "shift": 0.0, "encoder": "", "text": []}
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "here", "message"),
     [
-        ([], ["model.hidden=32"], r"another model: model\.hidden is 16 there and 32 here; set model\.hidden=16"),
+        ([], ["model.hidden_size=32"], r"another model: model\.hidden_size is 16 there and 32 here; set model\.hidden_size=16"),
         ([], ["model.family=dense"], r"model\.family is diffmoe there and dense here"),
         ([], ["model.condition=text"], r"model\.condition is class there and text here"),
         ([], ["model.num_experts=2"], r"model\.num_experts is 4 there and 2 here"),
@@ -123,8 +123,8 @@ def test_another_architecture_is_named_by_its_first_differing_key(tmp_path: Path
 @pytest.mark.parametrize(
     ("source", "here"),
     [
-        ([], ["model.kernel=loop", "model.threshold_decay=0.99", "model.predictor_weight=0.1", "model.predictor_reduction=mean"]),
-        ([], ["seed=9", "train.batch=64", "pool.span=8", "pool.capacity=2", "train.optimizer.kind=sgd", "train.precision=bf16"]),
+        ([], ["compute.kernel=loop", "model.threshold_decay=0.99", "model.predictor_weight=0.1", "model.predictor_reduction=mean"]),
+        ([], ["seed=9", "train.global_batch=64", "pool.span=8", "pool.capacity=2", "train.optimizer.kind=sgd", "train.precision=bf16"]),
         ([], ["model.predictor=true", "model.balance_weight=1", "model.top_k=3", "model.text_width=7"]),
         (["model.family=dense"], ["model.family=dense", "model.num_experts=2", "model.interleave=false"]),
         (["model.condition=text"], ["model.condition=text", "model.num_classes=77", "model.text_length=60"]),

@@ -75,7 +75,7 @@ def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int,
     single = read_single(import_reference(file, tmp_path / "out", heads=heads, weights=weights))
     config = single.config.model
     full: dict[str, Any] = {"hidden": 24, "blocks": 2, "experts": 4, "patch": 2, "channels": 4, "side": 3, "every": False} | shape
-    assert (config.hidden, config.blocks, config.patch, config.heads) == (full["hidden"], full["blocks"], full["patch"], heads)
+    assert (config.hidden_size, config.num_blocks, config.patch, config.num_heads) == (full["hidden"], full["blocks"], full["patch"], heads)
     assert (config.in_channels, config.out_channels, config.num_classes) == (full["channels"], 2 * full["channels"], 5)
     assert config.input_size == full["side"] * full["patch"]
     assert config.family == ("diffmoe" if full["experts"] else "dense")
@@ -213,7 +213,7 @@ def test_a_ddpm_model_has_the_same_convention(tmp_path: Path) -> None:
 
 def test_other_families_are_not_the_references(tmp_path: Path) -> None:
     for key, value in (("family", "tc"), ("granularity", 2), ("shared_experts", 1)):
-        tree = {"model": {"input_size": 4, "hidden": 8, "heads": 2, "blocks": 2, "num_experts": 4, key: value}}
+        tree = {"model": {"input_size": 4, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_experts": 4, key: value}}
         config = from_tree(tree)
         folder = save_single(DiT(config.model), config, {}, tmp_path / key)
         with pytest.raises(CheckpointError, match=f"model.{key} {value}, which the reference"):

@@ -15,8 +15,8 @@ from ranks import run
 from train.runs import busy
 
 TINY = [
-    "data.workers=0", "model.hidden=16", "model.blocks=2", "model.heads=2", "train.batch=8", "train.steps=2", "log.every=1",
-    "sample.grid_every=0", "sample.steps=2", "sample.chunk=4", "parallel.expert=1",
+    "data.workers=0", "model.hidden_size=16", "model.num_blocks=2", "model.num_heads=2", "train.global_batch=8", "train.steps=2", "log.every=1",
+    "sample.grid_every=0", "sample.steps=2", "sample.chunk=4", "parallel.expert_parallel=1",
 ]  # fmt: skip
 
 
@@ -49,17 +49,17 @@ def test_the_dry_run_tells_and_stops(digits: Path, tmp_path: Path) -> None:
 def test_every_key_is_printed() -> None:
     code, out, _ = call(0, "keys")
     assert code == 0
-    assert "parallel.expert: int = 1\n    expert parallelism EP" in out
+    assert "parallel.expert_parallel: int = 1\n    expert parallelism EP" in out
 
 
 MISTAKES = {
     "unknown key": (["train.stps=1"], "unknown key train.stps; did you mean train.steps?"),
     "wrong type": (["train.steps=lots"], "train.steps: expected int"),
-    "experts over ranks": (["parallel.expert=3"], "model.num_experts 8 is not a multiple of parallel.expert 3"),
-    "ranks over experts": (["parallel.expert=4"], "parallel.expert is 4 but only 2 processes were started"),
-    "batch": (["train.batch=9"], "do not divide over 2 ranks"),
+    "experts over ranks": (["parallel.expert_parallel=3"], "model.num_experts 8 is not a multiple of parallel.expert_parallel 3"),
+    "ranks over experts": (["parallel.expert_parallel=4"], "parallel.expert_parallel is 4 but only 2 processes were started"),
+    "batch": (["train.global_batch=9"], "do not divide over 2 ranks"),
     "capacity": (["pool.capacity=0.001"], "= 0 tokens; it must be at least 1"),
-    "zero": (["parallel.zero=3"], "DeepSpeed refuses ZeRO-3"),
+    "zero": (["parallel.zero_stage=3"], "DeepSpeed refuses ZeRO-3"),
     "no data": (["data.folder=/nonexistent/digits"], "/nonexistent/digits"),
     "other classes": (["model.num_classes=11"], "set model.num_classes=10"),
     "other shape": (["model.input_size=16"], "set model.in_channels=1 model.input_size=8"),
@@ -127,9 +127,9 @@ def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
     code, _, err = run(1, call, *train(digits, folder, "resume=never", "train.steps=4"))[0]
     assert code == 2
     assert "resume is never; set resume=auto or give another folder" in err
-    code, _, err = run(2, call, *train(digits, folder, "model.hidden=32", "train.steps=4"))[0]
+    code, _, err = run(2, call, *train(digits, folder, "model.hidden_size=32", "train.steps=4"))[0]
     assert code == 2
-    assert "is a checkpoint of another model: model.hidden is 16 there and 32 here" in err
+    assert "is a checkpoint of another model: model.hidden_size is 16 there and 32 here" in err
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "curves.png"):
         assert (folder / name).stat().st_size > 0
 
@@ -148,7 +148,7 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
     for world, expert in ((1, 1), (2, 1), (2, 2), (4, 2)):
         for selection in ("threshold", "count", "topk"):
             out = tmp_path / f"{world}{expert}{selection}"
-            chosen = (f"sample.selection={selection}", f"parallel.expert={expert}")
+            chosen = (f"sample.selection={selection}", f"parallel.expert_parallel={expert}")
             code, printed, err = run(world, call, "sample", str(tmp_path / "run"), "--out", str(out), "--samples", "18", *chosen)[0]
             assert code == 0, err
             assert "C_infer^avg" in printed
@@ -171,7 +171,7 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
         (("--classes", "3,10"), "class 10 does not exist: the model has classes 0 to 9"),
         (("sample.guidance=.nan",), "sample.guidance: expected a finite number"),
         (("sample.selection=topk", "sample.capacity=0.01"), "sample.capacity 0.01 with a pool of"),
-        (("parallel.expert=2",), "parallel.expert is 2 and 1 process was started"),
+        (("parallel.expert_parallel=2",), "parallel.expert_parallel is 2 and 1 process was started"),
     ],
 )
 def test_mistakes_in_sampling_are_named(trained: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -68,7 +68,7 @@ def test_prompts_do_not_depend_on_the_ranks(text: Path, tmp_path: Path, settings
     assert single.shape == (9, 1, 24, 24) and np.isfinite(single).all()
     assert "diffmoe: an empty prompt is drawn as the null caption" in said
     assert np.array_equal(drawn(2, text / "run", tmp_path / "2", *asked)[0], single)
-    assert np.abs(drawn(2, text / "run", tmp_path / "22", *asked, "parallel.expert=2")[0] - single).max() < 1e-4
+    assert np.abs(drawn(2, text / "run", tmp_path / "22", *asked, "parallel.expert_parallel=2")[0] - single).max() < 1e-4
     told = json.loads((tmp_path / "1/prompts.json").read_text())
     assert [image["seed"] for image in told["images"]] == list(range(40, 49))
     assert [image["prompt"] for image in told["images"]] == [words for words in PROMPTS[1::2] for _ in range(3)]
@@ -200,7 +200,7 @@ def test_flow_solvers_do_not_depend_on_the_ranks(flow: Path, tmp_path: Path, set
     single = latents(1, flow, tmp_path / "1", *settings)
     assert np.isfinite(single).all()
     assert np.array_equal(latents(2, flow, tmp_path / "2", *settings), single)
-    spread = np.abs(latents(2, flow, tmp_path / "22", "parallel.expert=2", *settings) - single).max()
+    spread = np.abs(latents(2, flow, tmp_path / "22", "parallel.expert_parallel=2", *settings) - single).max()
     assert spread < (1e-3 if "sample.sampler=dopri5" in settings else 1e-4)
     assert np.abs(latents(1, flow, tmp_path / "0") - single).max() > 1e-4
 
@@ -265,7 +265,7 @@ def test_a_single_folder_is_drawn_from_like_its_run(flow: Path, tmp_path: Path) 
     assert code == 0, err
     ours = latents(1, flow, tmp_path / "run")
     assert np.array_equal(latents(1, single, tmp_path / "1"), ours)
-    assert np.abs(latents(2, single, tmp_path / "2", "parallel.expert=2") - ours).max() < 1e-4
+    assert np.abs(latents(2, single, tmp_path / "2", "parallel.expert_parallel=2") - ours).max() < 1e-4
     code, _, err = run(1, call, "capacity", "report", str(single), "--out", str(tmp_path / "report"), "--per-class", "2")[0]
     assert code == 0, err
     code, _, err = call(0, "sample", str(single), "--out", str(tmp_path / "other"), "--samples", "8", "sample.weights=model")
@@ -283,7 +283,7 @@ def test_an_import_is_sampled_as_the_reference_samples(flow: Path, tmp_path: Pat
     assert call(0, "import", "--reference", str(tmp_path / "file.pt"), "--out", str(out), "--heads", "2", "--one-set")[0] == 0
     assert config_of(out).sample.selection == "count"
     settings = ("sample.steps=4", "sample.chunk=8", "sample.guidance=1")
-    theirs = latents(world, out, tmp_path / "theirs", *settings, f"parallel.expert={world}")
+    theirs = latents(world, out, tmp_path / "theirs", *settings, f"parallel.expert_parallel={world}")
     ours = latents(1, flow, tmp_path / "ours", *settings, "sample.selection=count")
     assert np.abs(theirs - ours).max() < 1e-3 * np.abs(ours).max()
 

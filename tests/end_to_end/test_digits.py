@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "model.hidden=32",
-    "train.batch=32",
+    "model.hidden_size=32",
+    "train.global_batch=32",
     "train.steps=20",
     "log.every=1",
     "checkpoint.every=5",

@@ -20,8 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 SMALL = [
-    "model.hidden=32", "model.blocks=4", "data.workers=0", "train.batch=24", "train.steps=8", "train.clip=0.3", "train.schedule.warmup=0",
-    "train.optimizer.rate=1e-3", "log.every=1", "sample.grid_every=0", "parallel.timeout_minutes=1",
+    "model.hidden_size=32", "model.num_blocks=4", "data.workers=0", "train.global_batch=24", "train.steps=8", "train.max_grad_norm=0.3", "train.schedule.warmup=0",
+    "train.optimizer.lr=1e-3", "log.every=1", "sample.grid_every=0", "parallel.timeout_minutes=1",
 ]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory, hosts: Hosts) -> list[dict[str, Any]]:
     """The run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert=1", *SMALL]
+    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert_parallel=1", *SMALL]
     finish([sys.executable, "-m", "diffmoe_ep", "train", "configs/digits.yaml", *settings], hosts.environment())
     return metrics(folder)
 
@@ -202,7 +202,7 @@ def test_two_hosts_train_what_one_trains(
     hosts: Hosts, alone: list[dict[str, Any]], digits: Path, tmp_path: Path, slots: int, expert: int
 ) -> None:
     folder = tmp_path / "a run's $HOME, 100%n"  # a name that ssh, pdsh and two shells must leave as it is
-    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", f"parallel.expert={expert}", *SMALL]
+    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", f"parallel.expert_parallel={expert}", *SMALL]
     before = hosts.received()
     finish(hosts.command("configs/digits.yaml", *settings, slots=slots), hosts.environment())
     found = metrics(folder)
@@ -225,7 +225,7 @@ def test_the_laws_hold_over_two_hosts(hosts: Hosts) -> None:
 @pytest.mark.timeout(300)
 def test_a_stopped_launch_leaves_nothing_on_any_host(hosts: Hosts, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert=2", *SMALL, "train.steps=100000"]
+    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert_parallel=2", *SMALL, "train.steps=100000"]
     running = subprocess.Popen(
         hosts.command("configs/digits.yaml", *settings), env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -63,7 +63,7 @@ def test_families_share_seeds_and_settings(tmp_path: Path) -> None:
 
 
 def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> None:
-    done, asked = start("text_to_image.sh", tmp_path, "train.clip=2")
+    done, asked = start("text_to_image.sh", tmp_path, "train.max_grad_norm=2")
     assert done.returncode == 0, done.stderr
     assert all(threads == "1" and accelerator == "cpu" for _, accelerator, threads, _ in asked[1:])
     calls = [arguments.split("--module ")[-1] for *_, arguments in asked]
@@ -73,7 +73,7 @@ def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> Non
     assert calls[2].startswith(f"data_prep digits_captions --out {tmp_path}/data-clean ") and "--legible" in calls[2]
     for number, family in enumerate(("dense", "diffmoe")):
         run, base = f"{tmp_path}/runs/{family}", 3 + 5 * number
-        same = f"text.folder={tmp_path}/t5 train.clip=2"
+        same = f"text.folder={tmp_path}/t5 train.max_grad_norm=2"
         train, score, tune, score_again, sample = calls[base : base + 5]
         assert train == f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run} data.folder={tmp_path}/data/train {same}"
         assert tune.startswith(

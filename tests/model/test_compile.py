@@ -10,7 +10,7 @@ from diffmoe_ep.config import ModelConfig
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 
-MODEL = ModelConfig(input_size=4, in_channels=2, out_channels=2, hidden=16, blocks=2, heads=2, num_classes=3, num_experts=2)
+MODEL = ModelConfig(input_size=4, in_channels=2, out_channels=2, hidden_size=16, num_blocks=2, num_heads=2, num_classes=3, num_experts=2)
 
 
 def busy(model: DiT) -> DiT:

@@ -14,7 +14,7 @@ from diffmoe_ep.model.dit import DiT
 
 def sized(size: str, family: str = "diffmoe", num_experts: int = 16) -> ModelConfig:
     hidden, blocks, heads = SIZES[size]
-    return ModelConfig(family=family, size=size, hidden=hidden, blocks=blocks, heads=heads, num_experts=num_experts)  # type: ignore[arg-type]
+    return ModelConfig(family=family, size=size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=num_experts)  # type: ignore[arg-type]
 
 
 def on_meta(model: ModelConfig, pool: PoolConfig | None = None) -> DiT:
@@ -96,9 +96,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
         in_channels=draw(st.integers(1, 3)),
         out_channels=draw(st.integers(3, 6)),
         patch=draw(st.sampled_from([1, 2])),
-        hidden=4 * heads * draw(st.integers(1, 5)),
-        blocks=draw(st.integers(1, 5)),
-        heads=heads,
+        hidden_size=4 * heads * draw(st.integers(1, 5)),
+        num_blocks=draw(st.integers(1, 5)),
+        num_heads=heads,
         condition=draw(st.sampled_from(["class", "text"])),
         num_classes=draw(st.integers(1, 9)),
         text_width=draw(st.integers(1, 9)),
@@ -141,8 +141,8 @@ def test_equation_40_of_the_paper() -> None:
 
 def test_equation_40_counts_the_blocks_that_there_are() -> None:
     """Biases and routers aside, an estimate by blocks must agree with the exact count when nothing but experts fills the MoE layer."""
-    for changes in ({"blocks": 5}, {"interleave": False}, {"granularity": 2}, {"shared_experts": 2}):
-        model = dataclasses.replace(ModelConfig(hidden=2048, heads=16, blocks=4, num_experts=8, predictor=False), **changes)
+    for changes in ({"num_blocks": 5}, {"interleave": False}, {"granularity": 2}, {"shared_experts": 2}):
+        model = dataclasses.replace(ModelConfig(hidden_size=2048, num_heads=16, num_blocks=4, num_experts=8, predictor=False), **changes)
         assert equation_40(model, 0.5) == pytest.approx(count(model).activated(0.5), rel=2e-3)
 
 

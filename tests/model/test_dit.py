@@ -13,7 +13,7 @@ from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.embed import sine_positions
 from diffmoe_ep.model.initialize import initialize
 
-SMALL = ModelConfig(family="dense", input_size=6, in_channels=2, out_channels=3, patch=2, hidden=8, heads=2, blocks=2, num_classes=4)
+SMALL = ModelConfig(family="dense", input_size=6, in_channels=2, out_channels=3, patch=2, hidden_size=8, num_heads=2, num_blocks=2, num_classes=4)
 
 
 def busy(model: ModelConfig, seed: int = 0) -> DiT:
@@ -42,7 +42,7 @@ def norm(x: Tensor) -> Tensor:
 def formula(m: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The dense forward for one sample at a time, tokens and heads in loops."""
     w, c = dict(m.named_parameters()), m.config
-    side, d, heads = c.input_size // c.patch, c.hidden, c.heads
+    side, d, heads = c.input_size // c.patch, c.hidden_size, c.num_heads
     images = []
     for image, time, label in zip(x, t, y, strict=True):
         tokens = []
@@ -99,7 +99,7 @@ def test_positions_are_sines_then_cosines_of_each_coordinate() -> None:
 @pytest.mark.parametrize("interleave", [True, False])
 def test_the_start_is_the_identity(interleave: bool) -> None:
     """adaLN-Zero: the output is zero, and only the head's last map and the predictors get gradients."""
-    config = dataclasses.replace(SMALL, family="diffmoe", num_experts=4, blocks=4, interleave=interleave)
+    config = dataclasses.replace(SMALL, family="diffmoe", num_experts=4, num_blocks=4, interleave=interleave)
     model = initialize(DiT(config), 0)
     x, t, y = inputs(config, 8)
     output = model(x.float(), t.float(), y)
@@ -114,14 +114,14 @@ def test_the_start_is_the_identity(interleave: bool) -> None:
 
 @pytest.mark.parametrize(("reduction", "weight"), [("sum", 1.0), ("mean", 0.5)])
 def test_the_auxiliary_is_the_predictors_loss(reduction: str, weight: float) -> None:
-    config = dataclasses.replace(SMALL, family="diffmoe", num_experts=4, blocks=4, predictor_reduction=reduction, predictor_weight=weight)
+    config = dataclasses.replace(SMALL, family="diffmoe", num_experts=4, num_blocks=4, predictor_reduction=reduction, predictor_weight=weight)
     output = busy(config)(*inputs(config, 8))
     losses = torch.stack([report.loss for report in output.layers])
     assert output.auxiliary.item() == pytest.approx(weight * (losses.sum() if reduction == "sum" else losses.mean()).item(), rel=1e-12)
 
 
 def test_initial_weights_have_their_distributions() -> None:
-    config = ModelConfig(hidden=64, heads=4, blocks=2, num_experts=8)
+    config = ModelConfig(hidden_size=64, num_heads=4, num_blocks=2, num_experts=8)
     weights = dict(initialize(DiT(config), 0).named_parameters())
     for name, parameter in weights.items():
         if name.endswith("bias") or "modulation" in name or name == "head.projection.weight":

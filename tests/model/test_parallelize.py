@@ -15,7 +15,7 @@ from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"input_size": 8, "in_channels": 1, "out_channels": 2, "hidden": 16, "blocks": 4, "heads": 2, "num_classes": 4, "num_experts": 8}
+SMALL = {"input_size": 8, "in_channels": 1, "out_channels": 2, "hidden_size": 16, "num_blocks": 4, "num_heads": 2, "num_classes": 4, "num_experts": 8}
 KINDS = {"class": SMALL, "text": SMALL | {"condition": "text", "text_width": 12, "text_length": 5}}
 
 MEASURE = """
@@ -29,8 +29,8 @@ from diffmoe_ep.parallel.mesh import Mesh
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
-config = from_tree({"model": {"hidden": 512, "blocks": 8, "heads": 8, "num_experts": 32}})
-initialize(build_sharded(from_tree({"model": {"hidden": 32, "blocks": 2, "heads": 2}}), Mesh()), 0)  # what the first use of torch takes
+config = from_tree({"model": {"hidden_size": 512, "num_blocks": 8, "num_heads": 8, "num_experts": 32}})
+initialize(build_sharded(from_tree({"model": {"hidden_size": 32, "num_blocks": 2, "num_heads": 2}}), Mesh()), 0)  # what the first use of torch takes
 before = peak()
 model = initialize(build_sharded(config, Mesh(expert=Group(8, 3))), 0)
 print(peak() - before, sum(p.nbytes for p in model.parameters()))

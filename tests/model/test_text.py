@@ -17,8 +17,8 @@ from diffmoe_ep.model.embed import CaptionEmbed
 from diffmoe_ep.model.initialize import initialize
 
 SMALL = ModelConfig(
-    family="diffmoe", condition="text", text_width=6, text_length=5, input_size=6, in_channels=2, out_channels=2, hidden=8, heads=2,
-    blocks=2, num_experts=3,
+    family="diffmoe", condition="text", text_width=6, text_length=5, input_size=6, in_channels=2, out_channels=2, hidden_size=8, num_heads=2,
+    num_blocks=2, num_experts=3,
 )  # fmt: skip
 LENGTHS = [3, 0, 5, 1]  # 0 is the null caption
 
@@ -50,7 +50,7 @@ def told(model: DiT, text: Text, dtype: torch.dtype = torch.float64) -> tuple[Ou
 
 def test_a_look_at_the_caption_is_the_formula() -> None:
     """Sample by sample and head by head, over the places that a caption fills and no others."""
-    hidden, heads, model = SMALL.hidden, SMALL.heads, busy(SMALL)
+    hidden, heads, model = SMALL.hidden_size, SMALL.num_heads, busy(SMALL)
     embed, attend = model.caption, model.blocks[0].cross_attention
     assert isinstance(embed, CaptionEmbed) and isinstance(attend, CrossAttention)
     text, x = captions(SMALL), torch.randn(len(LENGTHS), 9, hidden, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_the_start_is_zero_and_what_looks_at_captions_is_closed() -> None:
 
 def test_the_large_models_to_the_digit() -> None:
     """SPEC's totals and parts."""
-    large = ModelConfig(family="diffmoe", condition="text", hidden=1408, blocks=28, heads=22, out_channels=4, num_experts=16)
+    large = ModelConfig(family="diffmoe", condition="text", hidden_size=1408, num_blocks=28, num_heads=22, out_channels=4, num_experts=16)
     dense = dataclasses.replace(large, family="dense")
     for model, total in ((large, 4_596_486_512), (dense, 1_236_063_376)):
         with torch.device("meta"):

@@ -208,7 +208,7 @@ def test_parts_travel_while_others_compute() -> None:
 # -- what it costs ----------------------------------------------------------------------------------------------------------------------
 
 MODEL = ModelConfig(
-    input_size=8, in_channels=1, out_channels=1, hidden=64, heads=2, blocks=1, num_classes=3, num_experts=8, interleave=False
+    input_size=8, in_channels=1, out_channels=1, hidden_size=64, num_heads=2, num_blocks=1, num_classes=3, num_experts=8, interleave=False
 )
 
 

@@ -264,7 +264,7 @@ def test_fused_leaves_frozen_weights_out(case: str, frozen: tuple[str, ...], few
 
 def test_a_kernel_that_cannot_run_says_so() -> None:
     rows, _ = inputs([1, 2, 3, 4])
-    with pytest.raises(ConfigError, match=r"model\.kernel grouped: .* not in float64; set model\.kernel=auto"):
+    with pytest.raises(ConfigError, match=r"compute\.kernel grouped: .* not in float64; set compute\.kernel=auto"):
         experts("grouped")(rows, [1, 2, 3, 4])
     odd = Experts(2, 6, "grouped")
     with pytest.raises(ConfigError, match=r"rows of 6 and 24 numbers of 4 bytes do not fit"):

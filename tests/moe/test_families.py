@@ -20,7 +20,7 @@ from ranks import run
 
 TOKENS = 4
 SMALL = ModelConfig(
-    input_size=4, in_channels=1, out_channels=1, hidden=8, heads=2, blocks=1, num_classes=3, num_experts=4, interleave=False
+    input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=1, num_classes=3, num_experts=4, interleave=False
 )
 FAMILIES = {
     "tc": dataclasses.replace(SMALL, family="tc"),
@@ -190,7 +190,7 @@ def test_the_balance_loss_joins_the_auxiliary() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.size=L", "model.hidden=5"], "model.size L means hidden 1024, blocks 24, heads 16"),
+        (["model.size=L", "model.hidden_size=5"], "model.size L means hidden_size 1024, num_blocks 24, num_heads 16"),
         (["model.granularity=3"], "model.granularity 3 must divide"),
         (["model.family=tc", "model.top_k=17"], "model.top_k 17 is more than model.num_experts 16"),
         (["model.family=tc", "model.predictor=true"], "tokens choose and nothing is to predict"),
@@ -206,4 +206,4 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
 
 def test_a_size_is_its_three_numbers() -> None:
     config = from_tree({}, ["model.size=XL"])
-    assert (config.model.hidden, config.model.blocks, config.model.heads) == (1152, 28, 16)
+    assert (config.model.hidden_size, config.model.num_blocks, config.model.num_heads) == (1152, 28, 16)

@@ -21,7 +21,7 @@ from diffmoe_ep.parallel.collectives import Group
 from ranks import run
 
 MODEL = ModelConfig(
-    input_size=4, in_channels=1, out_channels=1, hidden=8, heads=2, blocks=2, num_classes=3, num_experts=4, interleave=False
+    input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=2, num_classes=3, num_experts=4, interleave=False
 )
 TOKENS = 4  # of a sample
 
@@ -193,7 +193,7 @@ def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     mesh = meshes.start(ep, meshes.pool_ranks(samples, local), 1.0)
     layer = make_layer(PoolConfig(span=span))
     layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
-    holder = DiT(dataclasses.replace(MODEL, blocks=1), PoolConfig(span=span))
+    holder = DiT(dataclasses.replace(MODEL, num_blocks=1), PoolConfig(span=span))
     holder.blocks[0].ffn = layer
     widen_pools(shard_experts(holder, mesh), mesh)
     layer.train(mode == "train")

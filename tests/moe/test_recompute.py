@@ -23,7 +23,7 @@ from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import busy, config, layout
 
-SMALL = ModelConfig(input_size=8, in_channels=1, out_channels=1, hidden=32, heads=2, blocks=4, num_classes=3, num_experts=8)
+SMALL = ModelConfig(input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_heads=2, num_blocks=4, num_classes=3, num_experts=8)
 FAMILIES = {
     "diffmoe": SMALL,
     "ec": dataclasses.replace(SMALL, family="ec"),
@@ -164,7 +164,7 @@ def test_ranks_choose_and_ask_once(family: str) -> None:
 
 def saved_bytes(blocks: int, recompute: Any) -> int:
     """Bytes that a forward keeps for its backward beside the weights: what blocks save, or the inputs of what is computed again."""
-    model, given, held = make(dataclasses.replace(SMALL, blocks=blocks), dtype=torch.float32), inputs(8, torch.float32), {}
+    model, given, held = make(dataclasses.replace(SMALL, num_blocks=blocks), dtype=torch.float32), inputs(8, torch.float32), {}
     model.recompute = recompute
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -196,7 +196,7 @@ def test_memory_falls_to_the_blocks_inputs() -> None:
 
 
 def test_what_is_kept_of_a_choice_is_small() -> None:
-    layer, kept, wide = MoELayer(dataclasses.replace(SMALL, hidden=384), PoolConfig()), Kept(), 384 * 4
+    layer, kept, wide = MoELayer(dataclasses.replace(SMALL, hidden_size=384), PoolConfig()), Kept(), 384 * 4
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1)
     layer(torch.randn(4, 16, 384), kept)
@@ -273,7 +273,7 @@ def kth(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("recompute", ["none", *AGAIN])
 def test_thresholds_move_once_a_step_for_a_hundred_steps(digits: Path, recompute: str) -> None:
     """Against the plain simulation, with three micro-steps a step, with and without recomputation."""
-    given = config(digits / "train", Path("unused"), "train.steps=100", "train.accumulation=3", "model.hidden=16", "model.blocks=4")
+    given = config(digits / "train", Path("unused"), "train.steps=100", "train.grad_accumulation=3", "model.hidden_size=16", "model.num_blocks=4")
     told = run(1, trained, given, recompute, timeout=300)[0]
     assert told["updates"] == [100, 100]
     assert told["forwards"] == 100 * 3 * 2 * (1 if recompute == "none" else 2)
@@ -285,7 +285,7 @@ def test_thresholds_move_once_a_step_for_a_hundred_steps(digits: Path, recompute
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_run_is_the_same_with_recomputation(digits: Path, precision: str) -> None:
     """Through the engine, experts on two ranks, ZeRO 2: the same bits with all of a block computed again, in two parts that overlap."""
-    overrides = ("train.steps=4", "train.accumulation=3", f"train.precision={precision}", "model.shared_experts=1")
+    overrides = ("train.steps=4", "train.grad_accumulation=3", f"train.precision={precision}", "model.shared_experts=1")
     given = layout(config(digits / "train", Path("unused"), *overrides), 2, 2)
     expected = run(2, trained, given, "none")
     for recompute in AGAIN:

@@ -10,7 +10,7 @@ from diffmoe_ep.config import Config, has_experts, pool_samples
 from diffmoe_ep.data.condition import Condition, Text
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import shard_experts, widen_pools
+from diffmoe_ep.model.parallelize import apply_compute, shard_experts, widen_pools
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine
@@ -38,11 +38,12 @@ class Casts(TorchDispatchMode):
 
 def built(config: Config) -> tuple[DiT, meshes.Mesh]:
     """This rank's part of the model, with weights that are not zero."""
-    local = config.train.batch // config.train.accumulation // meshes.launched_world()
+    local = config.train.global_batch // config.train.grad_accumulation // meshes.launched_world()
     ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
-    mesh = meshes.start(config.parallel.expert, ranks, 5)
+    mesh = meshes.start(config.parallel.expert_parallel, ranks, 5)
     compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
-    model = DiT(config.model, config.pool, compute_type, config.train.recompute)
+    model = DiT(config.model, config.pool, compute_type, config.compute.recompute)
+    apply_compute(model, config.compute)
     initialize(widen_pools(shard_experts(model, mesh), mesh), 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +63,7 @@ def condition_for(config: Config, num: int) -> Condition:
 def forward_allocates(rank: int, config: Config) -> int:
     """Bytes that a forward and its loss leave allocated, by the allocator's own account."""
     model, _ = built(config)
-    shape = (config.train.batch, config.model.in_channels, config.model.input_size, config.model.input_size)
+    shape = (config.train.global_batch, config.model.in_channels, config.model.input_size, config.model.input_size)
     x, t, condition = torch.randn(shape), torch.rand(shape[0]), condition_for(config, shape[0])
 
     def loss() -> torch.Tensor:
@@ -80,8 +81,8 @@ def forward_allocates(rank: int, config: Config) -> int:
 def held(rank: int, config: Config) -> dict[str, int]:
     """Bytes of each part on this rank in a training step."""
     model, mesh = built(config)
-    local = config.train.batch // config.train.accumulation // mesh.size
-    engine, zero = Engine(model, config, mesh), config.parallel.zero
+    local = config.train.global_batch // config.train.grad_accumulation // mesh.size
+    engine, zero = Engine(model, config, mesh), config.parallel.zero_stage
     ema = Ema(model, config.train.ema)
     optimizer = engine.optimizer
     found = dict.fromkeys(("gradients", "gradient buckets", "dispatch buffers"), 0)

@@ -24,15 +24,14 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 IMAGENET = [path for path in CONFIGS if path.parent.name == "imagenet"]
 BATCH = 4
 
-SMALL: dict[str, Any] = {"input_size": 8, "in_channels": 2, "out_channels": 3, "patch": 2, "hidden": 24, "blocks": 3, "heads": 2}
+SMALL: dict[str, Any] = {"input_size": 8, "in_channels": 2, "out_channels": 3, "patch": 2, "hidden_size": 24, "num_blocks": 3, "num_heads": 2}
 SMALL |= {"num_classes": 5, "num_experts": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"family": "dense"},
     "diffmoe": {"family": "diffmoe"},
-    "diffmoe, loop": {"family": "diffmoe", "kernel": "loop"},
     "diffmoe, every block": {"family": "diffmoe", "interleave": False},
     "diffmoe, no predictor": {"family": "diffmoe", "predictor": False},
-    "diffmoe, fine and shared": {"family": "diffmoe", "granularity": 2, "num_experts": 8, "shared_experts": 3, "blocks": 4},
+    "diffmoe, fine and shared": {"family": "diffmoe", "granularity": 2, "num_experts": 8, "shared_experts": 3, "num_blocks": 4},
     "ec": {"family": "ec"},
     "ec, predictor": {"family": "ec", "predictor": True},
     "tc": {"family": "tc"},
@@ -44,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def small(changes: dict[str, Any], **rest: Any) -> Config:
-    return from_tree({"model": SMALL | changes, "train": {"batch": BATCH}, **rest})
+    return from_tree({"model": SMALL | changes, "train": {"global_batch": BATCH}, **rest})
 
 
 def built(config: Config) -> DiT:
@@ -104,7 +103,7 @@ def test_training_flops_are_three_forwards_but_for_gradients_that_nobody_needs(c
     tokens, layers = (model.input_size // model.patch) ** 2, len(built(config).moe_layers())
     predictors = layers if any(part.name == "predictor" and part.parameters for part in made.parts) else 0
     spared = 2 * (
-        tokens * model.in_channels * model.patch**2 * model.hidden + 256 * model.hidden + predictors * tokens * model.hidden * model.hidden
+        tokens * model.in_channels * model.patch**2 * model.hidden_size + 256 * model.hidden_size + predictors * tokens * model.hidden_size * model.hidden_size
     )
     assert made.training == 3 * made.forward
     assert made.training - spared == counted(built(config).train(), backward=True).total()
@@ -211,13 +210,13 @@ def test_every_paper_config_is_what_its_name_and_its_comment_say(path: Path) -> 
     assert match is not None and config.folder == f"runs/imagenet/{path.stem}"
     assert (model.family, model.size, config.train.objective) == (match[1], match[2].upper(), match[4])
     assert match[3] == (None if model.family == "dense" else str(model.num_experts))
-    assert config.parallel.expert == (1 if model.family == "dense" else 8)
+    assert config.parallel.expert_parallel == (1 if model.family == "dense" else 8)
     assert f"deepspeed --num_gpus 8 --module diffmoe_ep train {path.relative_to(ROOT)}" in comment
     assert f"Parameters: {made.total:,}, " in comment
     assert f"{made.forward / 1e9:.1f} GFLOPs" in comment
     if model.family != "dense":
         assert f"of which {made.activated:,.0f} work" in comment and f"({made.equation_40 / 1e6:.1f}M by" in comment
-    assert f"Batch: {config.train.batch} samples" in comment and f"Steps: {config.train.steps:,} " in comment
+    assert f"Batch: {config.train.global_batch} samples" in comment and f"Steps: {config.train.steps:,} " in comment
     for word in ("FID ", "50,000 samples", "ADM", "VAE decoder", "guidance", "averaged weights of step"):
         assert word in comment.partition("Expected")[2], word
 
@@ -231,9 +230,9 @@ def test_paper_configs_hold_only_what_differs_and_the_papers_recipe(path: Path) 
         assert value != defaults[key] or key in ("model.family", "model.size", "model.num_experts"), key
     train = to_tree(loaded(path))["train"]
     optimizer, schedule = train["optimizer"], train["schedule"]
-    assert (train["batch"], train["ema"]["decay"], optimizer["kind"], optimizer["rate"]) == (256, 0.9999, "adamw", 1e-4)
+    assert (train["global_batch"], train["ema"]["decay"], optimizer["kind"], optimizer["lr"]) == (256, 0.9999, "adamw", 1e-4)
     assert (optimizer["betas"], optimizer["weight_decay"], schedule["kind"], schedule["warmup"]) == ([0.9, 0.999], 0.0, "constant", 0)
-    assert loaded(path).data.flip and loaded(path).data.drop_condition == 0.1 and train["clip"] == 0.0
+    assert loaded(path).data.flip and loaded(path).data.condition_dropout == 0.1 and train["max_grad_norm"] == 0.0
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ def cluster(name: str, **changes: Any) -> Cluster:
 
 
 def model(size: str = "L", batch: int = 256, **rest: Any) -> Config:
-    return from_tree({"model": {"size": size}, "train": {"batch": batch}, **rest})
+    return from_tree({"model": {"size": size}, "train": {"global_batch": batch}, **rest})
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
@@ -50,7 +50,7 @@ def test_every_config_plans_on_every_cluster(path: Path) -> None:
         assert all(estimate.memory.total > 0 and 0 < estimate.step.utilisation < 1 for estimate in made.estimates)
         assert max(map(len, lines)) <= 240
         assert json.loads(json.dumps(made.as_dict()))["parameters"] == plan(config).total
-        assert (made.own is None) == (config.parallel.expert > where.ranks)
+        assert (made.own is None) == (config.parallel.expert_parallel > where.ranks)
 
 
 def test_no_cluster_is_missing() -> None:
@@ -94,7 +94,7 @@ def test_selection_by_each_algorithm() -> None:
     assert gather.inside + gather.across == 4 * 2048 * 32 * 31 and gather.rounds == 1
     assert gather.inside == pytest.approx(4 * 2048 * 32 * 7)
     assert found.algorithm in ("owner", "radix") and found.selection is found.selections[found.algorithm]
-    forced = traffic(model(pool={"select": "gather"}), Layout(32, 8, 1, "none"), cluster("h800x32"))
+    forced = traffic(model(compute={"topk": "gather"}), Layout(32, 8, 1, "none"), cluster("h800x32"))
     assert forced.algorithm == "gather" and forced.selection == gather
     inside = traffic(model(pool={"span": 8}), Layout(32, 8, 1, "none"), cluster("h800x32"))
     assert inside.algorithm is None and inside.selection == Flow()
@@ -137,7 +137,7 @@ def test_overlap_hides_the_shorter_of_travel_and_compute() -> None:
 
 
 def test_accumulation_reduces_once_but_at_stage_2() -> None:
-    config = from_tree({"model": {"size": "L"}, "train": {"batch": 512, "accumulation": 4}})
+    config = from_tree({"model": {"size": "L"}, "train": {"global_batch": 512, "grad_accumulation": 4}})
     first, second = (made(config, Layout(8, 1, zero, "none"), cluster("h800x8")).step.parts for zero in (1, 2))
     assert second["gradient reduction"] == pytest.approx(4 * first["gradient reduction"])
     assert first["optimiser"] == second["optimiser"]
@@ -147,7 +147,7 @@ def test_accumulation_reduces_once_but_at_stage_2() -> None:
 
 
 def test_what_does_not_fit_is_said_and_the_best_is_the_fastest_that_does() -> None:
-    planned = plan_cluster(model(batch=4096, parallel={"expert": 8}), cluster("h800x8"))
+    planned = plan_cluster(model(batch=4096, parallel={"expert_parallel": 8}), cluster("h800x8"))
     own, best = planned.own, planned.best
     assert own is not None and best is not None and own.over > 0 and best.verdict == "yes"
     assert best.layout.recompute != "none" and best.step.seconds == min(
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_said_and_the_best_is_the_fastest_that_does() -> No
     )
     text = "\n".join(planned.lines())
     assert f"{size(own.over)} more than there is; most of it is activations" in text
-    assert f"parallel.expert={best.layout.expert} parallel.zero={best.layout.zero} train.recompute={best.layout.recompute}" in text
+    assert f"parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero} compute.recompute={best.layout.recompute}" in text
 
 
 def test_nothing_fits() -> None:
@@ -173,10 +173,10 @@ def test_days_follow_from_the_rate() -> None:
 
 
 def test_a_layout_that_is_not_possible_is_told_with_its_reason() -> None:
-    planned = plan_cluster(model(parallel={"expert": 8}), cluster("h200x1"))
+    planned = plan_cluster(model(parallel={"expert_parallel": 8}), cluster("h200x1"))
     assert planned.own is None and planned.best is not None
-    assert re.search(r"not possible here: parallel\.expert is 8 but only 1 process", "\n".join(planned.lines()))
-    with pytest.raises(ConfigError, match=r"train\.batch .* do not divide over 256 ranks"):
+    assert re.search(r"not possible here: parallel\.expert_parallel is 8 but only 1 process", "\n".join(planned.lines()))
+    with pytest.raises(ConfigError, match=r"train\.global_batch .* do not divide over 256 ranks"):
         plan_cluster(model(batch=64), cluster("h800x256"))
 
 

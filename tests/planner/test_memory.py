@@ -18,7 +18,7 @@ from diffmoe_ep.train.engine import settings
 from planner.memory_ranks import forward_allocates, held
 from ranks import run
 
-SMALL: dict[str, Any] = {"input_size": 16, "in_channels": 4, "out_channels": 8, "hidden": 64, "blocks": 4, "heads": 4, "num_classes": 10}
+SMALL: dict[str, Any] = {"input_size": 16, "in_channels": 4, "out_channels": 8, "hidden_size": 64, "num_blocks": 4, "num_heads": 4, "num_classes": 10}
 BUCKET = 200_000
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ec": {"family": "ec", "num_experts": 8},
     "tc": {"family": "tc", "num_experts": 8},
     "fine and shared": {"family": "diffmoe", "num_experts": 8, "granularity": 2, "shared_experts": 1},
-    "every block": {"family": "diffmoe", "num_experts": 8, "interleave": False, "blocks": 3},
+    "every block": {"family": "diffmoe", "num_experts": 8, "interleave": False, "num_blocks": 3},
     "text": {"family": "diffmoe", "num_experts": 8, "condition": "text", "text_width": 48, "text_length": 20},
 }
 # family, precision, W, EP, ZeRO
@@ -51,20 +51,21 @@ LAYOUTS = [
 KERNELS = [("loop", "tc", "float32"), ("batched", "diffmoe", "bf16"), ("grouped", "diffmoe", "bf16"), ("fused", "tc", "float32")]
 
 
-def small(folder: Path, family: str, precision: str, expert: int, zero: int, **train: Any) -> Config:
+def small(folder: Path, family: str, precision: str, expert: int, zero: int, recompute: str = "none", **train: Any) -> Config:
     """A model small enough for a test, with a bucket as small, so that gradients fill several."""
     path = folder / "deepspeed.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
     tree = {
         "model": SMALL | FAMILIES[family],
-        "train": {"batch": 16, "precision": precision, "clip": 1.0, **train},
-        "parallel": {"expert": expert, "zero": zero, "deepspeed": str(path)},
+        "train": {"global_batch": 16, "precision": precision, "max_grad_norm": 1.0, **train},
+        "parallel": {"expert_parallel": expert, "zero_stage": zero, "deepspeed": str(path)},
+        "compute": {"recompute": recompute},
     }
     return from_tree(tree)
 
 
 def layout(config: Config, world: int) -> Layout:
-    return Layout(world, config.parallel.expert, config.parallel.zero, config.train.recompute)
+    return Layout(world, config.parallel.expert_parallel, config.parallel.zero_stage, config.compute.recompute)
 
 
 def within(predicted: float, found: float, tolerance: float = 0.05) -> bool:
@@ -101,7 +102,7 @@ def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision:
     config = small(tmp_path, family, precision, 1, 0, recompute=recompute)
     (found,) = run(1, forward_allocates, config, timeout=240)
     kept = memory(config, layout(config, 1), "cpu").moments["end of the forward"]["activations"]
-    kept += copies(config, config.train.recompute, weights(config.model, 1), kernel_of(config, layout(config, 1), "cpu"))[0]
+    kept += copies(config, config.compute.recompute, weights(config.model, 1), kernel_of(config, layout(config, 1), "cpu"))[0]
     assert within(kept, found), f"predicted {kept:,}, found {found:,}"
 
 
@@ -109,7 +110,7 @@ def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision:
 @pytest.mark.parametrize(("kernel", "family", "precision"), KERNELS)
 def test_what_each_kernel_keeps(tmp_path: Path, kernel: Any, family: str, precision: str) -> None:
     config = small(tmp_path, family, precision, 1, 0)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernel=kernel))
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, kernel=kernel))
     (found,) = run(1, forward_allocates, config, timeout=240)
     given = layout(config, 1)
     kept = memory(config, given, "cpu").moments["end of the forward"]["activations"]
@@ -121,7 +122,7 @@ def test_what_each_kernel_keeps(tmp_path: Path, kernel: Any, family: str, precis
     ("family", "expert"), [(family, expert) for family in FAMILIES for expert in (1, 2) if (family, expert) != ("dense", 2)]
 )
 def test_weights_are_those_of_the_model_in_order(family: str, expert: int) -> None:
-    config = from_tree({"model": SMALL | FAMILIES[family], "parallel": {"expert": expert}})
+    config = from_tree({"model": SMALL | FAMILIES[family], "parallel": {"expert_parallel": expert}})
     with torch.device("meta"):
         model = DiT(config.model, config.pool)
     here = [(p.numel() // (expert if is_expert(name) else 1), is_expert(name) and expert > 1) for name, p in model.named_parameters()]
@@ -144,13 +145,13 @@ def test_the_bucket_is_the_engines() -> None:
 )
 def test_rows_that_experts_can_get(span: Any, world: int, expert: int, rows: int, most_rows: int, most_pairs: int) -> None:
     """8 experts, 16 samples of 64 tokens over 4 ranks: 256 tokens each."""
-    config = from_tree({"model": SMALL | FAMILIES["diffmoe"], "train": {"batch": 16}, "pool": {"span": span}})
+    config = from_tree({"model": SMALL | FAMILIES["diffmoe"], "train": {"global_batch": 16}, "pool": {"span": span}})
     part = share(config, Layout(world, expert, 1, "none"))
     assert (part.tokens, part.rows, part.most_rows, part.most_pairs) == (256, rows, most_rows, most_pairs)
 
 
 def test_recomputation_saves_activations_and_zero_saves_moments() -> None:
-    config = from_tree({"model": {"size": "L"}, "train": {"batch": 64}})
+    config = from_tree({"model": {"size": "L"}, "train": {"global_batch": 64}})
     kept, ffn, block = (memory(config, Layout(8, 8, 1, kind)) for kind in ("none", "ffn", "block"))
     activations = [one.moments["end of the forward"]["activations"] for one in (kept, ffn, block)]
     assert activations[0] > 1.5 * activations[1] > 3 * activations[2]
@@ -160,7 +161,7 @@ def test_recomputation_saves_activations_and_zero_saves_moments() -> None:
 
 
 def test_most_is_never_less_than_the_mean() -> None:
-    config = from_tree({"model": {"size": "S"}, "train": {"batch": 64}})
+    config = from_tree({"model": {"size": "S"}, "train": {"global_batch": 64}})
     for expert in (1, 2, 4, 8):
         for zero in (0, 1, 2):
             given = Layout(8, expert, zero, "none")

@@ -108,7 +108,7 @@ def _record(step: int) -> dict[str, object]:
         "diffusion_loss": 1 / step,
         "predictor_loss": 1 / step + 1,
         "grad_norm": 1.0,
-        "rate": 1e-3 * (1 - step / 40),
+        "lr": 1e-3 * (1 - step / 40),
         "capacity": 1 + 2 / step,
         "capacity_per_layer": [1 + 2 / step, 0.5 + 1 / step],
         "samples_per_second": 500.0 + step % 7,

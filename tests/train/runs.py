@@ -31,13 +31,13 @@ def config(data: Path, folder: Path, *overrides: str) -> Config:
             "input_size": 8,
             "in_channels": 1,
             "out_channels": 1,
-            "hidden": 32,
-            "blocks": 4,
-            "heads": 2,
+            "hidden_size": 32,
+            "num_blocks": 4,
+            "num_heads": 2,
             "num_classes": 10,
             "num_experts": 8,
         },
-        "train": {"steps": STEPS, "batch": 24, "precision": "float32", "clip": 0.3, "optimizer": {"rate": 1e-3}, "ema": {"decay": 0.9}},
+        "train": {"steps": STEPS, "global_batch": 24, "precision": "float32", "max_grad_norm": 0.3, "optimizer": {"lr": 1e-3}, "ema": {"decay": 0.9}},
         "log": {"every": 1},
         "checkpoint": {"every": 1000},
     }
@@ -127,4 +127,4 @@ FAULTS: dict[str | None, Callable[[], Any]] = {
 
 def layout(given: Config, expert: int, zero: int) -> Config:
     """The same run, laid out otherwise."""
-    return dataclasses.replace(given, parallel=dataclasses.replace(given.parallel, expert=expert, zero=zero))
+    return dataclasses.replace(given, parallel=dataclasses.replace(given.parallel, expert_parallel=expert, zero_stage=zero))

@@ -10,7 +10,7 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.train.ema import Ema
 from train.runs import busy
 
-SMALL = ModelConfig(input_size=4, in_channels=1, out_channels=1, hidden=8, heads=2, blocks=2, num_classes=3, num_experts=4)
+SMALL = ModelConfig(input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=2, num_classes=3, num_experts=4)
 
 
 @pytest.mark.parametrize("ramp", [False, True])

@@ -19,14 +19,14 @@ def config(tmp_path: Path, user: Any, *overrides: str) -> Config:
 
 
 def test_batch_sizes_follow_the_config(tmp_path: Path) -> None:
-    found = settings(config(tmp_path, {}, "train.batch=96", "train.accumulation=3", "train.clip=0.5"), Mesh(world=Group(size=4)))
+    found = settings(config(tmp_path, {}, "train.global_batch=96", "train.grad_accumulation=3", "train.max_grad_norm=0.5"), Mesh(world=Group(size=4)))
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (96, 8, 3)
     assert found["gradient_clipping"] == 0.5
 
 
 def test_user_settings_are_merged(tmp_path: Path) -> None:
     user = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}, "wall_clock_breakdown": True}
-    found = settings(config(tmp_path, user, "parallel.zero=2"), Mesh())
+    found = settings(config(tmp_path, user, "parallel.zero_stage=2"), Mesh())
     assert found["wall_clock_breakdown"] is True
     assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5}
 
@@ -35,7 +35,7 @@ def test_user_settings_are_merged(tmp_path: Path) -> None:
     ("user", "message"),
     [
         ({"gradient_clipping": 1.0}, r"sets gradient_clipping, which this config decides"),
-        ({"zero_optimization": {"stage": 2}}, r"but parallel\.zero is 1"),
+        ({"zero_optimization": {"stage": 2}}, r"but parallel\.zero_stage is 1"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"zero_optimization\.offload_optimizer"),
         ("{not json", "cannot be read as JSON"),
         ([1], "holds a list"),

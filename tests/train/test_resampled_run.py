@@ -37,7 +37,7 @@ def losses(rank: int, given: Config) -> tuple[list[float], list[str]]:
 
 @pytest.mark.timeout(300)
 def test_a_start_can_be_repeated_and_learns(digits: Path) -> None:
-    given = plain(digits, "train.optimizer.rate=3e-3")
+    given = plain(digits, "train.optimizer.lr=3e-3")
     (first, told), (again, _), (other, _) = (run(1, losses, one)[0] for one in (given, given, plain(digits, "seed=1")))
     assert first == again and first != other
     assert sum(first[-3:]) < sum(first[:3])
@@ -46,7 +46,7 @@ def test_a_start_can_be_repeated_and_learns(digits: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_ranks_draw_their_own_and_train_together(digits: Path) -> None:
-    (one, _), (two, _) = run(2, losses, plain(digits, "parallel.expert=2"))
+    (one, _), (two, _) = run(2, losses, plain(digits, "parallel.expert_parallel=2"))
     assert one == two and all(0 < loss < 10 for loss in one)
 
 

@@ -35,8 +35,8 @@ def told(folder: Path) -> list[dict[str, Any]]:
 
 
 def given_for(data: Path, folder: Path, kind: str, expert: int, zero: int) -> Config:
-    sgd = ["train.optimizer.momentum=0.9", "train.optimizer.rate=0.01"] if kind == "sgd" else []
-    made = config(data, folder, f"train.optimizer.kind={kind}", "train.steps=12", "checkpoint.every=5", "train.accumulation=2", *sgd)
+    sgd = ["train.optimizer.momentum=0.9", "train.optimizer.lr=0.01"] if kind == "sgd" else []
+    made = config(data, folder, f"train.optimizer.kind={kind}", "train.steps=12", "checkpoint.every=5", "train.grad_accumulation=2", *sgd)
     return layout(made, expert, zero)
 
 
@@ -121,16 +121,16 @@ def test_a_loaded_model_trains(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.hidden=64", "another model: model.hidden is 32 there and 64 here"),
+        ("model.hidden_size=64", "another model: model.hidden_size is 32 there and 64 here"),
         ("model.num_experts=16", "another model: model.num_experts is 8 there and 16 here"),
         ("pool.span=1", "pool.span is all there and 1 here"),
         ("seed=1", "trained with seed 0, this run has 1"),
-        ("train.batch=48", "trained with train.batch 24"),
+        ("train.global_batch=48", "trained with train.global_batch 24"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(trained: Path, digits: Path, override: str, message: str) -> None:
     checkpoint = store.resolve(trained)
-    other = config(digits / "train", trained, "train.accumulation=2", override)
+    other = config(digits / "train", trained, "train.grad_accumulation=2", override)
     with pytest.raises(store.CheckpointError, match=message):
         check_continues(checkpoint, other, Dataset.open(digits / "train").fingerprint)
 
@@ -139,11 +139,11 @@ def test_other_data_are_refused(trained: Path, digits: Path) -> None:
     with pytest.raises(store.CheckpointError, match="trained on other data"):
         check_continues(
             store.resolve(trained),
-            config(digits / "heldout", trained, "train.accumulation=2"),
+            config(digits / "heldout", trained, "train.grad_accumulation=2"),
             Dataset.open(digits / "heldout").fingerprint,
         )
 
 
 def test_more_steps_and_another_rate_are_allowed(trained: Path, digits: Path) -> None:
-    other = config(digits / "train", trained, "train.accumulation=2", "train.steps=99", "train.optimizer.rate=1e-5", "parallel.expert=1")
+    other = config(digits / "train", trained, "train.grad_accumulation=2", "train.steps=99", "train.optimizer.lr=1e-5", "parallel.expert_parallel=1")
     check_continues(store.resolve(trained), other, Dataset.open(digits / "train").fingerprint)

@@ -11,7 +11,7 @@ from ranks import run
 from train.runs import config, layout, trace
 
 LAYOUTS = [(1, 1, 0), (2, 1, 1), (2, 2, 2), (4, 2, 1), (4, 4, 2), (4, 2, 0)]  # (W, EP, ZeRO)
-KINDS = {"adamw": ["train.optimizer.kind=adamw"], "sgd": ["train.optimizer.kind=sgd", "train.optimizer.rate=0.05"]}
+KINDS = {"adamw": ["train.optimizer.kind=adamw"], "sgd": ["train.optimizer.kind=sgd", "train.optimizer.lr=0.05"]}
 
 _traces: dict[Any, list[dict[str, Any]]] = {}
 
@@ -45,7 +45,7 @@ def holds(found: dict[str, float]) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_every_layout_is_the_same_run(digits: Path, kind: str, accumulation: int) -> None:
-    given = config(digits / "train", Path("unused"), f"train.accumulation={accumulation}", *KINDS[kind])
+    given = config(digits / "train", Path("unused"), f"train.grad_accumulation={accumulation}", *KINDS[kind])
     single = traced(given, *LAYOUTS[0])[0]
     assert max(single["grad_norm"]) > 0.3  # clipping is active
     assert single["loss"][-1] < single["loss"][0]
@@ -61,7 +61,7 @@ def test_every_layout_is_the_same_run(digits: Path, kind: str, accumulation: int
 )
 def test_planted_faults_break_the_law(digits: Path, fault: str, layout_: tuple[int, int, int]) -> None:
     for kind in KINDS:
-        given = config(digits / "train", Path("unused"), "train.accumulation=1", *KINDS[kind])
+        given = config(digits / "train", Path("unused"), "train.grad_accumulation=1", *KINDS[kind])
         single = traced(given, *LAYOUTS[0])[0]
         assert not holds(differences(traced(given, *layout_, fault), single)), f"{fault} went unseen with {kind}"
 
@@ -77,12 +77,12 @@ def test_spans_are_the_same_run(digits: Path, span: int, layout_: tuple[int, int
 
 
 VARIANTS = {
-    "every block": ["model.interleave=false", "model.blocks=2", *KINDS["sgd"]],
+    "every block": ["model.interleave=false", "model.num_blocks=2", *KINDS["sgd"]],
     "token choice": ["model.family=tc", "pool.span=12", *KINDS["sgd"]],
     "expert choice": ["model.family=ec", "model.predictor=true", *KINDS["sgd"]],
     "fine and shared experts": ["model.granularity=2", "model.shared_experts=1", *KINDS["sgd"]],
     "weight decay": ["train.optimizer.weight_decay=0.1", *KINDS["adamw"]],
-    "no clipping": ["train.clip=0", "train.schedule={kind: cosine, warmup: 3}", *KINDS["sgd"]],
+    "no clipping": ["train.max_grad_norm=0", "train.schedule={kind: cosine, warmup: 3}", *KINDS["sgd"]],
 }
 
 
@@ -97,7 +97,7 @@ def test_variants_are_the_same_run(digits: Path, variant: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_dense_model_is_the_same_run(digits: Path) -> None:
-    given = config(digits / "train", Path("unused"), "model.family=dense", "train.accumulation=3", *KINDS["sgd"])
+    given = config(digits / "train", Path("unused"), "model.family=dense", "train.grad_accumulation=3", *KINDS["sgd"])
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 2, 1, 2)
     assert single["thresholds"] == []
     assert max(abs(a - b) for a, b in zip(traces[1]["loss"], single["loss"], strict=True)) <= 1e-6
@@ -106,7 +106,7 @@ def test_a_dense_model_is_the_same_run(digits: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_averaged_weights_are_the_same(digits: Path) -> None:
-    given = config(digits / "train", Path("unused"), "train.accumulation=1", *KINDS["sgd"])
+    given = config(digits / "train", Path("unused"), "train.grad_accumulation=1", *KINDS["sgd"])
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 4, 2, 1)
     for name, wanted in single["ema"].items():
         found = torch.cat([traces[rank]["ema"][name] for rank in (0, 1)]) if ".experts." in name else traces[3]["ema"][name]
@@ -116,9 +116,9 @@ def test_averaged_weights_are_the_same(digits: Path) -> None:
 @pytest.mark.timeout(600)
 def test_bf16_trains_the_same_weights_closely(digits: Path) -> None:
     """In bf16 the choice of single tokens may flip, but the run stays close, and its state is float32."""
-    given = config(digits / "train", Path("unused"), "train.precision=bf16", "train.accumulation=1", *KINDS["adamw"])
+    given = config(digits / "train", Path("unused"), "train.precision=bf16", "train.grad_accumulation=1", *KINDS["adamw"])
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 2, 2, 1)
-    full = traced(config(digits / "train", Path("unused"), "train.accumulation=1", *KINDS["adamw"]), 1, 1, 0)[0]
+    full = traced(config(digits / "train", Path("unused"), "train.grad_accumulation=1", *KINDS["adamw"]), 1, 1, 0)[0]
     assert differences(traces, single)["loss"] < 5e-3
     assert differences([single], full)["loss"] < 5e-2
     assert differences([single], full)["loss"] > 0  # it did compute in bf16

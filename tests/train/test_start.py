@@ -48,14 +48,14 @@ def begun(rank: int, given: Config, steps: int) -> dict[str, Any]:
 def source(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps on two ranks, EP 2, whose averaged and live weights differ."""
     folder = tmp_path_factory.mktemp("start") / "source"
-    given = config(digits / "train", folder, f"train.steps={STEPS}", "train.ema.thresholds=averaged", "parallel.zero=2")
+    given = config(digits / "train", folder, f"train.steps={STEPS}", "train.ema.thresholds=averaged", "parallel.zero_stage=2")
     run(2, until, layout(given, 2, 2))
     return folder
 
 
 def tuned(digits: Path, folder: Path, source: Path, *overrides: str) -> Config:
     """A run that starts from the source: other data, seed, batch and rate."""
-    mine = ("seed=5", "train.steps=4", "train.batch=12", "train.optimizer.rate=1e-3", f"init_from={source}")
+    mine = ("seed=5", "train.steps=4", "train.global_batch=12", "train.optimizer.lr=1e-3", f"init_from={source}")
     return config(digits / "heldout", folder, *mine, *overrides)
 
 
@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_the_source_to_the_bit(
 ) -> None:
     """Live weights, averaged weights and thresholds; and a step at a rate of almost nothing leaves them, wherever ZeRO keeps its copy."""
     stored = store.read(store.resolve(source), sorted(store.tensors(store.resolve(source))))
-    given = layout(tuned(digits, tmp_path / "run", source, f"init_weights={weights}", "train.optimizer.rate=1e-30"), expert, zero)
+    given = layout(tuned(digits, tmp_path / "run", source, f"init_weights={weights}", "train.optimizer.lr=1e-30"), expert, zero)
     for steps in (0, 1):
         for found in run(world, begun, given, steps):
             for name, tensor in found["model"].items():
@@ -87,7 +87,7 @@ def test_the_weights_are_those_of_the_source_to_the_bit(
 
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 2)])
 def test_the_first_loss_is_the_sources_loss_on_that_batch(digits: Path, source: Path, tmp_path: Path, world: int, expert: int) -> None:
-    given = layout(tuned(digits, tmp_path / "run", source, "train.optimizer.rate=1e-30"), expert, 1)
+    given = layout(tuned(digits, tmp_path / "run", source, "train.optimizer.lr=1e-30"), expert, 1)
     model = load_model(source, weights="ema").train()
     stream = Stream(
         Dataset.open(digits / "heldout"), seed=given.seed, batch=12, accumulation=1, rank=0, world=1, drop_condition=0.1, flip=False,
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_and_does_not_start_again(digits: Path, source: Pat
     """With expert and router rates of their own and frozen parts; the source may be gone by then."""
     gone = tmp_path / "gone"
     shutil.copytree(source, gone)
-    knobs = ("checkpoint.every=2", "train.optimizer.expert_rate=3", "train.optimizer.router_rate=0.5", 'train.freeze=["blocks.0.*"]')
+    knobs = ("checkpoint.every=2", "train.optimizer.expert_lr_scale=3", "train.optimizer.router_lr_scale=0.5", 'train.freeze=["blocks.0.*"]')
     uncut = layout(tuned(digits, tmp_path / "uncut", gone, *knobs), 2, 1)
     run(2, until, uncut)
     cut = dataclasses.replace(uncut, folder=str(tmp_path / "cut"))
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_and_does_not_start_again(digits: Path, source: Pat
     run(2, until, cut)
     assert told(tmp_path / "cut") == told(tmp_path / "uncut")
     first = told(tmp_path / "cut")[0]
-    assert (first["rate"], first["rate_experts"], first["rate_routers"]) == (1e-3, 3e-3, 5e-4)
+    assert (first["lr"], first["lr_experts"], first["lr_routers"]) == (1e-3, 3e-3, 5e-4)
     one, other = (store.resolve(tmp_path / name) for name in ("uncut", "cut"))
     names = sorted(store.tensors(one))
     for (name, tensor), again in zip(store.read(one, names).items(), store.read(other, names).values(), strict=True):
@@ -166,7 +166,7 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override_", "message"),
     [
-        ("model.hidden=64", r"holds weights of another model: model\.hidden is 32 there and 64 here"),
+        ("model.hidden_size=64", r"holds weights of another model: model\.hidden_size is 32 there and 64 here"),
         ("model.condition=text", r"model\.condition is class there and text here"),
         ("init_from=/nowhere/at/all", r"init_from /nowhere/at/all is not a folder"),
         ('train.freeze=["pathces.*"]', r"train\.freeze: pathces\.\* matches none of the \d+ parameters; near are patches\.projection"),

@@ -47,7 +47,7 @@ def steps(rank: int, given: Config, kernel: str = "auto") -> dict[str, Any]:
 @pytest.mark.parametrize("what", PATTERNS)
 def test_frozen_parameters_keep_their_bits_and_the_rest_is_the_same_run(digits: Path, tmp_path: Path, what: str) -> None:
     patterns = PATTERNS[what]
-    sgd = ("train.optimizer.kind=sgd", "train.optimizer.rate=0.05", "train.clip=0.05")
+    sgd = ("train.optimizer.kind=sgd", "train.optimizer.lr=0.05", "train.max_grad_norm=0.05")
     given = config(digits / "train", tmp_path / "run", f"train.freeze={patterns}", *sgd)
     alone = None
     for world, expert, zero in LAYOUTS:
@@ -64,7 +64,7 @@ def test_frozen_parameters_keep_their_bits_and_the_rest_is_the_same_run(digits: 
 
 def test_what_is_not_frozen_gets_the_gradients_that_it_would_get(digits: Path, tmp_path: Path) -> None:
     """One step of SGD: the trained part moves exactly as it does without freezing."""
-    given = config(digits / "train", tmp_path / "run", "train.optimizer.kind=sgd", "train.clip=0", "train.steps=1")
+    given = config(digits / "train", tmp_path / "run", "train.optimizer.kind=sgd", "train.max_grad_norm=0", "train.steps=1")
     free = run(1, once, given)[0]
     frozen = run(1, once, dataclasses.replace(given, train=dataclasses.replace(given.train, freeze=("blocks.1.*", "time.*"))))[0]
     for name, tensor in frozen.items():
@@ -84,8 +84,8 @@ def once(rank: int, given: Config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_every_kernel_takes_frozen_experts(digits: Path, tmp_path: Path, kernel: str, recompute: str) -> None:
     given = config(
-        digits / "train", tmp_path / "run", 'train.freeze=["*.experts.fc1_weight", "*.experts.fc2_bias"]', f"model.kernel={kernel}",
-        f"train.recompute={recompute}", "parallel.zero=2",
+        digits / "train", tmp_path / "run", 'train.freeze=["*.experts.fc1_weight", "*.experts.fc2_bias"]', f"compute.kernel={kernel}",
+        f"compute.recompute={recompute}", "parallel.zero_stage=2",
     )  # fmt: skip
     found = run(1, steps, given)[0]
     for name, tensor in found["after"].items():

@@ -35,7 +35,7 @@ def text_config(captioned: tuple[Path, Path], *overrides: str) -> Config:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_every_layout_is_the_same_run(captioned: tuple[Path, Path], kind: str, accumulation: int) -> None:
-    given = text_config(captioned, f"train.accumulation={accumulation}", *KINDS[kind])
+    given = text_config(captioned, f"train.grad_accumulation={accumulation}", *KINDS[kind])
     single = traced(given, 1, 1, 0)[0]
     for layout in ((2, 1, 1), (2, 2, 2), (4, 2, 0)):
         found = differences(traced(given, *layout), single)
@@ -57,8 +57,8 @@ def test_captions_encoded_while_training_are_those_that_were_stored(captioned: t
 @pytest.mark.timeout(600)
 def test_captions_matter(captioned: tuple[Path, Path]) -> None:
     """Dropping all of them is another run, in which the null caption alone is trained."""
-    given = text_config(captioned, "data.drop_condition=0.999", *KINDS["sgd"])
-    single, other = traced(given, 1, 1, 0)[0], traced(text_config(captioned, "data.drop_condition=0", *KINDS["sgd"]), 1, 1, 0)[0]
+    given = text_config(captioned, "data.condition_dropout=0.999", *KINDS["sgd"])
+    single, other = traced(given, 1, 1, 0)[0], traced(text_config(captioned, "data.condition_dropout=0", *KINDS["sgd"]), 1, 1, 0)[0]
     assert differences([single], other)["loss"] > 1e-6
     moved = {name: torch.linalg.vector_norm(single["ema"][name] - other["ema"][name]) for name in ("caption.null", "caption.fc1.weight")}
     assert all(float(distance) > 0 for distance in moved.values())

@@ -50,14 +50,14 @@ class Stream:
         if batch < parts or batch % parts:
             fitting = sorted({max(batch // parts, 1) * parts, (batch // parts + 1) * parts})
             raise ConfigError(
-                f"train.batch = {batch} does not divide into train.accumulation = {accumulation} micro-steps on {world} ranks;"
+                f"train.global_batch = {batch} does not divide into train.grad_accumulation = {accumulation} micro-steps on {world} ranks;"
                 f" use a multiple of {parts}, such as {' or '.join(map(str, fitting))}"
             )
         micro_step_size = batch // accumulation
         if samples_consumed < 0 or samples_consumed % micro_step_size:
             raise ConfigError(
                 f"{samples_consumed} samples are consumed, which is not a whole number of micro-steps of {micro_step_size} samples"
-                f" (train.batch = {batch}, train.accumulation = {accumulation}); keep the micro-step of the run that is continued"
+                f" (train.global_batch = {batch}, train.grad_accumulation = {accumulation}); keep the micro-step of the run that is continued"
             )
         if lanes < 1 or micro_step_size % lanes:
             raise ConfigError(f"data.lanes = {lanes} does not divide the {micro_step_size} samples of a micro-step; use a divisor of these")
@@ -67,7 +67,7 @@ class Stream:
                 raise ConfigError(f"data.flip = true, but {name} holds no mirrored moments; use data.flip = false or add flips")
         check_text(self.dataset, text)
         if not 0 <= drop_condition <= 1:
-            raise ConfigError(f"data.drop_condition = {drop_condition} is no probability; use a number from 0 to 1")
+            raise ConfigError(f"data.condition_dropout = {drop_condition} is no probability; use a number from 0 to 1")
         if workers < 0 or (workers > 0 and prefetch < 1):
             raise ConfigError(f"data.workers = {workers}, data.prefetch = {prefetch}; use 0 or more workers, a prefetch of 1 or more")
         self.samples_consumed = samples_consumed

@@ -105,7 +105,7 @@ class Report:
     @property
     def blocks(self) -> list[int]:
         """Which blocks (from 0) the MoE layers are."""
-        return [block for block in range(self.model.blocks) if is_moe(self.model, block)]
+        return [block for block in range(self.model.num_blocks) if is_moe(self.model, block)]
 
     def per_layer_expert_step(self) -> Tensor:
         """C of every step, layer and expert (steps, layers, N) float64."""
@@ -163,8 +163,8 @@ def check_report(model: ModelConfig, per_class: int, classes: Sequence[int] | No
     """Raise ConfigError, before anything is drawn, unless a capacity report can be made of this model."""
     if not has_experts(model):
         raise ConfigError("model.family is dense: it has no experts, and its capacity is 1 at every step; name a run that has experts")
-    if not any(is_moe(model, block) for block in range(model.blocks)):
-        raise ConfigError(f"the model has no MoE layer: model.interleave leaves block 0 dense and model.blocks is {model.blocks}")
+    if not any(is_moe(model, block) for block in range(model.num_blocks)):
+        raise ConfigError(f"the model has no MoE layer: model.interleave leaves block 0 dense and model.num_blocks is {model.num_blocks}")
     if per_class < 1:
         raise ConfigError(f"{'--per-prompt' if model.condition == 'text' else '--per-class'} is {per_class}; it must be at least 1")
     if model.condition == "text" and not prompts:

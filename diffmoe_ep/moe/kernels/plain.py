@@ -44,7 +44,7 @@ def grouped(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     kind = compute_type(rows)
     reason = cannot_group(kind, rows.shape[1], weights[0].shape[2])
     if reason:
-        raise ConfigError(f"model.kernel grouped: {reason}; set model.kernel=auto")
+        raise ConfigError(f"compute.kernel grouped: {reason}; set compute.kernel=auto")
     w1, b1, w2, b2 = (weight.to(kind) for weight in weights)  # autocast does not know this matmul
     rows = rows.to(kind)
     numbers = torch.tensor(counts, dtype=torch.int32, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)

@@ -229,12 +229,12 @@ def test_a_worker_that_dies_is_reported(pixels: Dataset) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": 24, "accumulation": 5}, r"train\.batch = 24 .*train\.accumulation = 5 .*such as 20 or 25"),
-        ({"batch": 24, "world": 16}, r"train\.batch = 24 .*16 ranks.*such as 16 or 32"),
+        ({"batch": 24, "accumulation": 5}, r"train\.global_batch = 24 .*train\.grad_accumulation = 5 .*such as 20 or 25"),
+        ({"batch": 24, "world": 16}, r"train\.global_batch = 24 .*16 ranks.*such as 16 or 32"),
         ({"batch": 2, "world": 4}, "such as 4"),
         ({"samples_consumed": 25}, "25 samples are consumed, which is not a whole number of micro-steps of 24"),
         ({"samples_consumed": -24}, "-24 samples"),
-        ({"drop_condition": 1.5}, r"data\.drop_condition = 1\.5"),
+        ({"drop_condition": 1.5}, r"data\.condition_dropout = 1\.5"),
         ({"workers": -1}, r"data\.workers = -1"),
         ({"workers": 1, "prefetch": 0}, r"data\.prefetch = 0"),
     ],

@@ -22,7 +22,7 @@ from ranks import run
 from train.runs import busy
 
 MODEL = ModelConfig(
-    input_size=8, in_channels=1, out_channels=1, hidden=32, blocks=4, heads=2, num_classes=4, num_experts=8
+    input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_classes=4, num_experts=8
 )  # 16 tokens, MoE in blocks 1 and 3
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
 FACTS = {"name": "dots", "kind": "pixels", "shape": [1, 8, 8], "scale": 0.125, "shift": -1.0, "class_names": ["a", "b", "c", "d"]}
@@ -264,7 +264,7 @@ def test_what_cannot_be_reported_is_refused_before_drawing(module):
     with pytest.raises(ConfigError, match="class 4 does not exist"):
         check_report(MODEL, 1, [1, 4])
     with pytest.raises(ConfigError, match="no MoE layer"):
-        check_report(replace(MODEL, blocks=1), 1)
+        check_report(replace(MODEL, num_blocks=1), 1)
 
 
 def test_steps_of_the_solver_s_own_are_refused(module):

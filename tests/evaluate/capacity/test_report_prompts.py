@@ -16,7 +16,7 @@ from diffmoe_ep.sampling.sample import Drawn, draw
 from train.runs import busy
 
 MODEL = ModelConfig(
-    condition="text", text_width=6, text_length=5, input_size=8, in_channels=1, out_channels=1, hidden=32, blocks=4, heads=2, num_experts=8
+    condition="text", text_width=6, text_length=5, input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_experts=8
 )
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
 FACTS = {"name": "dots", "kind": "pixels", "shape": [1, 8, 8], "scale": 0.125, "shift": -1.0, "class_names": []}
