@@ -1,1 +1,3 @@
-"""Turns data sources into datasets that `diffmoe_ep.data` reads: one file per source, which only reads, and one that writes."""
+"""Turns data sources into datasets that `diffmoe_ep.data` reads: one file per source, which only reads, and one that
+writes.
+"""

@@ -1,4 +1,6 @@
-"""Tars of other people: read from the front, or listed with offsets; names of members are names only, never paths on this machine."""
+"""Tars of other people: read from the front, or listed with offsets; names of members are names only, never paths on
+this machine.
+"""
 
 import gzip
 import os
@@ -54,7 +56,8 @@ def stem_of(name: str) -> str:
 
 
 def stream(path: Path) -> Iterator[tuple[str, bytes | None]]:
-    """Name and content of every file in a tar, plain or gzipped, in order; content None where it is larger than MAX_MEMBER.
+    """Name and content of every file in a tar, plain or gzipped, in order; content None where it is larger than
+    MAX_MEMBER.
 
     DamagedArchive, after all that is whole, where the archive ends early or a header is broken.
     """
@@ -83,7 +86,9 @@ def stream(path: Path) -> Iterator[tuple[str, bytes | None]]:
 
 
 def members(path: Path) -> list[Member]:
-    """All files of an uncompressed tar, those of uncompressed tars inside it too; DataError if it cannot be listed to its end."""
+    """All files of an uncompressed tar, those of uncompressed tars inside it too; DataError if it cannot be listed to
+    its end.
+    """
     try:
         with path.open("rb") as file:
             return list(_members(path, file, 0, path.stat().st_size, stem_of(path.name), nested=True))
@@ -103,14 +108,18 @@ def _members(path: Path, file: BinaryIO, start: int, size: int, holder: str, nes
             if offset + member.size > start + size:
                 raise tarfile.ReadError("unexpected end of data")
             if nested and member.name.endswith(".tar"):
-                yield from _members(path, file, offset, member.size, stem_of(PurePosixPath(member.name).name), nested=False)
+                yield from _members(
+                    path, file, offset, member.size, stem_of(PurePosixPath(member.name).name), nested=False
+                )
             else:
                 yield Member(path, holder, member.name, offset, member.size)
         _demand_end(tar)
 
 
 def _demand_end(tar: tarfile.TarFile) -> None:
-    """ReadError unless a block of zeros stands where tarfile stopped: it takes a broken header, and the end of the file, for the end."""
+    """ReadError unless a block of zeros stands where tarfile stopped: it takes a broken header, and the end of the
+    file, for the end.
+    """
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(512)

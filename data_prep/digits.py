@@ -12,7 +12,9 @@ from diffmoe_ep.data.sample import encode
 
 NUM_HELDOUT = 297  # of 1,797; 1,500 train
 SPLIT_SEED = 1797
-LICENCE = "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0"
+LICENCE = (
+    "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0"
+)
 
 
 def facts(split: Literal["train", "heldout"]) -> Manifest:
@@ -36,13 +38,17 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn, which is missing ({error}); pip install 'diffmoe_ep[prep]'") from error
+        raise DataError(
+            f"the digits come with scikit-learn, which is missing ({error}); pip install 'diffmoe_ep[prep]'"
+        ) from error
     bunch = load_digits()
     return bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64)
 
 
 def heldout_mask(labels: np.ndarray, num_heldout: int = NUM_HELDOUT) -> np.ndarray:
-    """Which samples are held out, (n,) bool: each class in proportion (largest remainders first), chosen by a fixed seed."""
+    """Which samples are held out, (n,) bool: each class in proportion (largest remainders first), chosen by a fixed
+    seed.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     quotas = counts * num_heldout / len(labels)
     chosen = np.floor(quotas).astype(int)

@@ -1,4 +1,5 @@
-"""Source: one to three of scikit-learn's real digits on a larger canvas, with captions that name digit, count and place.
+"""Source: one to three of scikit-learn's real digits on a larger canvas, with captions that name digit, count and
+place.
 
 Everything about sample n of a split follows from n alone. The held-out split is made of held-out digits.
 """
@@ -23,7 +24,11 @@ GRID = 3  # the canvas has 3 x 3 cells, a digit to a cell
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 COUNTS = ("one", "two", "three")
 Weights = tuple[float, float, float]
-WEIGHTS: Weights = (2.0, 1.0, 1.0)  # of captions that tell every place, the counts, and for two digits how they stand to each other
+WEIGHTS: Weights = (
+    2.0,
+    1.0,
+    1.0,
+)  # of captions that tell every place, the counts, and for two digits how they stand to each other
 Split = Literal["train", "heldout"]
 
 
@@ -44,17 +49,23 @@ class Placed:
         return "centre" if self.row == self.column == 1 else f"{ROWS[self.row]} {COLUMNS[self.column]}"
 
 
-def source(split: Split, num_samples: int, canvas: int, shard_size: int, legible: float = 1.0, weights: Weights = WEIGHTS) -> Source:
+def source(
+    split: Split, num_samples: int, canvas: int, shard_size: int, legible: float = 1.0, weights: Weights = WEIGHTS
+) -> Source:
     """Canvases of `canvas` x `canvas` grey pixels (0 to 16), with captions.
 
-    legible: the share of each class's digits that is used, those that are easiest to read; a cleaner subset for fine-tuning.
+    legible: the share of each class's digits that is used, those that are easiest to read; a cleaner subset for
+    fine-tuning.
     """
     if canvas < GRID * SIDE:
         raise DataError(f"--image-size {canvas} is too small for {GRID} x {GRID} digits; use {GRID * SIDE} or more")
     if num_samples < 1:
         raise DataError(f"the {split} split has {num_samples} samples, expected 1 or more; use --samples, --heldout")
     if not any(weights[:2]):
-        raise DataError("--caption-weights give neither places nor counts a weight, so some canvases would have no caption; weigh one")
+        raise DataError(
+            "--caption-weights give neither places nor counts a weight, so some canvases would have no caption; "
+            "weigh one"
+        )
     images, labels = digits.load()
     members = np.flatnonzero(digits.heldout_mask(labels) == (split == "heldout"))
     if legible < 1:
@@ -77,7 +88,9 @@ def source(split: Split, num_samples: int, canvas: int, shard_size: int, legible
 
 
 def compose(split: Split, number: int, canvas: int, labels: np.ndarray, members: np.ndarray) -> tuple[Placed, ...]:
-    """What sample `number` shows, in reading order: one to three digits in cells of their own, one time in three all of one kind."""
+    """What sample `number` shows, in reading order: one to three digits in cells of their own, one time in three all of
+    one kind.
+    """
     generator = keyed(SEEDS[split], number, "order")
     cells = permutation(generator, GRID * GRID)
     words = np.asarray(generator.bit_generator.random_raw(11), dtype=np.uint64)
@@ -110,19 +123,27 @@ def draw(placed: tuple[Placed, ...], canvas: int, images: np.ndarray) -> np.ndar
 def most_legible(images: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
     """Which digits (n, 8, 8) of labels (n,) are easiest to read, ascending: a share of each class, at least one.
 
-    Those that a classifier which has not seen them puts most clearly into their class: cross-validation, nothing drawn at random.
+    Those that a classifier which has not seen them puts most clearly into their class: cross-validation, nothing drawn
+    at random.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.svm import SVC
 
     rows = np.arange(len(labels))
     says = cross_val_predict(
-        SVC(decision_function_shape="ovr"), images.reshape(len(images), -1), labels, cv=StratifiedKFold(10), method="decision_function"
+        SVC(decision_function_shape="ovr"),
+        images.reshape(len(images), -1),
+        labels,
+        cv=StratifiedKFold(10),
+        method="decision_function",
     )  # (n, classes)
     own = says[rows, labels]
     says[rows, labels] = -np.inf
     order = np.argsort(says.max(1) - own, kind="stable")  # clearest first
-    kept = [order[labels[order] == label][: max(1, round(share * int((labels == label).sum())))] for label in np.unique(labels)]
+    kept = [
+        order[labels[order] == label][: max(1, round(share * int((labels == label).sum())))]
+        for label in np.unique(labels)
+    ]
     return np.sort(np.concatenate(kept))
 
 

@@ -1,4 +1,6 @@
-"""Samples of a source to what is stored: decoded by threads, encoded in batches by a VAE and text encoders, or kept as pixels."""
+"""Samples of a source to what is stored: decoded by threads, encoded in batches by a VAE and text encoders, or kept as
+pixels.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,7 +48,9 @@ class Encoding:
         if self.vae is None and self.flips == 2:
             raise ConfigError("--flips 2 is for latents (--vae); pixels are mirrored when they are read")
         if self.vae is not None and self.image_size % self.vae.factor:
-            raise ConfigError(f"--image-size {self.image_size} is not a multiple of {self.vae.factor}, the side that the VAE makes one of")
+            raise ConfigError(
+                f"--image-size {self.image_size} is not a multiple of {self.vae.factor}, the side that the VAE makes one of"
+            )
         if self.vae is not None and channels != 3:
             raise ConfigError("this source is grey, a VAE needs colours; leave --vae away")
         manifest = Manifest(
@@ -61,7 +65,10 @@ class Encoding:
             licence=licence,
             flips=self.flips,
             condition=source.condition,
-            text=tuple(TextFeatures(text.name, text.width, text.max_length, text.precision, text.fingerprint) for text in self.text),
+            text=tuple(
+                TextFeatures(text.name, text.width, text.max_length, text.precision, text.fingerprint)
+                for text in self.text
+            ),
             image_size=self.image_size,
             source=source.fingerprint,
         )
@@ -74,7 +81,8 @@ class Encoding:
     def samples(self, raws: Iterable[Raw], facts: Manifest, min_side: int) -> Iterator[tuple[Sample | Bad, int]]:
         """For each sample, in order: its key and fields, or why it is left out; and how many of its captions were cut.
 
-        Batches are cut from the first sample on, bad ones included, so the same samples are always encoded in the same company.
+        Batches are cut from the first sample on, bad ones included, so the same samples are always encoded in the same
+        company.
         """
         iterator = iter(raws)
         ahead: deque[list[tuple[Raw, Future[np.ndarray]]]] = deque()
@@ -94,7 +102,9 @@ class Encoding:
             return raw.image
         return square(raw.image(), self.image_size, min_side)
 
-    def _finish(self, group: list[tuple[Raw, "Future[np.ndarray]"]], facts: Manifest) -> Iterator[tuple[Sample | Bad, int]]:
+    def _finish(
+        self, group: list[tuple[Raw, "Future[np.ndarray]"]], facts: Manifest
+    ) -> Iterator[tuple[Sample | Bad, int]]:
         """Encode one batch."""
         problems: dict[int, str] = {}
         images: dict[int, np.ndarray] = {}
@@ -120,11 +130,15 @@ class Encoding:
 
     def _conditions(self, found: dict[int, Condition | None]) -> tuple[dict[int, Condition], dict[int, int]]:
         """The conditions of a batch with the features of their captions, and how many captions of each were cut."""
-        conditions: dict[int, Condition] = {number: condition for number, condition in found.items() if condition is not None}
+        conditions: dict[int, Condition] = {
+            number: condition for number, condition in found.items() if condition is not None
+        }
         cuts = dict.fromkeys(conditions, 0)
         if not self.text:
             return conditions, cuts
-        captions = [(number, caption) for number, held in conditions.items() if not isinstance(held, int) for caption in held]
+        captions = [
+            (number, caption) for number, held in conditions.items() if not isinstance(held, int) for caption in held
+        ]
         features: list[list[np.ndarray]] = [[] for _ in captions]
         for encoder in self.text:
             for start in range(0, len(captions), self.batch):

@@ -1,4 +1,6 @@
-"""Image files in folders: listed in an order of their own, then shuffled once, so that no shard holds one class or one album."""
+"""Image files in folders: listed in an order of their own, then shuffled once, so that no shard holds one class or one
+album.
+"""
 
 import os
 import re
@@ -43,15 +45,21 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable and run the command again") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); make it readable and run the command again"
+        ) from error
 
 
 def image_files(folder: Path) -> list[ImageFile]:
-    """All image files below a folder, sorted by name; links to folders are not followed. DataError if there are none."""
+    """All image files below a folder, sorted by name; links to folders are not followed. DataError if there are
+    none.
+    """
     found = []
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); give a folder that you may read with --source") from error
+        raise DataError(
+            f"{error.filename}: cannot be listed ({error.strerror}); give a folder that you may read with --source"
+        ) from error
 
     for parent, _, names in os.walk(folder, onerror=refuse):
         for name in names:
@@ -64,13 +72,17 @@ def image_files(folder: Path) -> list[ImageFile]:
 
 
 def archives(source: Path, endings: Sequence[str]) -> list[Path]:
-    """The archive that `source` is, or those that lie in it, sorted by name; none if there are none. DataError if there is no `source`."""
+    """The archive that `source` is, or those that lie in it, sorted by name; none if there are none. DataError if there
+    is no `source`.
+    """
     try:
         if source.is_file():
             return [source] if source.name.endswith(tuple(endings)) else []
         return sorted(path for path in source.iterdir() if path.name.endswith(tuple(endings)) and path.is_file())
     except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror}); give another folder or file with --source") from error
+        raise DataError(
+            f"{source}: cannot be read ({error.strerror}); give another folder or file with --source"
+        ) from error
 
 
 def shuffled(count: int) -> np.ndarray:
@@ -79,7 +91,9 @@ def shuffled(count: int) -> np.ndarray:
 
 
 def keys(names: Sequence[str]) -> list[str]:
-    """A key for each file of a list: its name without folders and ending if that is plain for all and differs, else its number."""
+    """A key for each file of a list: its name without folders and ending if that is plain for all and differs, else its
+    number.
+    """
     stems = [PurePosixPath(name).stem for name in names]
     if len(set(stems)) == len(stems) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", stem) for stem in stems):
         return stems

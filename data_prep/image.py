@@ -15,11 +15,24 @@ from diffmoe_ep.data.manifest import DataError
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000  # a few compressed bytes can claim any number of pixels
 # What Pillow's decoders raise for bytes that are no image, or half of one.
-DECODING = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+DECODING = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 def square(content: bytes, size: int, min_side: int) -> np.ndarray:
-    """The centre of an image file as (3, size, size) uint8; BadSample when the bytes are no whole image of a fit size."""
+    """The centre of an image file as (3, size, size) uint8; BadSample when the bytes are no whole image of a fit
+    size.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -47,8 +60,8 @@ def square(content: bytes, size: int, min_side: int) -> np.ndarray:
 def centre_crop(image: Any, size: int) -> np.ndarray:
     """The centre crop of ADM, of a Pillow image in RGB, as (3, size, size) uint8.
 
-    The image is halved by box averages as long as its shorter side is at least twice `size`, brought to `size` by a bicubic
-    filter, and cut. (Smaller images are enlarged by the same filter.)
+    The image is halved by box averages as long as its shorter side is at least twice `size`, brought to `size` by a
+    bicubic filter, and cut. (Smaller images are enlarged by the same filter.)
     """
     from PIL.Image import Resampling
 

@@ -1,4 +1,6 @@
-"""Source: JourneyDB, as it is published: archives of images (000.tgz, 001.tgz, ...) and one file with a JSON line for each image."""
+"""Source: JourneyDB, as it is published: archives of images (000.tgz, 001.tgz, ...) and one file with a JSON line for
+each image.
+"""
 
 import json
 from collections.abc import Collection, Iterator
@@ -17,7 +19,13 @@ Texts = tuple[str | None, str | None]  # prompt, caption
 
 
 def source(
-    folder: Path, annotations: Path, rank: int, world: int, prompt_weight: float = 1.0, caption_weight: float = 1.0, min_side: int = 1
+    folder: Path,
+    annotations: Path,
+    rank: int,
+    world: int,
+    prompt_weight: float = 1.0,
+    caption_weight: float = 1.0,
+    min_side: int = 1,
 ) -> Source:
     """Images with the prompt that made them and a caption; each archive is a unit.
 
@@ -33,7 +41,9 @@ def source(
             f"{folder} holds no archives ({', '.join(archive.ENDINGS)}); give JourneyDB's folder of image archives with --source"
         )
     if not annotations.is_file():
-        raise DataError(f"{annotations} is not a file; give JourneyDB's file of JSON lines with --annotations, unpacked")
+        raise DataError(
+            f"{annotations} is not a file; give JourneyDB's file of JSON lines with --annotations, unpacked"
+        )
     own = {archive.stem_of(tar.name) for tar in tars[rank::world]}
     held: list[dict[str, Texts]] = []
 
@@ -47,7 +57,10 @@ def source(
         num_units=len(tars),
         read=read,
         fingerprint=fingerprint_of(
-            [*((path.name, path.stat().st_size) for path in files), (f"{float(prompt_weight)} {float(caption_weight)}", 0)]
+            [
+                *((path.name, path.stat().st_size) for path in files),
+                (f"{float(prompt_weight)} {float(caption_weight)}", 0),
+            ]
         ),
         condition="text",
         cut=True,
@@ -56,12 +69,16 @@ def source(
 
 
 def read_annotations(path: Path, holders: Collection[str]) -> dict[str, Texts]:
-    """Prompt and caption of the images in some archives, by ARCHIVE/IMAGE; DataError names a line that is not as it should be."""
+    """Prompt and caption of the images in some archives, by ARCHIVE/IMAGE; DataError names a line that is not as it
+    should be.
+    """
     try:
         with path.open("rb") as file:
             return dict(_parsed(path, file, holders))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a readable file with --annotations") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give a readable file with --annotations"
+        ) from error
 
 
 def _parsed(path: Path, file: BinaryIO, holders: Collection[str]) -> Iterator[tuple[str, Texts]]:
@@ -74,7 +91,9 @@ def _parsed(path: Path, file: BinaryIO, holders: Collection[str]) -> Iterator[tu
             task = content.get("Task2") or {}
             texts = (content.get("prompt"), task.get("Caption"))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: is no annotation with an img_path ({error!r}); fetch the file again") from error
+            raise DataError(
+                f"{path}, line {number}: is no annotation with an img_path ({error!r}); fetch the file again"
+            ) from error
         if not isinstance(image, str):
             raise DataError(f"{path}, line {number}: img_path is {image!r}, expected a text; fetch the file again")
         place = PurePosixPath(image)

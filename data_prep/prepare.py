@@ -1,8 +1,9 @@
 """Prepare a source on any number of ranks; files in the output folder are all that the ranks know of one another.
 
-Unit u of the source is made by rank u mod world. A shard that is finished has a journal beside the shards, journal/SHARD.json: what
-the manifest will say of it, and which of its samples were bad. When every unit is finished, rank 0 makes the manifest and the list of
-bad samples of the journals. A run that was cut short, or is repeated, makes only what is missing or damaged; the bytes are the same.
+Unit u of the source is made by rank u mod world. A shard that is finished has a journal beside the shards,
+journal/SHARD.json: what the manifest will say of it, and which of its samples were bad. When every unit is finished,
+rank 0 makes the manifest and the list of bad samples of the journals. A run that was cut short, or is repeated, makes
+only what is missing or damaged; the bytes are the same.
 """
 
 import json
@@ -59,10 +60,11 @@ class Preparation:
     patience: float = 3600.0  # seconds that rank 0 waits while no other rank finishes anything
 
     def run(self, progress: Callable[[int], object] = lambda _: None) -> Report | None:
-        """Make this rank's shards; then, on rank 0, wait for those of the others and make the dataset of them. None on other ranks.
+        """Make this rank's shards; then, on rank 0, wait for those of the others and make the dataset of them. None on
+        other ranks.
 
-        `progress` is told of samples of the source, as they are done. DataError if the folder holds something else, the source
-        cannot be read, or too much of it is bad.
+        `progress` is told of samples of the source, as they are done. DataError if the folder holds something else, the
+        source cannot be read, or too much of it is bad.
         """
         with writing_to(self.folder):
             self._demand_own_folder()
@@ -78,11 +80,15 @@ class Preparation:
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         foreign = [name for name in names if not own.fullmatch(name) and not shard.fullmatch(name)]
         if foreign:
-            raise DataError(f"{self.folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or empty it")
+            raise DataError(
+                f"{self.folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or empty it"
+            )
         if (self.folder / MANIFEST_NAME).exists():
             found = read_manifest(self.folder / MANIFEST_NAME)
             if not same_but_shards(found, self.facts):
-                differing = [field.name for field in fields(Manifest) if field.name not in ("shards", "num_samples", "format")]
+                differing = [
+                    field.name for field in fields(Manifest) if field.name not in ("shards", "num_samples", "format")
+                ]
                 key = next(key for key in differing if getattr(found, key) != getattr(self.facts, key))
                 raise DataError(
                     f"{self.folder} holds another dataset: its {key} is {str(getattr(found, key))[:80]}, now it would be"
@@ -106,7 +112,9 @@ class Preparation:
             )
 
     def _units(self, progress: Callable[[int], object]) -> int:
-        """Make the units of this rank that are not there, and return how many shards that took; stops where too many samples are bad."""
+        """Make the units of this rank that are not there, and return how many shards that took; stops where too many
+        samples are bad.
+        """
         made = seen = bad = 0
         units = range(self.rank, self.source.num_units, self.world)
         for done, unit in enumerate(units, start=1):
@@ -120,7 +128,9 @@ class Preparation:
             seen, bad = seen + sum(note.seen for note in notes), bad + sum(len(note.bad) for note in notes)
             expected = self.source.num_samples or seen / done * self.source.num_units
             if bad > self.max_bad * expected:  # more than all units together may have
-                self._refuse(seen, [found for unit in units[:done] for note in self._noted(unit) or () for found in note.bad])
+                self._refuse(
+                    seen, [found for unit in units[:done] for note in self._noted(unit) or () for found in note.bad]
+                )
         return made
 
     def _unit(self, unit: int, progress: Callable[[int], object]) -> int:
@@ -160,7 +170,9 @@ class Preparation:
         return note
 
     def _noted(self, unit: int, checksum: bool | None = None) -> list[Note] | None:
-        """The journals of a finished unit, or None if work is left; `checksum`: read its shards, only look at them, or (None) neither."""
+        """The journals of a finished unit, or None if work is left; `checksum`: read its shards, only look at them, or
+        (None) neither.
+        """
         end = _journal(self.folder / JOURNAL / f"{self._stem(unit)}.end.json")
         if end is None:
             return None
@@ -173,12 +185,18 @@ class Preparation:
         if content is None:
             return None
         shard = Shard(**content["shard"]) if content["shard"] else None
-        if shard is not None and checksum is not None and shard_problem(self.folder, shard, self.facts.fields, checksum):
+        if (
+            shard is not None
+            and checksum is not None
+            and shard_problem(self.folder, shard, self.facts.fields, checksum)
+        ):
             return None
         return Note(shard, content["seen"], content["cut"], tuple(Bad(**found) for found in content["bad"]))
 
     def _finish(self, made: int) -> Report:
-        """Wait for every unit, then write the list of bad samples and the manifest, and remove what is not of this dataset."""
+        """Wait for every unit, then write the list of bad samples and the manifest, and remove what is not of this
+        dataset.
+        """
         notes = [note for unit in self._waited_for() for note in unit]
         seen, bad = sum(note.seen for note in notes), [found for note in notes for found in note.bad]
         if seen and len(bad) > self.max_bad * seen:
@@ -186,7 +204,9 @@ class Preparation:
         self._list_bad(bad)
         shards = tuple(note.shard for note in notes if note.shard is not None)
         if not shards:
-            raise DataError(f"the source has no sample that can be used ({seen} seen, {len(bad)} bad); see {self.folder / BAD}")
+            raise DataError(
+                f"the source has no sample that can be used ({seen} seen, {len(bad)} bad); see {self.folder / BAD}"
+            )
         text = replace(self.facts, shards=shards, num_samples=sum(shard.num_samples for shard in shards)).to_json()
         path = self.folder / MANIFEST_NAME
         if not path.exists() or path.read_text() != text:
@@ -235,7 +255,9 @@ class Preparation:
             self._write(path, text)
 
     def _stem(self, unit: int, part: int | None = None) -> str:
-        """The name of a unit, or of one of its shards; a source whose units make one shard each has no parts in its names."""
+        """The name of a unit, or of one of its shards; a source whose units make one shard each has no parts in its
+        names.
+        """
         stem = f"{self.facts.name}-{unit:06d}"
         return stem if part is None or not self.source.cut else f"{stem}-{part:04d}"
 

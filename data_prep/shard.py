@@ -1,4 +1,6 @@
-"""Write one shard: a reproducible webdataset tar and the index beside it, each aside first, synced and renamed when it is whole."""
+"""Write one shard: a reproducible webdataset tar and the index beside it, each aside first, synced and renamed when it
+is whole.
+"""
 
 import os
 import re
@@ -20,9 +22,11 @@ Sample = tuple[str, Mapping[str, bytes]]  # key, field -> bytes
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: Manifest) -> Shard | None:
-    """Write a tar and its index, sample by sample, so that none but the last is held; None, and no file, if there are no samples.
+    """Write a tar and its index, sample by sample, so that none but the last is held; None, and no file, if there are
+    no samples.
 
-    Owner, mode and time in the tar are fixed, so its bytes depend on the samples alone. ValueError for keys or fields that do not fit.
+    Owner, mode and time in the tar are fixed, so its bytes depend on the samples alone. ValueError for keys or fields
+    that do not fit.
     """
     iterator = iter(samples)
     first = next(iterator, None)
@@ -32,9 +36,13 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: Manif
     with aside(folder / name) as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
         for key, fields in (sample for samples in ((first,), iterator) for sample in samples):
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key) or key in written:
-                raise ValueError(f"{facts.name}: keys must differ and consist of 1 to 64 letters, digits, '_' or '-'; got {key!r}")
+                raise ValueError(
+                    f"{facts.name}: keys must differ and consist of 1 to 64 letters, digits, '_' or '-'; got {key!r}"
+                )
             if tuple(sorted(fields)) != facts.fields:
-                raise ValueError(f"{facts.name}: sample {key} has fields {sorted(fields)}, expected {list(facts.fields)}")
+                raise ValueError(
+                    f"{facts.name}: sample {key} has fields {sorted(fields)}, expected {list(facts.fields)}"
+                )
             writer.write({"__key__": key, **{field: fields[field] for field in facts.fields}})
             written[key] = {field: (len(fields[field]), zlib.crc32(fields[field])) for field in facts.fields}
     index = _index_of(folder / name, written, facts)
@@ -45,7 +53,9 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: Manif
 
 
 def _index_of(path: Path, written: dict[str, dict[str, tuple[int, int]]], facts: Manifest) -> np.ndarray:
-    """The index of a finished tar, taken from the tar itself; so building it proves that what was written can be read."""
+    """The index of a finished tar, taken from the tar itself; so building it proves that what was written can be
+    read.
+    """
     width = max(map(len, written))
     index = np.zeros(len(written), dtype=[("key", f"S{width}"), *((field, MEMBER) for field in facts.fields)])
     numbers = {key: number for number, key in enumerate(written)}
@@ -68,7 +78,9 @@ def _index_of(path: Path, written: dict[str, dict[str, tuple[int, int]]], facts:
 
 @contextmanager
 def aside(path: Path, owner: str = "") -> Iterator[BinaryIO]:
-    """Write a file under a passing name (its own, if `owner` is), sync it, and give it its right name when it is whole."""
+    """Write a file under a passing name (its own, if `owner` is), sync it, and give it its right name when it is
+    whole.
+    """
     partial = path.with_name(f"{path.name}{owner}.partial")
     with partial.open("wb") as file:
         yield file
@@ -88,4 +100,6 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot prepare {folder} ({error}); choose a folder that you may write to with --out") from error
+        raise DataError(
+            f"cannot prepare {folder} ({error}); choose a folder that you may write to with --out"
+        ) from error

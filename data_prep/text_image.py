@@ -1,4 +1,6 @@
-"""Source: images with captions, as img2dataset's tars (KEY.jpg, KEY.txt, KEY.json), taken as they are, or as a folder of such files."""
+"""Source: images with captions, as img2dataset's tars (KEY.jpg, KEY.txt, KEY.json), taken as they are, or as a folder
+of such files.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -51,7 +53,9 @@ def _read_archive(path: Path, unit: int) -> Iterator[Raw]:
         try:
             if image is None:
                 raise BadSample("no image")
-            captions = (Caption(caption_of({ending: content for ending, content in members.items() if content is not None})),)
+            captions = (
+                Caption(caption_of({ending: content for ending, content in members.items() if content is not None})),
+            )
         except BadSample as error:
             yield Raw(place, key, None, None, str(error))
         else:

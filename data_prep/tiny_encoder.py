@@ -1,7 +1,7 @@
 """A T5 of a few hundred thousand parameters that reads bytes, made here: text to image where nothing can be downloaded.
 
-Its classes, files and tokenizer are those of every T5 (`load_text_encoder` loads it like any other), but it knows only what it was
-trained on here.
+Its classes, files and tokenizer are those of every T5 (`load_text_encoder` loads it like any other), but it knows only
+what it was trained on here.
 """
 
 import json
@@ -44,9 +44,9 @@ def make_tiny_t5(
 ) -> bool:
     """Make a T5 encoder and its byte tokenizer in a folder; returns whether there was anything to do.
 
-    The encoder learns the lessons of `steps` steps under heads that are then thrown away; with no steps its weights are random. The
-    weights follow from the arguments (`made_of` stands for the lessons) alone, one thread computes them. progress is told each step's
-    loss. ConfigError where the folder holds anything else.
+    The encoder learns the lessons of `steps` steps under heads that are then thrown away; with no steps its weights are
+    random. The weights follow from the arguments (`made_of` stands for the lessons) alone, one thread computes them.
+    progress is told each step's loss. ConfigError where the folder holds anything else.
     """
     recipe = {"steps": steps, "seed": seed, "width": width, "layers": layers, "rate": rate, "made_of": made_of}
     if _is_there(folder, recipe):
@@ -55,7 +55,9 @@ def make_tiny_t5(
         from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
-        raise ConfigError(f"a text encoder needs transformers, which is missing ({error}); pip install 'diffmoe_ep[encode]'") from error
+        raise ConfigError(
+            f"a text encoder needs transformers, which is missing ({error}); pip install 'diffmoe_ep[encode]'"
+        ) from error
     disable_progress_bar()  # of saving
     tokenizer = ByT5Tokenizer()
     config = T5Config(
@@ -105,7 +107,9 @@ def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
             try:
                 folder.rmdir()
             except OSError as error:
-                raise ConfigError(f"{folder} holds other files; choose another folder with --out, or empty it") from error
+                raise ConfigError(
+                    f"{folder} holds other files; choose another folder with --out, or empty it"
+                ) from error
         folder.parent.mkdir(parents=True, exist_ok=True)
         return False
     differing = [key for key, value in recipe.items() if found.get(key) != value]

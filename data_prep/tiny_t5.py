@@ -1,9 +1,9 @@
 """A tiny T5 encoder for the captions of the digits: what it learns, and the order to make it.
 
-Its weights are its own, trained here for a minute or two on captions alone, without any image: it learns to answer which digit stands in
-which cell, how many there are of each, and how two stand to each other. That is supervision which a real T5 has no need of: from a random
-or hardly trained encoder of bytes, which digit stands where is hard to read (a digit is a byte, its place the fifteen bytes behind it). It
-knows the wording of these captions and no English.
+Its weights are its own, trained here for a minute or two on captions alone, without any image: it learns to answer
+which digit stands in which cell, how many there are of each, and how two stand to each other. That is supervision which
+a real T5 has no need of: from a random or hardly trained encoder of bytes, which digit stands where is hard to read (a
+digit is a byte, its place the fifteen bytes behind it). It knows the wording of these captions and no English.
 """
 
 from functools import lru_cache
@@ -21,7 +21,9 @@ from data_prep.tiny_encoder import UNTOLD, Lesson, make_tiny_t5
 STEPS, BATCH = 2400, 32
 CANVAS = 24  # captions do not depend on it
 CELLS = GRID * GRID
-QUESTIONS = CELLS + 10 + 3  # the digit in each cell; the number of each digit; the first and second of two, and whether one is above
+QUESTIONS = (
+    CELLS + 10 + 3
+)  # the digit in each cell; the number of each digit; the first and second of two, and whether one is above
 ANSWERS = 11  # digits and, in a cell, none; numbers; no and yes
 KINDS = (0, 0, 1, 0, 0, 2)  # of captions, step by step: places, counts, relation
 MADE_OF = "questions on the captions of the digits; 1"  # the number changes with the lessons

@@ -1,7 +1,8 @@
-"""Write a small dataset in one go: its samples in their order as shards, the manifest last; an interrupted or damaged one is completed.
+"""Write a small dataset in one go: its samples in their order as shards, the manifest last; an interrupted or damaged
+one is completed.
 
-A file with its final name is whole. Finished shards are noted in a journal beside them, so a run that was cut short keeps them; the
-journal goes when the manifest stands.
+A file with its final name is whole. Finished shards are noted in a journal beside them, so a run that was cut short
+keeps them; the journal goes when the manifest stands.
 """
 
 import json
@@ -20,7 +21,8 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset | None:
-    """The dataset that `write_dataset` would make, if it is there already and every checksum holds; None if there is work to do.
+    """The dataset that `write_dataset` would make, if it is there already and every checksum holds; None if there is
+    work to do.
 
     DataError if the folder holds something else, which is never overwritten.
     """
@@ -30,7 +32,9 @@ def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset 
     own = (MANIFEST_NAME, MANIFEST_NAME + ".partial", JOURNAL_NAME)
     foreign = sorted(name for name in names if name not in own and not shard.fullmatch(name.removesuffix(".partial")))
     if foreign:
-        raise DataError(f"{folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or empty this one")
+        raise DataError(
+            f"{folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or empty this one"
+        )
     try:
         manifest = read_manifest(folder / MANIFEST_NAME)
     except DataError:
@@ -40,7 +44,9 @@ def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset 
         raise DataError(f"{folder} holds another data set ({found}); choose another folder with --out")
     stored = manifest.shards[0].num_samples
     if stored != min(shard_size, manifest.num_samples):
-        raise DataError(f"{folder} holds shards of {stored} samples, not {shard_size}; use --shard-size {stored} or another --out")
+        raise DataError(
+            f"{folder} holds shards of {stored} samples, not {shard_size}; use --shard-size {stored} or another --out"
+        )
     dataset = Dataset(folder, manifest)
     try:
         dataset.verify()
@@ -51,18 +57,27 @@ def existing_dataset(folder: Path, facts: Manifest, shard_size: int) -> Dataset 
 
 def same_but_shards(manifest: Manifest, facts: Manifest) -> bool:
     """Whether a manifest says what the facts say; what format 1 could not say is taken as said."""
-    unsaid = {"image_size": facts.image_size, "encoder": facts.encoder, "source": facts.source} if manifest.format == 1 else {}
+    unsaid = (
+        {"image_size": facts.image_size, "encoder": facts.encoder, "source": facts.source}
+        if manifest.format == 1
+        else {}
+    )
     return replace(manifest, shards=(), num_samples=0, format=facts.format, **unsaid) == facts  # type: ignore[arg-type]
 
 
 def write_dataset(
-    folder: Path, samples: Iterable[Sample], facts: Manifest, shard_size: int, progress: Callable[[int], object] | None = None
+    folder: Path,
+    samples: Iterable[Sample],
+    facts: Manifest,
+    shard_size: int,
+    progress: Callable[[int], object] | None = None,
 ) -> Dataset:
-    """Write samples, in their order, as shards of `shard_size`, and return the finished dataset, its checksums verified.
+    """Write samples, in their order, as shards of `shard_size`, and return the finished dataset, its checksums
+    verified.
 
-    `facts` is the manifest without shards. Shards of an earlier run that are whole are kept. The same samples give the same
-    bytes. `progress` is told the number of samples after each shard. DataError if the folder holds something else or cannot be
-    written; ValueError for keys or fields that do not fit.
+    `facts` is the manifest without shards. Shards of an earlier run that are whole are kept. The same samples give the
+    same bytes. `progress` is told the number of samples after each shard. DataError if the folder holds something else
+    or cannot be written; ValueError for keys or fields that do not fit.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected 1 or more")
@@ -89,7 +104,9 @@ def write_dataset(
         with aside(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json().encode())
         expected = {MANIFEST_NAME} | {name for shard in shards for name in (shard.name, shard.index_name)}
-        for path in folder.iterdir():  # leftovers of a run that was cut short; `existing_dataset` saw that there are no other files
+        for path in (
+            folder.iterdir()
+        ):  # leftovers of a run that was cut short; `existing_dataset` saw that there are no other files
             if path.name not in expected:
                 path.unlink()
     dataset = Dataset.open(folder)

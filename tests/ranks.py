@@ -36,10 +36,10 @@ class RankError(AssertionError):
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
     """Returns [function(rank, *args) for rank in range(world)], each computed in a process of its own.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as a launcher would; the function, which must stand at
-    the top level of a module, initialises the process groups, and they are taken down when every rank has returned.
-    Raises RankError with the traceback of the rank that failed first, or with the stacks of those that hang after
-    `timeout` seconds. The next call finds working ranks in either case.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as a launcher would; the function, which must
+    stand at the top level of a module, initialises the process groups, and they are taken down when every rank has
+    returned. Raises RankError with the traceback of the rank that failed first, or with the stacks of those that hang
+    after `timeout` seconds. The next call finds working ranks in either case.
     """
     if world not in _pools:
         _pools[world] = Pool(world)
@@ -63,13 +63,18 @@ class Pool:
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, theirs, self._stacks(rank)), name=f"rank {rank} of {world}", daemon=True
+                target=_serve,
+                args=(rank, world, theirs, self._stacks(rank)),
+                name=f"rank {rank} of {world}",
+                daemon=True,
             )
             process.start()
             theirs.close()  # or the end of this rank would go unnoticed here
             self.pipes.append(ours)
             self.processes.append(process)
-        if len(self._receive(range(world), START_SECONDS)) < world or not all(process.is_alive() for process in self.processes):
+        if len(self._receive(range(world), START_SECONDS)) < world or not all(
+            process.is_alive() for process in self.processes
+        ):
             self.close()
             raise RankError(f"{world} ranks did not start within {START_SECONDS:g} s", {})
         self.clean = True
@@ -86,11 +91,17 @@ class Pool:
         for rank in returned:
             self.pipes[rank].send("clear")
         cleared = self._receive(returned, GRACE_SECONDS)
-        self.clean = len(answers) == self.world and len(cleared) == len(returned) and all(p.is_alive() for p in self.processes)
+        self.clean = (
+            len(answers) == self.world and len(cleared) == len(returned) and all(p.is_alive() for p in self.processes)
+        )
 
-        failures = sorted((value, rank) for rank, (kind, value) in (answers | cleared).items() if kind == "error")  # by time
+        failures = sorted(
+            (value, rank) for rank, (kind, value) in (answers | cleared).items() if kind == "error"
+        )  # by time
         errors = {rank: text for (_, text), rank in failures}
-        hanging = [rank for rank in range(self.world) if rank not in answers or (rank in returned and rank not in cleared)]
+        hanging = [
+            rank for rank in range(self.world) if rank not in answers or (rank in returned and rank not in cleared)
+        ]
         if failures:
             rest = f"; ranks {hanging} still ran and were ended" if hanging else ""
             raise RankError(f"rank {failures[0][1]} of {self.world} failed first{rest}:\n{failures[0][0][1]}", errors)
@@ -115,7 +126,9 @@ class Pool:
         answers: dict[int, tuple[str, Any]] = {}
         waiting = {self.pipes[rank]: rank for rank in ranks}
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline + 1.0 - time.monotonic()))  # 1 s in which it writes its stacks
+            ready = wait(
+                list(waiting), timeout=max(0.0, deadline + 1.0 - time.monotonic())
+            )  # 1 s in which it writes its stacks
             if not ready:
                 break
             for pipe in ready:
@@ -157,8 +170,16 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
     """The life of one rank: import torch, then answer calls until the test session ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends its ranks itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")  # gloo's ranks, also where there are GPUs
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+    )
+    os.environ.update(
+        OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""
+    )  # gloo's ranks, also where there are GPUs
     import torch
 
     environment, folder = dict(os.environ), Path.cwd()
@@ -171,7 +192,9 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
         with stacks.open("w") as file:
             faulthandler.dump_traceback_later(timeout, file=file)
             try:
-                result = pickle.dumps(_function(*address)(rank, *pickle.loads(arguments)))  # tensors by value: no shared memory
+                result = pickle.dumps(
+                    _function(*address)(rank, *pickle.loads(arguments))
+                )  # tensors by value: no shared memory
                 pipe.send(("result", result))
                 pipe.recv()
             except BaseException:  # an exit and a failed pytest.raises are this call's end, not this rank's
@@ -198,7 +221,9 @@ def _end_with_parent() -> None:
 
 
 def _function(module: str, file: str, name: str) -> Callable[..., Any]:
-    """A function by reference; test modules come from their file, since the name `tests` may be somebody else's, too."""
+    """A function by reference; test modules come from their file, since the name `tests` may be somebody else's,
+    too.
+    """
     if module not in sys.modules and Path(__file__).parent in Path(file).parents:
         specification = importlib.util.spec_from_file_location(module, file)
         assert specification is not None and specification.loader is not None

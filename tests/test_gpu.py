@@ -31,7 +31,11 @@ def layer(dtype: torch.dtype) -> MoELayer:
 def passed(made: MoELayer, device: str) -> list[torch.Tensor]:
     """Output and all gradients of one forward and backward."""
     made = made.to(device)
-    x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(5)).to(device, made.router.weight.dtype).requires_grad_()
+    x = (
+        torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(5))
+        .to(device, made.router.weight.dtype)
+        .requires_grad_()
+    )
     y, report = made(x)
     loss = y.square().sum() + (report.loss if report.loss is not None else 0.0)
     return [y.detach(), *torch.autograd.grad(loss, [x, *made.parameters()], allow_unused=not made.training)]

@@ -1,4 +1,6 @@
-"""The layout as a test: imports run downward, folders of one level stay apart, and each outside package has its place."""
+"""The layout as a test: imports run downward, folders of one level stay apart, and each outside package has its
+place.
+"""
 
 import ast
 import graphlib
@@ -55,13 +57,21 @@ MOST_LINES = 600
 
 def violations(root: Path) -> list[str]:
     """Every breach of the tables above in root/diffmoe_ep and root/data_prep, each naming file, line and rule."""
-    files = {path.relative_to(root).as_posix(): path for folder in ("diffmoe_ep", "data_prep") for path in (root / folder).rglob("*.py")}
+    files = {
+        path.relative_to(root).as_posix(): path
+        for folder in ("diffmoe_ep", "data_prep")
+        for path in (root / folder).rglob("*.py")
+    }
     found = []
     edges: dict[str, set[str]] = {}
     for name, path in sorted(files.items()):
         text = path.read_text()
         tree = ast.parse(text)
-        found += [f"{name}: no file or folder is called {part}" for part in Path(name).with_suffix("").parts if part in NO_NAMES]
+        found += [
+            f"{name}: no file or folder is called {part}"
+            for part in Path(name).with_suffix("").parts
+            if part in NO_NAMES
+        ]
         if name.startswith("diffmoe_ep/") and unit(name) is None:
             found.append(f"{name}: has no level in the table")
         if text.count("\n") > MOST_LINES:
@@ -70,7 +80,10 @@ def violations(root: Path) -> list[str]:
         for line, target in named(tree, name):
             edges[name].update(own_file(target, files))
             found += [f"{name}:{line}: {rule}" for rule in breaches(name, target)]
-        found += [f"{name}:{line}: {target} is an extra: import it inside the function" for line, target in imported_at_once(tree)]
+        found += [
+            f"{name}:{line}: {target} is an extra: import it inside the function"
+            for line, target in imported_at_once(tree)
+        ]
     try:
         graphlib.TopologicalSorter({name: targets - {name} for name, targets in edges.items()}).prepare()
     except graphlib.CycleError as cycle:
@@ -121,7 +134,11 @@ def named(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
             dotted = ast.unparse(node)
             if dotted in FENCES and dotted.startswith(("torch.", "os.")):
                 yield node.lineno, dotted
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
             yield from ((node.lineno, str(first.value)) for first in node.args[:1] if isinstance(first, ast.Constant))
 
 
@@ -195,7 +212,13 @@ def test_each_planted_violation_is_found(tmp_path: Path, file: str, text: str, m
 
 
 def test_a_circle_within_a_folder_is_found(tmp_path: Path) -> None:
-    write(tmp_path, {"diffmoe_ep/moe/pool.py": "import diffmoe_ep.moe.layer", "diffmoe_ep/moe/layer.py": "from diffmoe_ep.moe import pool"})
+    write(
+        tmp_path,
+        {
+            "diffmoe_ep/moe/pool.py": "import diffmoe_ep.moe.layer",
+            "diffmoe_ep/moe/layer.py": "from diffmoe_ep.moe import pool",
+        },
+    )
     assert ["circle" in line for line in violations(tmp_path)] == [True]
 
 

@@ -23,7 +23,11 @@ def summed(rank: int, number: float) -> tuple[int, torch.Tensor, int]:
 def several(rank: int) -> dict[str, Any]:
     """Results of the kinds that tests return."""
     weight = torch.arange(6.0, requires_grad=True)
-    return {"view": (2 * weight).view(2, 3)[1:].bfloat16(), "array": np.arange(rank + 1), "text": os.environ["WORLD_SIZE"]}
+    return {
+        "view": (2 * weight).view(2, 3)[1:].bfloat16(),
+        "array": np.arange(rank + 1),
+        "text": os.environ["WORLD_SIZE"],
+    }
 
 
 def spoiled(rank: int) -> None:
@@ -84,7 +88,9 @@ def test_ranks_compute_together_in_processes_that_stay(world: int) -> None:
     first, second = run(world, summed, 1.5), run(world, summed, 2.0)
     for answers, number in ((first, 1.5), (second, 2.0)):
         assert [rank for rank, _, _ in answers] == list(range(world))
-        assert all(torch.equal(total, torch.full((3,), sum(number + rank for rank in range(world)))) for _, total, _ in answers)
+        assert all(
+            torch.equal(total, torch.full((3,), sum(number + rank for rank in range(world)))) for _, total, _ in answers
+        )
     assert [process for *_, process in first] == [process for *_, process in second]
     assert len({os.getpid(), *(process for *_, process in first)}) == world + 1
 

@@ -57,7 +57,9 @@ class Comparison:
         """The comparison to read."""
         rates = [(key, f"{value:.4g}") for key, value in asdict(self.measurement).items() if isinstance(value, float)]
         parts = [
-            (name, span(taken), f"{taken / self.estimate.step.seconds:.0%}") for name, taken in self.estimate.step.parts.items() if taken
+            (name, span(taken), f"{taken / self.estimate.step.seconds:.0%}")
+            for name, taken in self.estimate.step.parts.items()
+            if taken
         ]
         told = [
             f"{self.name}: predicted {span(self.estimate.step.seconds)}, measured {span(self.seconds)}, error {self.error:+.1%} "
@@ -67,9 +69,13 @@ class Comparison:
         ]
         if self.peak is not None:
             planned = self.estimate.memory.total
-            told.append(f"memory: predicted {size(planned)}, the allocator's peak {size(self.peak)}, error {planned / self.peak - 1:+.1%}")
+            told.append(
+                f"memory: predicted {size(planned)}, the allocator's peak {size(self.peak)}, error {planned / self.peak - 1:+.1%}"
+            )
         if self.losses:
-            told.append(f"loss on the same samples: {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} after {len(self.losses)} steps")
+            told.append(
+                f"loss on the same samples: {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} after {len(self.losses)} steps"
+            )
         return [*told, *table([("predicted", "time", "share"), *parts])]
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,7 +92,8 @@ class Comparison:
 class Probe:
     """A few operations on shapes like those of a step of the config on one rank: what a device can do.
 
-    Each round times them once; rates follow from the fastest of the rounds, since other work on the machine only ever slows.
+    Each round times them once; rates follow from the fastest of the rounds, since other work on the machine only ever
+    slows.
     """
 
     def __init__(self, config: Config, device: str = "cpu") -> None:
@@ -118,7 +125,11 @@ class Probe:
     def measurement(self) -> Measurement:
         """The rates so far."""
         cuda = self.where.type == "cuda"
-        name = torch.cuda.get_device_name(self.where) if cuda else f"CPU, {torch.get_num_threads()} threads of this process"
+        name = (
+            torch.cuda.get_device_name(self.where)
+            if cuda
+            else f"CPU, {torch.get_num_threads()} threads of this process"
+        )
         rate = self.flops / self.fastest["matmul"] / 1e12
         return Measurement(
             device=name,
@@ -140,7 +151,8 @@ def calibrate(config: Config, device: str = "cpu", rounds: int = ROUNDS) -> Meas
 
 
 def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int = ROUNDS) -> Comparison:
-    """Predict and measure a training step of the config on this one rank, at EP 1 and the config's ZeRO stage and recomputation.
+    """Predict and measure a training step of the config on this one rank, at EP 1 and the config's ZeRO stage and
+    recomputation.
 
     Rates and steps are timed in turn, and the fastest of each are compared.
     """
@@ -153,10 +165,14 @@ def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int =
         taken.append(timed(lambda: losses.append(step()), probe.where))
     peak = torch.cuda.max_memory_allocated(probe.where) if probe.where.type == "cuda" else None
     found = probe.measurement()
-    predicted = estimate(config, Layout(1, 1, config.parallel.zero_stage, config.compute.recompute), alone.measured(found))
+    predicted = estimate(
+        config, Layout(1, 1, config.parallel.zero_stage, config.compute.recompute), alone.measured(found)
+    )
     name = f"{config.model.family}, hidden {config.model.hidden_size}, {config.model.num_blocks} blocks, {config.train.global_batch} samples"
     told = tuple(float(loss) for loss in losses)
-    return Comparison(name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0], told, peak)
+    return Comparison(
+        name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0], told, peak
+    )
 
 
 def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
@@ -172,9 +188,14 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
     from diffmoe_ep.train.engine import Engine  # seconds to import
 
     mesh = meshes.start(1, 1, config.parallel.timeout_minutes, device)
-    model = initialize(build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed)
+    model = initialize(
+        build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed
+    )
     engine, ema = Engine(model, config, mesh), Ema(model, config.train.ema)
-    objective, shape = objective_of(config.train.objective), (config.model.in_channels, config.model.input_size, config.model.input_size)
+    objective, shape = (
+        objective_of(config.train.objective),
+        (config.model.in_channels, config.model.input_size, config.model.input_size),
+    )
     micro = config.train.global_batch // config.train.grad_accumulation
     latent, noise = (torch.randn(micro, *shape, device=mesh.device) for _ in range(2))
     u = torch.rand(micro, device=mesh.device)

@@ -1,9 +1,10 @@
-"""What an MoE layer costs beside one dense FFN on the same tokens, beside its peers, and beside what its matmuls alone would cost.
+"""What an MoE layer costs beside one dense FFN on the same tokens, beside its peers, and beside what its matmuls alone
+would cost.
 
 Legend: S tokens of this rank, D hidden size, N experts, k = S / N tokens that an expert takes.
 
-All contenders run forward and backward on the same tokens; a token's FFN work is that of one dense FFN in each (C = 1). Ours and the loop
-also have the capacity predictor and its loss, which DeepSpeed's top-1 layer has not.
+All contenders run forward and backward on the same tokens; a token's FFN work is that of one dense FFN in each (C = 1).
+Ours and the loop also have the capacity predictor and its loss, which DeepSpeed's top-1 layer has not.
 """
 
 import sys
@@ -38,7 +39,8 @@ class Case:
     experts: int  # N, over all ranks
 
 
-# S, B and L of the paper; the first two of each width with the bars' sizes, the others where the weights' own traffic rules.
+# S, B and L of the paper; the first two of each width with the bars' sizes, the others where the weights' own traffic
+# rules.
 CASES = (
     Case(384, 1024, 16), Case(384, 4096, 16), Case(384, 8192, 8), Case(384, 8192, 16), Case(384, 8192, 64),
     Case(768, 1024, 16), Case(768, 4096, 16), Case(1024, 1024, 16), Case(1024, 4096, 16), Case(1024, 4096, 64),
@@ -81,11 +83,28 @@ class LayerBench:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """As a table: milliseconds of the dense FFN, then every contender as a multiple of it (median; minimum of ours beside)."""
+        """As a table: milliseconds of the dense FFN, then every contender as a multiple of it (median; minimum of ours
+        beside).
+        """
         names = [name for name in CONTENDERS[1:] if name in self.rows[0].timings]
-        heads = {"ours": "ours", "deepspeed": "DeepSpeed top-1", "loop": "plain loop", "matmuls": "matmuls alone", "batched": "batched"}
+        heads = {
+            "ours": "ours",
+            "deepspeed": "DeepSpeed top-1",
+            "loop": "plain loop",
+            "matmuls": "matmuls alone",
+            "batched": "batched",
+        }
         table = [
-            ["D, tokens, N", "dense ms", "spread", *(heads[name] for name in names), "ours, by minima", "spread", "limit", "ours / matmuls"]
+            [
+                "D, tokens, N",
+                "dense ms",
+                "spread",
+                *(heads[name] for name in names),
+                "ours, by minima",
+                "spread",
+                "limit",
+                "ours / matmuls",
+            ]
         ]
         for row in self.rows:
             dense, ours = row.timings["dense"], row.timings["ours"]
@@ -96,7 +115,11 @@ class LayerBench:
         head = f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}, {self.device}"
         head += "; dense and ours compiled" if self.compiled else ""
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
-        return [head, *aligned(table), f"{ranks}{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"]
+        return [
+            head,
+            *aligned(table),
+            f"{ranks}{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}",
+        ]
 
 
 def bench_layer(
@@ -107,10 +130,11 @@ def bench_layer(
     peers: bool = True,
     compiled: bool = False,
 ) -> LayerBench:
-    """Measure every case on the mesh's ranks. peers: also DeepSpeed's layer (which wants a process group) and the plain loop.
+    """Measure every case on the mesh's ranks. peers: also DeepSpeed's layer (which wants a process group) and the plain
+    loop.
 
-    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and our layer use
-    torch.compile, as with compute.compile. Raises ConfigError for sizes that do not divide.
+    compute: the tokens' type; with bfloat16 weights stay float32 and matmuls are autocast. compiled: the dense FFN and
+    our layer use torch.compile, as with compute.compile. Raises ConfigError for sizes that do not divide.
     """
     before = load()
     keep_memory()
@@ -158,7 +182,9 @@ def _training(module: nn.Module, x: Tensor, probe: Tensor, compute: torch.dtype)
         with torch.autocast(x.device.type, compute, enabled=compute != torch.float32):
             out = module(x)
         mixed, loss = out if isinstance(out, tuple) else (out, None)
-        torch.autograd.backward([mixed] if loss is None else [mixed, loss], [probe.to(mixed.dtype), None][: 1 if loss is None else 2])
+        torch.autograd.backward(
+            [mixed] if loss is None else [mixed, loss], [probe.to(mixed.dtype), None][: 1 if loss is None else 2]
+        )
         for parameter in parameters:
             parameter.grad = None
 
@@ -202,7 +228,9 @@ class PlainLoop(nn.Module):
     def __init__(self, case: Case, seed: int = 0) -> None:
         super().__init__()
         self.router = nn.Linear(case.hidden, case.experts, bias=False)
-        self.predictor = nn.Sequential(nn.Linear(case.hidden, case.hidden), nn.SiLU(), nn.Linear(case.hidden, case.experts))
+        self.predictor = nn.Sequential(
+            nn.Linear(case.hidden, case.hidden), nn.SiLU(), nn.Linear(case.hidden, case.experts)
+        )
         self.experts = nn.ModuleList(FeedForward(case.hidden, 4 * case.hidden) for _ in range(case.experts))
         fill(self, seed)
 
@@ -221,7 +249,9 @@ class PlainLoop(nn.Module):
 
 
 def deepspeed_layer(case: Case, mesh: Mesh) -> nn.Module:
-    """DeepSpeed's own layer: top-1 of N experts at capacity factor 1 (tokens over it are dropped), over the same ranks."""
+    """DeepSpeed's own layer: top-1 of N experts at capacity factor 1 (tokens over it are dropped), over the same
+    ranks.
+    """
     import deepspeed
     from deepspeed.moe.layer import MoE
 
@@ -246,7 +276,8 @@ def deepspeed_layer(case: Case, mesh: Mesh) -> nn.Module:
 
 
 def matmuls(case: Case, device: torch.device, compute: torch.dtype) -> dict[str, Callable[[], None]]:
-    """The matmuls of experts, router and predictor, forward and backward, and nothing else: no autograd, no activation, no rows moved.
+    """The matmuls of experts, router and predictor, forward and backward, and nothing else: no autograd, no activation,
+    no rows moved.
 
     Twice: the experts' one by one, and batched.
     """
@@ -255,8 +286,18 @@ def matmuls(case: Case, device: torch.device, compute: torch.dtype) -> dict[str,
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=compute)
 
-    x, hidden, w1, w2 = made(number, each, size), made(number, each, 4 * size), made(number, size, 4 * size), made(number, 4 * size, size)
-    tokens, logits, router, wide = made(case.tokens, size), made(case.tokens, number), made(size, number), made(size, size)
+    x, hidden, w1, w2 = (
+        made(number, each, size),
+        made(number, each, 4 * size),
+        made(number, size, 4 * size),
+        made(number, 4 * size, size),
+    )
+    tokens, logits, router, wide = (
+        made(case.tokens, size),
+        made(case.tokens, number),
+        made(size, number),
+        made(size, size),
+    )
     products = [(x, w1), (hidden, w2), (hidden, w1.mT), (x, w2.mT), (x.mT, hidden), (hidden.mT, x)]
     small = [(tokens, router), (logits, router.T), (tokens.T, logits)]
     outs = [made(a.shape[0], a.shape[1], b.shape[2]) for a, b in products]

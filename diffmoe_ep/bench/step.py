@@ -1,6 +1,8 @@
-"""A whole training step of a model with experts beside that of the dense one, and how its cost goes with the number of experts.
+"""A whole training step of a model with experts beside that of the dense one, and how its cost goes with the number of
+experts.
 
-A step here is forward, loss, backward, fused AdamW and the averaged weights, on one device, without DeepSpeed and without data.
+A step here is forward, loss, backward, fused AdamW and the averaged weights, on one device, without DeepSpeed and
+without data.
 """
 
 import time
@@ -48,11 +50,27 @@ class StepBench:
         for part in PARTS:
             one, two = self.parts["dense"][part], self.parts["experts"][part]
             table.append([part, f"{1e3 * one:.1f}", f"{1e3 * two:.1f}", f"{two / one:.2f}"])
-        table.append(["whole step, median", f"{1e3 * dense.median:.1f}", f"{1e3 * ours.median:.1f}", f"{ours.over(dense)[0]:.2f}"])
-        table.append(["whole step, minimum", f"{1e3 * dense.minimum:.1f}", f"{1e3 * ours.minimum:.1f}", f"{ours.over(dense)[1]:.2f}"])
+        table.append(
+            [
+                "whole step, median",
+                f"{1e3 * dense.median:.1f}",
+                f"{1e3 * ours.median:.1f}",
+                f"{ours.over(dense)[0]:.2f}",
+            ]
+        )
+        table.append(
+            [
+                "whole step, minimum",
+                f"{1e3 * dense.minimum:.1f}",
+                f"{1e3 * ours.minimum:.1f}",
+                f"{ours.over(dense)[1]:.2f}",
+            ]
+        )
         rates = {name: self.flops[name] / timing.median for name, timing in self.timings.items()}
         of_peak = {name: f"{rate / self.peak:.2f}" for name, rate in rates.items()}
-        table.append(["TFLOP/s", *(f"{rates[name] / 1e12:.3g}" for name in rates), f"{rates['experts'] / rates['dense']:.2f}"])
+        table.append(
+            ["TFLOP/s", *(f"{rates[name] / 1e12:.3g}" for name in rates), f"{rates['experts'] / rates['dense']:.2f}"]
+        )
         table.append(["MFU, of the matmul peak", of_peak["dense"], of_peak["experts"], ""])
         table.append(["spread", f"{dense.spread:.0%}", f"{ours.spread:.0%}", ""])
         head = f"one training step of {self.batch} samples, dense and with experts; {self.compute}, {self.device}"
@@ -60,7 +78,9 @@ class StepBench:
         return [head, *aligned(table), f"matmul peak {self.peak / 1e12:.3g} TFLOP/s; {end}"]
 
 
-def bench_step(model: ModelConfig, mesh: Mesh, batch: int = 4, turns: int = 20, compute: torch.dtype = torch.float32) -> StepBench:
+def bench_step(
+    model: ModelConfig, mesh: Mesh, batch: int = 4, turns: int = 20, compute: torch.dtype = torch.float32
+) -> StepBench:
     """Measure a model with experts beside its dense twin (the same, family dense)."""
     before = load()
     models = {"dense": replace(model, family="dense"), "experts": model}
@@ -71,12 +91,16 @@ def bench_step(model: ModelConfig, mesh: Mesh, batch: int = 4, turns: int = 20, 
     found = interleaved(actions | {"matmul": lambda: square @ square}, turns, mesh.device, lambda: None)
     peak = 2 * side**3 / found.pop("matmul").minimum
     flops = {name: batch * plan(replace(Config(), model=kind)).training for name, kind in models.items()}
-    medians = {name: {part: Timing(tuple(values[1:])).median for part, values in own.items()} for name, own in parts.items()}
+    medians = {
+        name: {part: Timing(tuple(values[1:])).median for part, values in own.items()} for name, own in parts.items()
+    }
     kind = str(compute).removeprefix("torch.")
     return StepBench(device_name(mesh.device), kind, batch, turns, (before, load()), found, medians, flops, peak)
 
 
-def _step(model: ModelConfig, mesh: Mesh, batch: int, compute: torch.dtype, parts: dict[str, list[float]]) -> Callable[[], None]:
+def _step(
+    model: ModelConfig, mesh: Mesh, batch: int, compute: torch.dtype, parts: dict[str, list[float]]
+) -> Callable[[], None]:
     device, objective = mesh.device, RectifiedFlow()
     net = DiT(model, PoolConfig(), None if compute == torch.float32 else compute, channels=model.in_channels)
     fill(net)
@@ -145,16 +169,26 @@ class ExpertsBench:
                 str(number), str(self.tokens[number]), f"{1e3 * timing.median:.1f}", f"{1e6 * self.per_token(number):.2f}",
                 f"{self.per_token(number) / self.per_token(base):.2f}", f"{least:.2f}", f"{timing.spread:.0%}",
             ])  # fmt: skip
-        what = f"{self.rows_each} rows for each expert" if self.rows_each else "the same tokens, so equal activated compute"
+        what = (
+            f"{self.rows_each} rows for each expert"
+            if self.rows_each
+            else "the same tokens, so equal activated compute"
+        )
         head = f"one MoE layer of D {self.hidden} over the number of experts, {what}; {self.compute}, {self.device}"
-        return [head, *aligned(table), f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"]
+        return [
+            head,
+            *aligned(table),
+            f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}",
+        ]
 
 
 def bench_experts(
     mesh: Mesh, hidden: int = 384, numbers: Sequence[int] = (2, 4, 8, 16, 32, 64), rows_each: int | None = 512, tokens: int = 8192,
     turns: int = 20, compute: torch.dtype = torch.float32,
 ) -> ExpertsBench:  # fmt: skip
-    """Measure our layer, forward and backward, for several numbers of experts. rows_each: None keeps `tokens` for all of them."""
+    """Measure our layer, forward and backward, for several numbers of experts. rows_each: None keeps `tokens` for all
+    of them.
+    """
     before = load()
     sizes = {number: number * rows_each if rows_each else tokens for number in numbers}
     actions = {str(number): _layer(Case(hidden, size, number), mesh, compute) for number, size in sizes.items()}

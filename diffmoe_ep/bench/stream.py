@@ -1,4 +1,5 @@
-"""How fast one process streams, against the least that reading the same bytes takes and against plain webdataset, in one run.
+"""How fast one process streams, against the least that reading the same bytes takes and against plain webdataset, in
+one run.
 
     pread        os.pread + np.frombuffer + collate of the same bytes in the same order, nothing checked
     webdataset   webdataset.WebDataset(...).decode() over the same tars, in the order in which they lie
@@ -7,9 +8,9 @@
     undrawn      the stream with ones in place of drawn noise, so that it reads, checks, makes latents and collates, and draws nothing
     arithmetic   what the stream makes of stored arrays that are at hand: float32, finite, the posterior's deviation, scale and shift
 
-They take many short turns on one thread, and the fastest of each counts: what else the machine does only adds time. The stream takes more
-than `draws` and `undrawn` together, by what its draws drive out of the processor's cache. With workers, what a training loop waits for data
-is measured against steps of a given length.
+They take many short turns on one thread, and the fastest of each counts: what else the machine does only adds time. The
+stream takes more than `draws` and `undrawn` together, by what its draws drive out of the processor's cache. With
+workers, what a training loop waits for data is measured against steps of a given length.
 """
 
 import itertools
@@ -83,7 +84,11 @@ class StreamBench:
             ("its draws alone", self.draws, ""),
             ("its arithmetic alone", self.arithmetic, ""),
             ("stream that draws nothing", ours, f"  {goals}"),
-            ("stream less its draws", rest, f"  {rest / self.pread:.2f} of (a); {rest / self.webdataset:.1f} times (b)"),
+            (
+                "stream less its draws",
+                rest,
+                f"  {rest / self.pread:.2f} of (a); {rest / self.webdataset:.1f} times (b)",
+            ),
         ]
         memory = ", ".join(f"{size / 1e6:.0f} MB" for size in self.worker_bytes)
         return [
@@ -97,7 +102,9 @@ class StreamBench:
 
 
 def write_synthetic(folder: Path, samples: int, shape: tuple[int, int, int], shard_size: int, flips: int = 2) -> None:
-    """Write moments float16 (flips, 2C, H, W) of random numbers as plain tars, and index them; a folder that has them stays."""
+    """Write moments float16 (flips, 2C, H, W) of random numbers as plain tars, and index them; a folder that has them
+    stays.
+    """
     if (folder / MANIFEST_NAME).exists():
         return
     manifest = Manifest("synthetic", "moments", shape, "float16", 0.18215, 0.0, 1000, (), "random numbers", flips=flips)
@@ -111,18 +118,27 @@ def write_synthetic(folder: Path, samples: int, shape: tuple[int, int, int], sha
                     member = tarfile.TarInfo(f"{number:09d}.{field}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
-    index_folder(folder, folder, Foreign("moments", array="moments.npy", scale=0.18215, num_classes=1000, name="synthetic"))
+    index_folder(
+        folder, folder, Foreign("moments", array="moments.npy", scale=0.18215, num_classes=1000, name="synthetic")
+    )
 
 
 def bench(
-    folder: Path, turns: int = 40, samples: int | None = None, workers: int = 2, step_seconds: float = 0.5, steps: int = 20
+    folder: Path,
+    turns: int = 40,
+    samples: int | None = None,
+    workers: int = 2,
+    step_seconds: float = 0.5,
+    steps: int = 20,
 ) -> StreamBench:
     """Measure on a prepared folder of moments or pixels, `samples` a turn (default: all, at most 512)."""
     dataset = Dataset.open(folder)
     manifest = dataset.manifest
     count = min(samples or 512, manifest.num_samples) // BATCH * BATCH
     if turns < 1 or count < BATCH:
-        raise ConfigError(f"{folder} is measured in {turns} turns of {count} samples; give at least 1 turn and {BATCH} samples")
+        raise ConfigError(
+            f"{folder} is measured in {turns} turns of {count} samples; give at least 1 turn and {BATCH} samples"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -184,7 +200,9 @@ def _place(dataset: Dataset, shard: int, sample: int) -> tuple[int, int, int, in
     opened = dataset.opened(shard)
     place = 2 + 3 * dataset.manifest.fields.index(field)
     offset, size = opened.members[sample, place : place + 2].tolist()
-    start = 10 + int.from_bytes(os.pread(opened.descriptor, 2, offset + 8), "little")  # the values stand behind the npy header
+    start = 10 + int.from_bytes(
+        os.pread(opened.descriptor, 2, offset + 8), "little"
+    )  # the values stand behind the npy header
     return opened.descriptor, offset + start, size - start, int(dataset.member(shard, sample, "cls"))
 
 
@@ -192,7 +210,10 @@ def _pread(places: list[tuple[int, int, int, int]], manifest: Manifest) -> Itera
     dtype, shape = np.dtype(manifest.dtype), manifest.stored_shape
     for first in itertools.cycle(range(0, len(places), BATCH)):
         chosen = places[first : first + BATCH]
-        arrays = [np.frombuffer(os.pread(descriptor, size, begin), dtype).reshape(shape) for descriptor, begin, size, _ in chosen]
+        arrays = [
+            np.frombuffer(os.pread(descriptor, size, begin), dtype).reshape(shape)
+            for descriptor, begin, size, _ in chosen
+        ]
         yield torch.from_numpy(np.stack(arrays)), torch.tensor([label for *_, label in chosen])
 
 
@@ -232,7 +253,15 @@ class _Ones(Assembler):
 def _undrawn(dataset: Dataset) -> Iterator[Any]:
     """What the stream does for its positions, but for drawing."""
     mixture = Mixture([dataset])
-    source = MicroSteps(mixture, mixture.order(SEED, BLOCK, Lanes(1, BATCH)), _Ones(SEED, DROP, True, None), BATCH, range(BATCH), 0, False)
+    source = MicroSteps(
+        mixture,
+        mixture.order(SEED, BLOCK, Lanes(1, BATCH)),
+        _Ones(SEED, DROP, True, None),
+        BATCH,
+        range(BATCH),
+        0,
+        False,
+    )
     return map(source.__getitem__, itertools.count())
 
 
@@ -255,7 +284,9 @@ def _arithmetic(dataset: Dataset) -> Iterator[Any]:
 
 
 def _waiting(dataset: Dataset, workers: int, step_seconds: float, steps: int) -> tuple[float, tuple[int, ...]]:
-    """Share of the time that a loop with steps of this length waits for its batches, once it runs; memory of each worker then."""
+    """Share of the time that a loop with steps of this length waits for its batches, once it runs; memory of each
+    worker then.
+    """
     before = _children()
     stream = _open(dataset, workers)
     try:

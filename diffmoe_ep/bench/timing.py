@@ -1,4 +1,6 @@
-"""Timings that can be compared: contenders take turns in one process, so that what else the machine does meets all of them alike."""
+"""Timings that can be compared: contenders take turns in one process, so that what else the machine does meets all of
+them alike.
+"""
 
 import ctypes
 import os
@@ -60,10 +62,11 @@ def interleaved(
 
 
 def keep_memory() -> None:
-    """Let memory that is freed stay with this process, where its C library can (glibc): a CPU's page faults are none of a contender's work.
+    """Let memory that is freed stay with this process, where its C library can (glibc): a CPU's page faults are none of
+    a contender's work.
 
-    A contender alone in a process frees all it took and has it faulted in again at its next turn, a fifth of a small layer's time; a
-    training run, which holds more, does not.
+    A contender alone in a process frees all it took and has it faulted in again at its next turn, a fifth of a small
+    layer's time; a training run, which holds more, does not.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -93,5 +96,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows, the first of them headings, as lines with columns flush right (the first flush left)."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
     ]

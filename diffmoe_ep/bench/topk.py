@@ -1,7 +1,8 @@
-"""How long ranks take to find the exact top-k together, by each algorithm; and what a cost model says of rank counts not at hand.
+"""How long ranks take to find the exact top-k together, by each algorithm; and what a cost model says of rank counts
+not at hand.
 
-`measure` runs gather, owner and radix on the ranks that were started, on the same scores, one after the other in every repetition, and
-beside them the dispatch that follows. `predict` tabulates the cost model from few ranks to thousands.
+`measure` runs gather, owner and radix on the ranks that were started, on the same scores, one after the other in every
+repetition, and beside them the dispatch that follows. `predict` tabulates the cost model from few ranks to thousands.
 """
 
 import os
@@ -62,7 +63,8 @@ class Work:
 class Timed:
     """One operation on all ranks: a repetition lasts as long as on its slowest rank."""
 
-    name: str  # an algorithm; or dispatch: a row for each chosen pair to its expert and back; or here: a rank alone searches
+    # an algorithm; or dispatch: a row for each chosen pair to its expert and back; or here: a rank alone searches
+    name: str
     received: int  # bytes, by the busiest rank
     rounds: int
     minimum: float  # seconds
@@ -94,7 +96,9 @@ class Measured:
         )
         rows = [("", "bytes", "expected", "rounds", "min ms", "median", "largest", "predicted")]
         for row in self.rows:
-            expected, seconds = ("-", "-") if row.predicted is None else (f"{row.predicted.received:,}", _ms(row.predicted.seconds))
+            expected, seconds = (
+                ("-", "-") if row.predicted is None else (f"{row.predicted.received:,}", _ms(row.predicted.seconds))
+            )
             times = (_ms(row.minimum), _ms(row.median), _ms(row.largest))
             rows.append((row.name, f"{row.received:,}", expected, str(row.rounds), *times, seconds))
         verdict = "the same bits by every algorithm" if self.identical else "THE ALGORITHMS DISAGREE"
@@ -102,7 +106,9 @@ class Measured:
             head,
             *_aligned(rows),
             f"{self.repetitions} interleaved repetitions, each as long as its slowest rank; load {self.load[0]:.1f} to {self.load[1]:.1f}",
-            f"{verdict}; auto picks {self.picked}" if self.ranks > 1 else "a rank that is alone searches by itself, whatever the algorithm",
+            f"{verdict}; auto picks {self.picked}"
+            if self.ranks > 1
+            else "a rank that is alone searches by itself, whatever the algorithm",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,15 +139,30 @@ class Predictions:
 
     def lines(self) -> list[str]:
         """A table for the terminal."""
-        rows = [("ranks", "nodes", *(part for name in ALGORITHMS for part in (f"{name} MB", "rounds", "ms")), "dispatch MB", "auto")]
+        rows = [
+            (
+                "ranks",
+                "nodes",
+                *(part for name in ALGORITHMS for part in (f"{name} MB", "rounds", "ms")),
+                "dispatch MB",
+                "auto",
+            )
+        ]
         for row in self.rows:
-            parts = [part for cost in row.costs for part in (f"{cost.received / 1e6:.2f}", str(cost.rounds), _ms(cost.seconds))]
+            parts = [
+                part
+                for cost in row.costs
+                for part in (f"{cost.received / 1e6:.2f}", str(cost.rounds), _ms(cost.seconds))
+            ]
             rows.append((str(row.ranks), str(row.nodes), *parts, f"{row.dispatch / 1e6:.1f}", row.picked))
         work = self.work
         return [
             f"one layer's search, {work.tokens} tokens a rank, {work.columns} columns for {work.experts} experts; MB received by the "
             f"busiest rank; dispatch: rows of D {work.hidden} in {work.compute} to all ranks and back",
-            *(f"{name}: {_described(link)}" for name, link in (("inside a machine", self.inside), ("across machines", self.across))),
+            *(
+                f"{name}: {_described(link)}"
+                for name, link in (("inside a machine", self.inside), ("across machines", self.across))
+            ),
             *_aligned(rows),
         ]
 
@@ -178,13 +199,18 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
         runs[MOVE] = _moving(found[names[0]].chosen, work, groups[MOVE])
     load = os.getloadavg()[0]
     times = _interleaved(runs, repetitions, mesh, groups)
-    counts = {name: (groups[name].traffic.received // repetitions, groups[name].traffic.rounds // repetitions) for name in runs}
+    counts = {
+        name: (groups[name].traffic.received // repetitions, groups[name].traffic.rounds // repetitions)
+        for name in runs
+    }
     same = all(_equal(found[name], found[names[0]]) for name in names)
     reports = gather_objects((times, counts, same), mesh.world)
     if not mesh.is_first:
         return None
     link = link_between(mesh.device.type, mesh.world.nodes)
-    costs = {str(name): search_cost(name, work.tokens, work.columns, mesh.size, link, experts=work.experts) for name in names}
+    costs = {
+        str(name): search_cost(name, work.tokens, work.columns, mesh.size, link, experts=work.experts) for name in names
+    }
     rows = tuple(_row(name, reports, costs.get(name), alone=mesh.size == 1) for name in runs)
     return Measured(
         work=work,
@@ -201,13 +227,24 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
 
 
 def predict(
-    work: Work, ranks: Sequence[int] = RANKS, *, per_node: int = 8, inside: Link = NVLINK, across: Link = NETWORK, width: int = 4
+    work: Work,
+    ranks: Sequence[int] = RANKS,
+    *,
+    per_node: int = 8,
+    inside: Link = NVLINK,
+    across: Link = NETWORK,
+    width: int = 4,
 ) -> Predictions:
-    """Tabulate the cost model: links `inside` a machine of `per_node` ranks and `across` machines; width: bytes of a score."""
+    """Tabulate the cost model: links `inside` a machine of `per_node` ranks and `across` machines; width: bytes of a
+    score.
+    """
     rows = []
     for number in ranks:
         link = inside if number <= per_node else across
-        costs = tuple(search_cost(name, work.tokens, work.columns, number, link, experts=work.experts, width=width) for name in ALGORITHMS)
+        costs = tuple(
+            search_cost(name, work.tokens, work.columns, number, link, experts=work.experts, width=width)
+            for name in ALGORITHMS
+        )
         picked = cheapest(work.tokens, work.columns, number, link, experts=work.experts, width=width)
         moved = dispatch_bytes(work.capacity * work.tokens, work.hidden, number, work.width)
         rows.append(Prediction(number, -(-number // per_node), costs, round(moved), picked))
@@ -223,7 +260,9 @@ def _drawn(work: Work, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
 
 
 def _moving(chosen: Tensor, work: Work, group: Group) -> Callable[[], None]:
-    """What brings a row for each chosen pair to its expert's rank and back, and nothing else; splits are known beforehand."""
+    """What brings a row for each chosen pair to its expert's rank and back, and nothing else; splits are known
+    beforehand.
+    """
     leaving = chosen.sum(0).view(group.size, -1).sum(1)  # (W,) rows to each rank
     send, receive = leaving.tolist(), all_to_all_even(leaving, group).tolist()
     rows = torch.zeros(sum(send), work.hidden, dtype=getattr(torch, work.compute), device=chosen.device)
@@ -234,8 +273,12 @@ def _moving(chosen: Tensor, work: Work, group: Group) -> Callable[[], None]:
     return move
 
 
-def _interleaved(runs: dict[str, Callable[[], None]], repetitions: int, mesh: Mesh, groups: dict[str, Group]) -> dict[str, list[float]]:
-    """Seconds of each repetition of each run on this rank, after one that is not counted; the order turns from one to the next."""
+def _interleaved(
+    runs: dict[str, Callable[[], None]], repetitions: int, mesh: Mesh, groups: dict[str, Group]
+) -> dict[str, list[float]]:
+    """Seconds of each repetition of each run on this rank, after one that is not counted; the order turns from one to
+    the next.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     together = replace(mesh.world, traffic=Traffic())
     flag, names = torch.zeros(1, device=mesh.device), list(runs)
@@ -292,5 +335,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
     ]

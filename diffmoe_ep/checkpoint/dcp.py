@@ -1,6 +1,8 @@
-"""Fragments to and from torch.distributed.checkpoint: its planners, writer, reader and the restricted reading of its `.metadata`.
+"""Fragments to and from torch.distributed.checkpoint: its planners, writer, reader and the restricted reading of its
+`.metadata`.
 
-Errors here are ValueErrors; torch.distributed.checkpoint carries them to all ranks, and `store` says which checkpoint they are about.
+Errors here are ValueErrors; torch.distributed.checkpoint carries them to all ranks, and `store` says which checkpoint
+they are about.
 """
 
 import dataclasses
@@ -40,7 +42,8 @@ from torch.futures import Future
 from diffmoe_ep.checkpoint.fragments import Box, Fragment, boxes, fault
 
 ALLOWED = {  # all that the `.metadata` of a checkpoint of tensors names
-    "torch": {"Size"} | {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    "torch": {"Size"}
+    | {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
@@ -56,13 +59,17 @@ ALLOWED = {  # all that the `.metadata` of a checkpoint of tensors names
 
 
 class FragmentSavePlanner(SavePlanner):
-    """Gives each box of each fragment as a chunk of its logical tensor, and lets rank 0 refuse what is not covered exactly once."""
+    """Gives each box of each fragment as a chunk of its logical tensor, and lets rank 0 refuse what is not covered
+    exactly once.
+    """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         self.fragments = fragments
         self.blocks: dict[MetadataIndex, torch.Tensor] = {}
 
-    def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
         """Nothing: the fragments are the state."""
 
     def create_local_plan(self) -> SavePlan:
@@ -74,28 +81,36 @@ class FragmentSavePlanner(SavePlanner):
             for box in boxes(fragment.shape, fragment.start, fragment.stop):
                 index = MetadataIndex(fragment.name, box.offsets)
                 self.blocks[index] = box.view(fragment.data)
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(_chunk(box), properties, size)))
+                items.append(
+                    WriteItem(index, WriteItemType.SHARD, tensor_data=TensorWriteData(_chunk(box), properties, size))
+                )
         return SavePlan(items, planner_data=intervals)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """All ranks' chunks as one description, on rank 0.
 
-        The default planner's check would miss gaps when one rank saves, any fault of a 0-dimensional tensor, and chunks that begin at the
-        same place (it drops the second).
+        The default planner's check would miss gaps when one rank saves, any fault of a 0-dimensional tensor, and chunks
+        that begin at the same place (it drops the second).
         """
         kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         intervals: dict[str, list[tuple[int, int]]] = {}
         for rank, plan in enumerate(all_plans):
             for name, kind, interval in plan.planner_data:
                 if kinds.setdefault(name, kind) != kind:
-                    raise ValueError(f"{name} is {_say(kind)} on rank {rank} and {_say(kinds[name])} on a rank before it")
+                    raise ValueError(
+                        f"{name} is {_say(kind)} on rank {rank} and {_say(kinds[name])} on a rank before it"
+                    )
                 intervals.setdefault(name, []).append(interval)
         for name, kind in kinds.items():
             if (wrong := fault(intervals[name], math.prod(kind[0]))) is not None:
                 raise ValueError(f"of {name}, {_say(kind)}, {wrong}")
-        plans, metadata = create_default_global_save_plan([dataclasses.replace(plan, planner_data=None) for plan in all_plans])
+        plans, metadata = create_default_global_save_plan(
+            [dataclasses.replace(plan, planner_data=None) for plan in all_plans]
+        )
         for name, (shape, dtype) in kinds.items():  # a tensor without elements has no chunk
-            metadata.state_dict_metadata.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
+            metadata.state_dict_metadata.setdefault(
+                name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+            )
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -131,7 +146,9 @@ class FragmentLoadPlanner(LoadPlanner):
                     numel += math.prod(item.lengths)
                 self.targets.append(box.view(fragment.data))
             if numel != fragment.data.numel():
-                raise ValueError(f"it has {numel} of the {fragment.data.numel()} elements of {fragment.name} that are asked for")
+                raise ValueError(
+                    f"it has {numel} of the {fragment.data.numel()} elements of {fragment.name} that are asked for"
+                )
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -150,7 +167,9 @@ class FragmentLoadPlanner(LoadPlanner):
         """The part of a box that a piece is copied to."""
         assert read_item.dest_index.index is not None
         where = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self.targets[read_item.dest_index.index][tuple(slice(offset, offset + length) for offset, length in where)]
+        return self.targets[read_item.dest_index.index][
+            tuple(slice(offset, offset + length) for offset, length in where)
+        ]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing: it was copied in place."""
@@ -193,7 +212,9 @@ class ChunkReader(FileSystemReader):
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`. Torch's own format for it is a pickle; here it can name nothing but inert classes, so it can run no code."""
+    """Reads `.metadata`. Torch's own format for it is a pickle; here it can name nothing but inert classes, so it can
+    run no code.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """An allowed class, or an error."""
@@ -207,13 +228,17 @@ class MetadataUnpickler(pickle.Unpickler):
 def _member(enumeration: Any, name: str) -> enum.Enum:
     """In the place of getattr: a member of an enumeration, and nothing else."""
     if not isinstance(enumeration, enum.EnumMeta) or name not in enumeration.__members__:
-        raise pickle.UnpicklingError(f"it asks for {str(name)[:40]!r} of {str(enumeration)[:80]}, as only a forged file would")
+        raise pickle.UnpicklingError(
+            f"it asks for {str(name)[:40]!r} of {str(enumeration)[:80]}, as only a forged file would"
+        )
     member: enum.Enum = enumeration.__members__[name]
     return member
 
 
 def read_metadata(content: bytes, files: Sequence[str]) -> Metadata:
-    """The description of a checkpoint of tensors from its `.metadata`; raises ValueError if it is anything else or leads beyond `files`."""
+    """The description of a checkpoint of tensors from its `.metadata`; raises ValueError if it is anything else or
+    leads beyond `files`.
+    """
     try:
         metadata = MetadataUnpickler(io.BytesIO(content)).load()
         stored, places = metadata.state_dict_metadata.values(), metadata.storage_data.values()
@@ -229,7 +254,11 @@ def read_metadata(content: bytes, files: Sequence[str]) -> Metadata:
 def kinds(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Logical shape and type of every tensor, by name."""
     stored = metadata.state_dict_metadata.items()
-    return {name: (tuple(value.size), value.properties.dtype) for name, value in stored if isinstance(value, TensorStorageMetadata)}
+    return {
+        name: (tuple(value.size), value.properties.dtype)
+        for name, value in stored
+        if isinstance(value, TensorStorageMetadata)
+    }
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

@@ -3,8 +3,9 @@
     FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not the computed ones
     FOLDER/config.json          the config (model, pool, training recipe, how to sample), clock, facts of the data, provenance
 
-Nothing in it is ever unpickled. The clock says in which convention the weights predict: `forward` is ours, eps - x_0 at t; `reversed` is
-x_0 - eps at 1 - t, as an imported model may. A loaded model answers in ours either way, and its weights are the stored ones.
+Nothing in it is ever unpickled. The clock says in which convention the weights predict: `forward` is ours, eps - x_0 at
+t; `reversed` is x_0 - eps at 1 - t, as an imported model may. A loaded model answers in ours either way, and its
+weights are the stored ones.
 """
 
 import dataclasses
@@ -60,10 +61,11 @@ def save_single(
     clock: Clock | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a whole model (not a rank's slice), or its tensors by canonical name, as a new folder, complete or not at all.
+    """Write a whole model (not a rank's slice), or its tensors by canonical name, as a new folder, complete or not at
+    all.
 
-    clock: the convention of the weights; by default the model's own, forward for tensors. Raises CheckpointError if the tensors are not
-    those of config.model, or the folder holds something.
+    clock: the convention of the weights; by default the model's own, forward for tensors. Raises CheckpointError if the
+    tensors are not those of config.model, or the folder holds something.
     """
     with new_folder(Path(folder)) as partial:
         write_single(partial, source, config, facts, clock=clock, provenance=provenance)
@@ -82,9 +84,13 @@ def write_single(
     """Write the two files into an existing folder; see `save_single`."""
     own = clock_of(source) if isinstance(source, DiT) else None
     if own is not None and clock not in (None, own):
-        raise CheckpointError(f"{folder}: the model's clock is {own}, it cannot be saved as {clock}; leave out the clock")
+        raise CheckpointError(
+            f"{folder}: the model's clock is {own}, it cannot be saved as {clock}; leave out the clock"
+        )
     tensors = _state(source) if isinstance(source, DiT) else dict(source)
-    stored = {name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()}
+    stored = {
+        name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()
+    }
     compare(stored, config.model, str(folder))
     tree = to_tree(config)
     content = {
@@ -107,7 +113,9 @@ def read_single(folder: str | Path) -> Single:
     """Read and check config.json; raises CheckpointError."""
     path = Path(folder) / CONFIG
     if not is_single(Path(folder)):
-        raise CheckpointError(f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the single-file form")
+        raise CheckpointError(
+            f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the single-file form"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -115,9 +123,13 @@ def read_single(folder: str | Path) -> Single:
     expected = (("format", int), ("clock", str), ("config", dict), ("data", dict), ("provenance", dict))
     for key, kind in expected:
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise CheckpointError(f"{path} lacks {key}, or it is no {kind.__name__}: the folder was not saved by this program")
+            raise CheckpointError(
+                f"{path} lacks {key}, or it is no {kind.__name__}: the folder was not saved by this program"
+            )
     if content["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep")
+        raise CheckpointError(
+            f"{path} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep"
+        )
     try:
         config = from_tree(content["config"])
     except ConfigError as error:
@@ -126,23 +138,27 @@ def read_single(folder: str | Path) -> Single:
     if clock != content["clock"]:
         raise CheckpointError(f"{path}: clock is {content['clock']!r}; it is forward or reversed")
     if clock == "reversed" and config.train.objective != "flow":
-        raise CheckpointError(f"{path}: clock reversed is for objective flow, not {config.train.objective}; set clock to forward")
+        raise CheckpointError(
+            f"{path}: clock reversed is for objective flow, not {config.train.objective}; set clock to forward"
+        )
     return Single(config, clock, content["data"], content["provenance"])
 
 
 def load_single(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
     """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the clock of its weights.
 
-    config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this rank's device, and the
-    ranks over which the experts are sharded; each reads only its own. Names, shapes and types are compared before anything is read;
-    raises CheckpointError that names the first differing key.
+    config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this
+    rank's device, and the ranks over which the experts are sharded; each reads only its own. Names, shapes and types
+    are compared before anything is read; raises CheckpointError that names the first differing key.
     """
     single, mesh = read_single(folder), mesh or Mesh()
     config = config or single.config
     model = build_sharded(config, mesh)
     into = model.state_dict() | {POSITIONS: model.positions}
     here = config.model.num_experts // mesh.expert.size
-    for name, tensor in stored_tensors(Path(folder), single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):
+    for name, tensor in stored_tensors(
+        Path(folder), single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)
+    ):
         into[name].copy_(tensor)
     if single.clock == "reversed":
         reverse_clock(model)
@@ -150,12 +166,18 @@ def load_single(folder: str | Path, config: Config | None = None, mesh: Mesh | N
 
 
 def stored_tensors(folder: Path, single: Single, experts: slice = slice(None)) -> Iterator[tuple[str, Tensor]]:
-    """The weights by canonical name, one after the other, once their names, shapes and types were checked; of stacks only `experts`."""
+    """The weights by canonical name, one after the other, once their names, shapes and types were checked; of stacks
+    only `experts`.
+    """
     file = folder / WEIGHTS
     with opened(file) as source:
         names = source.keys()
         slices = {name: source.get_slice(name) for name in names}
-        compare({name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}, single.config.model, str(file))
+        compare(
+            {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()},
+            single.config.model,
+            str(file),
+        )
         for name in names:
             tensor = slices[name][experts] if is_expert(name) else source.get_tensor(name)
             if name == POSITIONS:
@@ -167,10 +189,11 @@ def stored_tensors(folder: Path, single: Single, experts: slice = slice(None)) -
 
 
 def reverse_clock(model: DiT) -> DiT:
-    """Let a model whose weights predict x_0 - eps at the clock 1 - t answer in our convention: call it at 1 - t and negate the velocity.
+    """Let a model whose weights predict x_0 - eps at the clock 1 - t answer in our convention: call it at 1 - t and
+    negate the velocity.
 
-    Only the first in_channels are velocity; what a model predicts beyond them (a variance, which flow does not use) keeps its sign.
-    Weights, their names and their gradients' layout stay as they are.
+    Only the first in_channels are velocity; what a model predicts beyond them (a variance, which flow does not use)
+    keeps its sign. Weights, their names and their gradients' layout stay as they are.
     """
     model.register_forward_pre_hook(_reverse_time, with_kwargs=True)
     model.register_forward_hook(_reverse_velocity)
@@ -182,7 +205,9 @@ def clock_of(model: DiT) -> Clock:
     return "reversed" if any(hook is _reverse_velocity for hook in model._forward_hooks.values()) else "forward"
 
 
-def _reverse_time(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _reverse_time(
+    _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(x, t, condition) -> (x, 1 - t, condition)."""
     if "t" in named:
         return given, named | {"t": 1 - named["t"]}
@@ -213,26 +238,38 @@ def compare(stored: Mapping[str, Kind], model: ModelConfig, where: str) -> None:
     compare_kinds(stored, wanted, {POSITIONS: ((tokens, model.hidden_size), "F32")}, where)
 
 
-def compare_kinds(stored: Mapping[str, Kind], wanted: Mapping[str, Kind], optional: Mapping[str, Kind | None], where: str) -> None:
-    """Raise CheckpointError unless the stored tensors are the wanted ones, and perhaps optional ones (of None: any kind)."""
+def compare_kinds(
+    stored: Mapping[str, Kind], wanted: Mapping[str, Kind], optional: Mapping[str, Kind | None], where: str
+) -> None:
+    """Raise CheckpointError unless the stored tensors are the wanted ones, and perhaps optional ones (of None: any
+    kind).
+    """
     for name, kind in {**wanted, **optional}.items():
         if name in wanted and name not in stored:
-            raise CheckpointError(f"{where} has no tensor {name}, of shape {kind and kind[0]} here; its config is of another model")
+            raise CheckpointError(
+                f"{where} has no tensor {name}, of shape {kind and kind[0]} here; its config is of another model"
+            )
         if name in stored and kind is not None and stored[name] != kind:
             number, what = (0, "shape") if stored[name][0] != kind[0] else (1, "type")
-            raise CheckpointError(f"{where}: {name} has {what} {stored[name][number]} there and {kind[number]} in a model of its config")
+            raise CheckpointError(
+                f"{where}: {name} has {what} {stored[name][number]} there and {kind[number]} in a model of its config"
+            )
     for name in stored:
         if name not in wanted and name not in optional:
             raise CheckpointError(f"{where} holds {name}, which a model of its config does not have")
 
 
 def check_positions(positions: Tensor, model: ModelConfig, where: str) -> None:
-    """Raise CheckpointError unless stored positions (T, D) are the computed ones, up to what averaging in float32 does to a constant."""
+    """Raise CheckpointError unless stored positions (T, D) are the computed ones, up to what averaging in float32 does
+    to a constant.
+    """
     computed = sine_positions(model.hidden_size, model.input_size // model.patch)
     distance = float((positions.float() - computed).abs().max())
     if not distance < 1e-3:
         reason = "there the first half of D codes the column, the second the row, each as sines and then cosines"
-        raise CheckpointError(f"{where} are not the fixed sine-cosine positions (they differ by {distance:.2g}): {reason}")
+        raise CheckpointError(
+            f"{where} are not the fixed sine-cosine positions (they differ by {distance:.2g}): {reason}"
+        )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -263,7 +300,9 @@ def opened(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name once it is complete; raises CheckpointError if something is there already."""
+    """A folder to write to, which gets its name once it is complete; raises CheckpointError if something is there
+    already.
+    """
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder: give another one")

@@ -1,7 +1,9 @@
-"""Where the elements of a logical tensor lie: intervals on ranks, shares of replicas, boxes in files. Pure functions, no ranks needed.
+"""Where the elements of a logical tensor lie: intervals on ranks, shares of replicas, boxes in files. Pure functions,
+no ranks needed.
 
-Whatever sharded a tensor (experts over an expert group, a flat optimizer partition, replicas), a rank holds intervals of its row-major
-elements. So a checkpoint that stores intervals under the tensor's logical shape can be read back by any other layout.
+Whatever sharded a tensor (experts over an expert group, a flat optimizer partition, replicas), a rank holds intervals
+of its row-major elements. So a checkpoint that stores intervals under the tensor's logical shape can be read back by
+any other layout.
 """
 
 import math
@@ -16,7 +18,9 @@ class Fragment:
     """An interval of one logical tensor that this rank holds."""
 
     name: str
-    """Canonical name, the same for every layout: `model.blocks.1.ffn.experts.fc1_weight`, `optimizer.exp_avg.blocks...`."""
+    """Canonical name, the same for every layout: `model.blocks.1.ffn.experts.fc1_weight`,
+    `optimizer.exp_avg.blocks...`.
+    """
     shape: tuple[int, ...]
     """Logical shape of the whole tensor, over all experts."""
     start: int
@@ -27,7 +31,9 @@ class Fragment:
     def __post_init__(self) -> None:
         assert self.data.dim() == 1, f"{self.name}: a fragment is 1-D, not of shape {tuple(self.data.shape)}"
         assert self.data.is_contiguous(), f"{self.name}: a fragment is contiguous"
-        assert 0 <= self.start <= self.stop <= math.prod(self.shape), f"{self.name}: [{self.start}, {self.stop}) is outside {self.shape}"
+        assert 0 <= self.start <= self.stop <= math.prod(self.shape), (
+            f"{self.name}: [{self.start}, {self.stop}) is outside {self.shape}"
+        )
 
     @property
     def stop(self) -> int:
@@ -57,12 +63,16 @@ class Box:
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """Split the row-major interval [start, stop) of a tensor into blocks, in order: at most 2 * dimensions - 1 of them."""
+    """Split the row-major interval [start, stop) of a tensor into blocks, in order: at most 2 * dimensions - 1 of
+    them.
+    """
     return _boxes(shape, start, stop, (), 0)
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int, outer: tuple[int, ...], first: int) -> list[Box]:
-    """Split an interval of the sub-tensor at the index `outer`, whose first element is number `first` of the whole interval."""
+    """Split an interval of the sub-tensor at the index `outer`, whose first element is number `first` of the whole
+    interval.
+    """
     ones = (1,) * len(outer)
     if start >= stop:
         return []
@@ -80,10 +90,11 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int, outer: tuple[int, ...]
 
 
 def share(fragment: Fragment, index: int, count: int, *, smallest: int = 4096) -> Fragment:
-    """The part of a fragment held by `count` replicas that replica `index` writes: nearly equal parts that join to the whole, in order.
+    """The part of a fragment held by `count` replicas that replica `index` writes: nearly equal parts that join to the
+    whole, in order.
 
-    No part is cut below `smallest` elements (later replicas then get an empty one): on many ranks the book-keeping of tiny pieces would
-    outweigh the data.
+    No part is cut below `smallest` elements (later replicas then get an empty one): on many ranks the book-keeping of
+    tiny pieces would outweigh the data.
     """
     assert 0 <= index < count, f"{fragment.name}: replica {index} of {count}"
     numel = fragment.data.numel()
@@ -100,12 +111,16 @@ def whole(name: str, tensor: torch.Tensor) -> Fragment:
 def expert_fragment(name: str, tensor: torch.Tensor, expert_rank: int, num_experts: int) -> Fragment:
     """This rank's experts (N / EP, ...) as an interval of the logical tensor over all experts (N, ...)."""
     local = tensor.shape[0]
-    assert (expert_rank + 1) * local <= num_experts, f"{name}: expert rank {expert_rank} with {local} of {num_experts} experts"
+    assert (expert_rank + 1) * local <= num_experts, (
+        f"{name}: expert rank {expert_rank} with {local} of {num_experts} experts"
+    )
     return Fragment(name, (num_experts, *tensor.shape[1:]), expert_rank * tensor.numel(), tensor.detach().view(-1))
 
 
 def fault(intervals: Iterable[tuple[int, int]], numel: int) -> str | None:
-    """What keeps the intervals [start, stop) from covering the elements 0 .. numel - 1 exactly once, or None if they do."""
+    """What keeps the intervals [start, stop) from covering the elements 0 .. numel - 1 exactly once, or None if they
+    do.
+    """
     covered = 0
     for start, stop in sorted(interval for interval in intervals if interval[0] < interval[1]):
         if start < covered:

@@ -1,4 +1,6 @@
-"""Between checkpoints and models: what of a model goes into a checkpoint, and a checkpoint back into a model at any expert parallelism."""
+"""Between checkpoints and models: what of a model goes into a checkpoint, and a checkpoint back into a model at any
+expert parallelism.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +20,15 @@ from diffmoe_ep.parallel.mesh import Mesh
 
 Weights = Literal["ema", "model"]
 HOW = ("compute.kernel", "compute.topk")  # these change how a model is computed, not what it is
-# Of a model's knobs those that a run may change which starts from another run's weights; model.size is a name for three others.
+# Of a model's knobs those that a run may change which starts from another run's weights; model.size is a name for three
+# others.
 FREE = ("size", "text_length", "predictor_weight", "predictor_reduction", "balance_weight", "threshold_decay")
 
 
 def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Mesh) -> list[Fragment]:
-    """This rank's part of named parameters or buffers, under canonical names "prefix.name" and the logical shape over all experts."""
+    """This rank's part of named parameters or buffers, under canonical names "prefix.name" and the logical shape over
+    all experts.
+    """
     return [
         expert_fragment(f"{prefix}.{name}", tensor, mesh.expert.rank, model.config.num_experts)
         if is_expert(name)
@@ -33,18 +38,23 @@ def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Me
 
 
 def located(path: Path) -> Path:
-    """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form."""
+    """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the
+    single-file form.
+    """
     return path if is_single(path) else resolve(path)
 
 
 def load_model(path: str | Path, weights: Weights | None = None, device: str | torch.device = "cpu") -> DiT:
     """Load a trained model for one device, in eval mode, without DeepSpeed or a process group.
 
-    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of weights).
-    weights: "ema" (averaged, with the live thresholds) or "model"; by default what its config samples from (ema, unless sample.weights
+    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of
+    weights).
+    weights: "ema" (averaged, with the live thresholds) or "model"; by default what its config samples from (ema, unless
+    sample.weights
         says otherwise) or the set that a single-file folder holds.
-    Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`; `model.train()` selects by
-    pool as in training. Raises CheckpointError when there is no complete checkpoint, or it is damaged.
+    Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`;
+    `model.train()` selects by pool as in training. Raises CheckpointError when there is no complete checkpoint, or it
+    is damaged.
     """
     folder = located(Path(path))
     config = config_of(folder)
@@ -56,7 +66,9 @@ def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> 
     if is_single(folder):
         there = read_single(folder).config.sample.weights
         if weights != there:
-            raise CheckpointError(f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})")
+            raise CheckpointError(
+                f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})"
+            )
         return load_single(folder, config, mesh)
     model = build_sharded(config, mesh)
     named = dict(model.named_parameters()) | persistent_buffers(model)
@@ -72,10 +84,12 @@ def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> 
 
 
 def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
-    """Fill a model to be trained, its experts sharded over the mesh, with stored weights; every rank reads only what it holds.
+    """Fill a model to be trained, its experts sharded over the mesh, with stored weights; every rank reads only what it
+    holds.
 
-    Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of a reversed clock are rewritten to
-    ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError if one cannot load.
+    Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of a reversed clock
+    are rewritten to ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError
+    if one cannot load.
     """
     if not is_single(folder):
         wanted = fragments(dict(model.named_parameters()), weights, model, mesh)
@@ -98,7 +112,9 @@ def _load_single_into(model: DiT, folder: Path, mesh: Mesh) -> None:
         if name != POSITIONS:
             into[name].copy_(tensor)
     if single.clock == "reversed":
-        turned = {name: into[name].cpu() for name in ("time.fc1.weight", "head.projection.weight", "head.projection.bias")}
+        turned = {
+            name: into[name].cpu() for name in ("time.fc1.weight", "head.projection.weight", "head.projection.bias")
+        }
         for name, tensor in turned_clock(turned, model.config).items():  # its own inverse
             into[name].copy_(tensor)
 
@@ -124,14 +140,17 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the first differing key, unless a run may start from a checkpoint's or single-file folder's weights.
+    """Raise CheckpointError, naming the first differing key, unless a run may start from a checkpoint's or single-file
+    folder's weights.
 
     facts: of this run's data; where both are known, latents and text features have to be those of the same encoders.
     """
     source = config_of(folder)
     if is_single(folder) and config.init_weights != source.sample.weights:
         there = source.sample.weights
-        raise CheckpointError(f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}")
+        raise CheckpointError(
+            f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}"
+        )
     for key, here, there in _differences(_architecture(config), _architecture(source)):
         raise CheckpointError(
             f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or start from another run"
@@ -145,7 +164,9 @@ def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None
 
 
 def _architecture(config: Config) -> dict[str, Any]:
-    """By key, what says which weights a model has and what they mean; knobs without effect in its family are left out."""
+    """By key, what says which weights a model has and what they mean; knobs without effect in its family are left
+    out.
+    """
     model = config.model
     unused = {*FREE, "num_classes" if model.condition == "text" else "text_width"}
     if not has_experts(model):
@@ -162,14 +183,18 @@ def _architecture(config: Config) -> dict[str, Any]:
 
 def _latents(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What data have to share with those that weights were trained on; None: not known."""
-    scaled = ("scale", "shift", "encoder") if facts.get("kind") == "moments" else ()  # pixels are scaled from whatever they are stored as
+    scaled = (
+        ("scale", "shift", "encoder") if facts.get("kind") == "moments" else ()
+    )  # pixels are scaled from whatever they are stored as
     known = {key: None if facts.get(key) == "" else facts.get(key) for key in ("kind", *scaled)}
     prints = {text["name"]: text["fingerprint"] for text in facts.get("text", ())}
     return known | {f"fingerprint of text features ({config.text.encoder})": prints.get(config.text.encoder)}
 
 
 def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
-    """Raise CheckpointError, naming the first differing key, unless a run with this config and data continues what the checkpoint began."""
+    """Raise CheckpointError, naming the first differing key, unless a run with this config and data continues what the
+    checkpoint began.
+    """
     meta = _meta(folder)
     for key, here, there in _differences(to_tree(config), to_tree(from_tree(meta["config"]))):
         if key.startswith(("model.", "pool.")) and key not in HOW:
@@ -207,5 +232,9 @@ def _meta(folder: Path) -> dict[str, Any]:
 def _differences(here: Any, there: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(here, dict) and isinstance(there, dict):
         keys = list(here) + [key for key in there if key not in here]
-        return [found for key in keys for found in _differences(here.get(key), there.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            found
+            for key in keys
+            for found in _differences(here.get(key), there.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
     return [] if here == there else [(prefix, here, there)]

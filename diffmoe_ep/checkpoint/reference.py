@@ -1,8 +1,8 @@
 """Checkpoints of the published reference implementation, in and out.
 
-A reference file is a `torch.save` dictionary of `model`, `ema`, `opt` and `args`. What is imported keeps its weights untouched: names
-change, each expert's matrices are transposed and stacked, and the clock is said to be reversed (see `single`). So the way back is bit for
-bit.
+A reference file is a `torch.save` dictionary of `model`, `ema`, `opt` and `args`. What is imported keeps its weights
+untouched: names change, each expert's matrices are transposed and stacked, and the clock is said to be reversed (see
+`single`). So the way back is bit for bit.
 
     FOLDER/model.safetensors, config.json    the asked set (ema or model) in the single-file form
     FOLDER/reference.safetensors             what that form has no place for, for the way back alone: constants and the other set
@@ -88,8 +88,9 @@ def import_reference(
 ) -> Path:
     """Read a reference file into a new folder that `load_model` reads, and return that folder.
 
-    The tensors' shapes tell the sizes; `heads` cannot be told, nor `input_size` of a file without positions, nor what a model was trained
-    to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the way back. Raises CheckpointError.
+    The tensors' shapes tell the sizes; `heads` cannot be told, nor `input_size` of a file without positions, nor what a
+    model was trained to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the
+    way back. Raises CheckpointError.
     """
     where = str(file)
     content = _read(Path(file))
@@ -121,10 +122,16 @@ def import_reference(
         "left_out": [str(key) for key in content if key not in ("args", *prefixes)],
     }
     model = config.model
-    facts: dict[str, Any] = {"name": "reference", "kind": "moments", "shape": [model.in_channels, model.input_size, model.input_size]}
+    facts: dict[str, Any] = {
+        "name": "reference",
+        "kind": "moments",
+        "shape": [model.in_channels, model.input_size, model.input_size],
+    }
     facts |= {"num_classes": model.num_classes, "class_names": []} | (LATENT if model.in_channels == 4 else {})
     with new_folder(Path(out)) as partial:
-        clock: Clock = "reversed" if objective == "flow" else "forward"  # for DDPM both follow DiT: eps at the integer step
+        clock: Clock = (
+            "reversed" if objective == "flow" else "forward"
+        )  # for DDPM both follow DiT: eps at the integer step
         write_single(partial, ours, config, facts, clock=clock, provenance=provenance)
         if rest:
             write_tensors(partial / REST, rest)
@@ -157,10 +164,24 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} holds more than tensors and plain arguments: {reason}. It was not run; use a file that was made by the "
             "reference's training, from a source that you trust"
         ) from error
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, struct.error) as error:
-        raise CheckpointError(f"{file} cannot be read as a file of torch.save ({type(error).__name__}): use a sound copy") from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as a file of torch.save ({type(error).__name__}): use a sound copy"
+        ) from error
     if not isinstance(content, dict) or not ({"ema", "model"} & content.keys()):
-        raise CheckpointError(f"{file} is no checkpoint of the reference implementation: it is no dictionary with model, ema and args")
+        raise CheckpointError(
+            f"{file} is no checkpoint of the reference implementation: it is no dictionary with model, ema and args"
+        )
     return content
 
 
@@ -174,7 +195,12 @@ def _tensors(state: Any, where: str) -> tuple[dict[str, Tensor], str]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not name.startswith(prefix[0]):
             raise CheckpointError(f"{where}: {name} does not begin with {prefix[0]!r}, as the first name does")
-        backed = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+        backed = (
+            isinstance(tensor, Tensor)
+            and tensor.layout == torch.strided
+            and not tensor.is_quantized
+            and tensor.device.type == "cpu"
+        )
         if not backed or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise CheckpointError(f"{where}: {name} is no plain tensor")
         tensors[name[len(prefix[0]) :]] = tensor.detach()
@@ -182,7 +208,12 @@ def _tensors(state: Any, where: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _config(
-    tensors: Mapping[str, Tensor], where: str, heads: int | None, input_size: int | None, weights: Weights, objective: str
+    tensors: Mapping[str, Tensor],
+    where: str,
+    heads: int | None,
+    input_size: int | None,
+    weights: Weights,
+    objective: str,
 ) -> Config:
     """The config that the shapes tell, with what was asked for; raises CheckpointError."""
     hidden, in_channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
@@ -194,7 +225,9 @@ def _config(
         raise CheckpointError(f"{where}: its blocks are not numbered 0, 1, 2, ... without gaps")
     moe = [block for block in range(blocks) if f"blocks.{block}.mlp.gate_weight" in tensors]
     if moe not in ([], list(range(1, blocks, 2)), list(range(blocks))):
-        raise CheckpointError(f"{where}: blocks {', '.join(map(str, moe))} are MoE; only every odd block, every block or none can be")
+        raise CheckpointError(
+            f"{where}: blocks {', '.join(map(str, moe))} are MoE; only every odd block, every block or none can be"
+        )
     for block in moe:
         if f"blocks.{block}.mlp.capacity_predictor.0.weight" not in tensors:
             raise CheckpointError(
@@ -205,8 +238,14 @@ def _config(
     missing = [name for name, value in (("--heads", heads), ("--input-size", size)) if value is None]
     if missing:
         known = {width: count for width, _, count in SIZES.values()}
-        hint = f" (of the published models, the one of hidden size {hidden} has {known[hidden]} heads)" if hidden in known else ""
-        raise CheckpointError(f"{where}: the tensors' shapes do not tell {' and '.join(missing)}; give {' and '.join(missing)}{hint}")
+        hint = (
+            f" (of the published models, the one of hidden size {hidden} has {known[hidden]} heads)"
+            if hidden in known
+            else ""
+        )
+        raise CheckpointError(
+            f"{where}: the tensors' shapes do not tell {' and '.join(missing)}; give {' and '.join(missing)}{hint}"
+        )
     assert heads is not None
     if heads < 1 or hidden % heads:
         raise CheckpointError(f"{where}: --heads {heads} does not divide the hidden size {hidden}")
@@ -229,8 +268,15 @@ def _config(
         model["interleave"] = len(moe) < blocks
         model["num_experts"] = _shape(tensors, f"blocks.{moe[0]}.mlp.gate_weight", 2, where)[0]
         model["threshold_decay"] = _decay(tensors, where)
-    sample = {"weights": weights} | ({"selection": "count", "threshold": "raw"} if moe else {})  # as the reference samples
-    tree = {"model": model, "pool": {"span": "all"}, "train": {"objective": objective, "precision": "float32"}, "sample": sample}
+    sample = {"weights": weights} | (
+        {"selection": "count", "threshold": "raw"} if moe else {}
+    )  # as the reference samples
+    tree = {
+        "model": model,
+        "pool": {"span": "all"},
+        "train": {"objective": objective, "precision": "float32"},
+        "sample": sample,
+    }
     try:
         return from_tree(tree)
     except ConfigError as error:
@@ -245,14 +291,20 @@ def _input_size(tensors: Mapping[str, Tensor], patch: int, where: str, asked: in
     tokens = positions.shape[-2] if positions.dim() in (2, 3) else 0
     side = math.isqrt(tokens)
     if not tokens or side**2 != tokens or positions.numel() != tokens * positions.shape[-1]:
-        raise CheckpointError(f"{where}: {THEIR_POSITIONS} has shape {tuple(positions.shape)}; it is (1, T, D) of a square of T tokens")
+        raise CheckpointError(
+            f"{where}: {THEIR_POSITIONS} has shape {tuple(positions.shape)}; it is (1, T, D) of a square of T tokens"
+        )
     if asked not in (None, side * patch):
-        raise CheckpointError(f"{where} is of --input-size {side * patch} by its {THEIR_POSITIONS}, not {asked}; leave it out")
+        raise CheckpointError(
+            f"{where} is of --input-size {side * patch} by its {THEIR_POSITIONS}, not {asked}; leave it out"
+        )
     return side * patch
 
 
 def _decay(tensors: Mapping[str, Tensor], where: str) -> float:
-    """The thresholds' decay: what the file says, or the published one; averaging may have moved a stored constant by a little."""
+    """The thresholds' decay: what the file says, or the published one; averaging may have moved a stored constant by a
+    little.
+    """
     decay = DECAY
     for name, tensor in tensors.items():
         if name.endswith(f".{THEIR_DECAY}"):
@@ -274,19 +326,25 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, where: str
 
 
 def _check(tensors: Mapping[str, Tensor], model: ModelConfig, where: str) -> None:
-    """Raise CheckpointError, naming the first differing key, unless the tensors are all that a reference model of these sizes has."""
+    """Raise CheckpointError, naming the first differing key, unless the tensors are all that a reference model of these
+    sizes has.
+    """
     wanted: dict[str, Kind] = {}
     for name, (shape, kind) in kinds_of(model).items():
         for their in _theirs(name, model):
             wanted[their] = (_turned(name, shape[1:]) if STACKED.fullmatch(name) else shape, kind)
     moe = [name.removesuffix("gate_weight") for name in wanted if name.endswith(".gate_weight")]
     optional: dict[str, Kind | None] = dict.fromkeys([*(name + THEIR_DECAY for name in moe), THEIR_POSITIONS])
-    stored = {name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()}
+    stored = {
+        name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()
+    }
     compare_kinds(stored, wanted, optional, where)
     if THEIR_POSITIONS in tensors:
         positions = tensors[THEIR_POSITIONS]
         if positions.shape[-1] != model.hidden_size or positions.dtype != torch.float32:
-            raise CheckpointError(f"{where}: {THEIR_POSITIONS} is {tuple(positions.shape)} {positions.dtype}; it is (1, T, D) float32")
+            raise CheckpointError(
+                f"{where}: {THEIR_POSITIONS} is {tuple(positions.shape)} {positions.dtype}; it is (1, T, D) float32"
+            )
         check_positions(positions.reshape(-1, model.hidden_size), model, f"{where}: {THEIR_POSITIONS}")
 
 
@@ -307,10 +365,11 @@ def _plain(value: Any) -> Any:
 def export_reference(folder: str | Path, file: str | Path) -> None:
     """Write a model in the single-file form as a new reference file.
 
-    What was imported comes back bit for bit: every tensor of both sets, or of the one that was kept, and args. A flow model of ours is
-    turned into the reference's convention by an exact rewrite of two layers, whose weights are rounded to float32 again; a DDPM model needs
-    none. `expert_threshold` is what `dynamic` sampling uses. Where only one set is known, it stands under both `ema` and `model`. `opt` is
-    not carried: such a file can be sampled from, its training cannot be continued. Raises CheckpointError.
+    What was imported comes back bit for bit: every tensor of both sets, or of the one that was kept, and args. A flow
+    model of ours is turned into the reference's convention by an exact rewrite of two layers, whose weights are rounded
+    to float32 again; a DDPM model needs none. `expert_threshold` is what `dynamic` sampling uses. Where only one set is
+    known, it stands under both `ema` and `model`. `opt` is not carried: such a file can be sampled from, its training
+    cannot be continued. Raises CheckpointError.
     """
     folder, file = Path(folder), Path(file)
     single = read_single(folder)
@@ -376,24 +435,33 @@ def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, di
                 which, _, key = name.partition(".")
                 sets.setdefault(which, {})[key] = source.get_tensor(name)
     prefixes = provenance.get("prefixes", {}) if _is_imported(single) else {}
-    return {which: {prefixes.get(which, "") + name: tensor for name, tensor in tensors.items()} for which, tensors in sets.items()}
+    return {
+        which: {prefixes.get(which, "") + name: tensor for name, tensor in tensors.items()}
+        for which, tensors in sets.items()
+    }
 
 
 def turned_clock(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Weights that predict x_0 - eps at t' = 1 - t, of weights that predict eps - x_0 at t.
 
-    The sign is the head's. The clock is the first linear map's of the time, since cos f(1 - t') = cos f cos f t' + sin f sin f t' and
-    sin f(1 - t') = sin f cos f t' - cos f sin f t': its columns of cosines and sines are reflected, each pair by its frequency f.
+    The sign is the head's. The clock is the first linear map's of the time, since cos f(1 - t') = cos f cos f t' + sin
+    f sin f t' and sin f(1 - t') = sin f cos f t' - cos f sin f t': its columns of cosines and sines are reflected, each
+    pair by its frequency f.
     """
     weight = ours["time.fc1.weight"]
     cosines, sines = weight.double().chunk(2, dim=1)  # (D, 128) each
     half = cosines.shape[1]
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.cat([cosines * frequency.cos() + sines * frequency.sin(), cosines * frequency.sin() - sines * frequency.cos()], dim=1)
+    turned = torch.cat(
+        [cosines * frequency.cos() + sines * frequency.sin(), cosines * frequency.sin() - sines * frequency.cos()],
+        dim=1,
+    )
     changed = {"time.fc1.weight": turned.to(weight.dtype)}
     for name in ("head.projection.weight", "head.projection.bias"):
         rows = ours[name].clone()
-        by_channel = rows.view(model.patch**2, model.out_channels, *rows.shape[1:])  # features are ordered (row, column, channel)
+        by_channel = rows.view(
+            model.patch**2, model.out_channels, *rows.shape[1:]
+        )  # features are ordered (row, column, channel)
         by_channel[:, : model.in_channels].neg_()
         changed[name] = rows
     return dict(ours) | changed
@@ -421,8 +489,12 @@ def _turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _to_ours(theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our names, experts stacked as (N, in, out). Updates are so many that the thresholds' bias correction divides by exactly 1."""
-    updates = math.ceil(60 / -math.log2(model.threshold_decay))  # decay^updates < 2^-60, below half a unit of 1 in float64 too
+    """Our names, experts stacked as (N, in, out). Updates are so many that the thresholds' bias correction divides by
+    exactly 1.
+    """
+    updates = math.ceil(
+        60 / -math.log2(model.threshold_decay)
+    )  # decay^updates < 2^-60, below half a unit of 1 in float64 too
     ours = {}
     for name in kinds_of(model):
         parts = [theirs[their] for their in _theirs(name, model)]
@@ -436,7 +508,9 @@ def _to_ours(theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
 
 
 def _to_theirs(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `_to_ours`; thresholds are corrected for their start at 0, which for imported ones divides by 1."""
+    """The inverse of `_to_ours`; thresholds are corrected for their start at 0, which for imported ones divides by
+    1.
+    """
     theirs: dict[str, Tensor] = {}
     for name in kinds_of(model):
         tensor = ours[name]
@@ -446,7 +520,9 @@ def _to_theirs(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
         keys = _theirs(name, model)
         if STACKED.fullmatch(name):
             parts = [part.T if name.endswith("_weight") else part for part in tensor.unbind()]
-            theirs |= {key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts, strict=True)}
+            theirs |= {
+                key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts, strict=True)
+            }
         else:
             theirs |= dict.fromkeys(keys, tensor)
     return theirs

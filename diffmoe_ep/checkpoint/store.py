@@ -1,11 +1,12 @@
-"""Checkpoint folders: written by all ranks beside the final name, checked, then renamed, so that whatever has its name is complete.
+"""Checkpoint folders: written by all ranks beside the final name, checked, then renamed, so that whatever has its name
+is complete.
 
     checkpoints/step-0000600/    .metadata and __R_0.distcp (torch.distributed.checkpoint), meta.json (progress), SHA256SUMS
     checkpoints/latest           the name of the newest folder; moves last
 
-Tensors lie under canonical names and logical shapes; how they are cut into pieces is of no concern to a reader, who may be laid out
-otherwise. A checkpoint may come from a stranger: its files are compared with their checksums, nothing is unpickled but `.metadata`, with a
-short list of allowed classes, and no file outside its folder is opened.
+Tensors lie under canonical names and logical shapes; how they are cut into pieces is of no concern to a reader, who may
+be laid out otherwise. A checkpoint may come from a stranger: its files are compared with their checksums, nothing is
+unpickled but `.metadata`, with a short list of allowed classes, and no file outside its folder is opened.
 """
 
 import hashlib
@@ -26,7 +27,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from diffmoe_ep.checkpoint.dcp import ChunkReader, ChunkWriter, FragmentLoadPlanner, FragmentSavePlanner, kinds, read_metadata
+from diffmoe_ep.checkpoint.dcp import (
+    ChunkReader,
+    ChunkWriter,
+    FragmentLoadPlanner,
+    FragmentSavePlanner,
+    kinds,
+    read_metadata,
+)
 from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.config import UserError
 
@@ -55,11 +63,12 @@ def save(
     keep_last: int = 2,
     keep_every: int = 0,
 ) -> Path:
-    """Write what all ranks' fragments make up as `root/step-...` and return that folder once it is complete, on every rank.
+    """Write what all ranks' fragments make up as `root/step-...` and return that folder once it is complete, on every
+    rank.
 
-    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. Of the folders up to this
-    step the last `keep_last` stay and, unless `keep_every` is 0, those whose step it divides. Raises CheckpointError on all ranks if one
-    fails; `latest` then still names a complete checkpoint.
+    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. Of the
+    folders up to this step the last `keep_last` stay and, unless `keep_every` is 0, those whose step it divides. Raises
+    CheckpointError on all ranks if one fails; `latest` then still names a complete checkpoint.
     """
     assert keep_last >= 1, keep_last
     final = root / f"step-{step:07d}"
@@ -68,7 +77,9 @@ def save(
     text = ranks.together(lambda: _prepare(root, partial, step, meta) if rank == 0 else "")[0]
     writer = ChunkWriter(partial)
     with ranks.errors():
-        dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group, no_dist=world == 1)
+        dcp.save(
+            {}, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group, no_dist=world == 1
+        )
     sums = ranks.together(lambda: {name: _sha256(partial / name) for name in writer.written})
 
     def publish() -> None:
@@ -90,8 +101,9 @@ def load(
 ) -> None:
     """Fill the fragments of all ranks in place, whatever layout saved the checkpoint.
 
-    Before anything is written, names, shapes and types are compared on every rank, and the files' checksums, dealt over the ranks. Unless
-    `allow_extra`, the ranks' fragments together have to name every tensor of the checkpoint. Raises CheckpointError, the same on all ranks.
+    Before anything is written, names, shapes and types are compared on every rank, and the files' checksums, dealt over
+    the ranks. Unless `allow_extra`, the ranks' fragments together have to name every tensor of the checkpoint. Raises
+    CheckpointError, the same on all ranks.
     """
     rank = dist.get_rank(group) if world > 1 else 0
     ranks = _Ranks(group, world, f"cannot load the checkpoint {folder}")
@@ -108,7 +120,9 @@ def load(
     ranks.together(lambda: _verify(folder, files[rank::world]))
     with ranks.errors():
         planner = FragmentLoadPlanner(fragments, metadata)
-        dcp.load({}, storage_reader=ChunkReader(folder, metadata), planner=planner, process_group=group, no_dist=world == 1)
+        dcp.load(
+            {}, storage_reader=ChunkReader(folder, metadata), planner=planner, process_group=group, no_dist=world == 1
+        )
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -134,12 +148,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in expected):
         raise CheckpointError(f"{folder}: its {META} lacks format, step or meta: it was not saved by this program")
     if content["format"] > FORMAT:
-        raise CheckpointError(f"{folder} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep")
+        raise CheckpointError(
+            f"{folder} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep"
+        )
     return content
 
 
 def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint in a `checkpoints` folder: the one that the file `latest` names, else that of the highest step."""
+    """The newest complete checkpoint in a `checkpoints` folder: the one that the file `latest` names, else that of the
+    highest step.
+    """
     folders, pointer = _steps(root), root / LATEST
     named = STEP.fullmatch(pointer.read_text(encoding="utf-8", errors="replace").strip()) if pointer.is_file() else None
     newest = int(named[1]) if named and int(named[1]) in folders else max(folders, default=None)
@@ -149,11 +167,15 @@ def latest(root: Path) -> Path | None:
 def resolve(path: Path) -> Path:
     """The checkpoint meant by a run folder, a `checkpoints` folder, or one checkpoint folder."""
     if path.name.endswith(PARTIAL):
-        raise CheckpointError(f"{path} was not finished when its run ended: name another checkpoint, or the run folder for its newest one")
+        raise CheckpointError(
+            f"{path} was not finished when its run ended: name another checkpoint, or the run folder for its newest one"
+        )
     found = path if _complete(path) else latest(path / "checkpoints") or latest(path)
     if found is None:
         state = "holds no complete checkpoint" if path.is_dir() else "is not a folder"
-        looked = f"{METADATA}, {META} and {SUMS} in it, or folders step-* with these in it or in its folder `checkpoints`"
+        looked = (
+            f"{METADATA}, {META} and {SUMS} in it, or folders step-* with these in it or in its folder `checkpoints`"
+        )
         raise CheckpointError(f"{path} {state} (looked for {looked}): name a run folder or one of its checkpoints")
     return found
 
@@ -236,7 +258,9 @@ def _complete(folder: Path) -> bool:
 def _sums(folder: Path) -> dict[str, str]:
     """The checkpoint's list of files: name -> sha256, in the manner of the program `sha256sum`."""
     if not _complete(folder):
-        raise CheckpointError(f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one")
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one"
+        )
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line) for line in lines]
     if not all(matches):
@@ -287,11 +311,15 @@ def _compared(folder: Path, fragments: Sequence[Fragment]) -> Metadata:
     stored = kinds(metadata)
     for fragment in fragments:
         if fragment.name not in stored:
-            raise CheckpointError(f"{_another(folder)} it has no tensor {fragment.name}, here of shape {fragment.shape}. {REMEDY}")
+            raise CheckpointError(
+                f"{_another(folder)} it has no tensor {fragment.name}, here of shape {fragment.shape}. {REMEDY}"
+            )
         there, here = stored[fragment.name], (fragment.shape, fragment.data.dtype)
         if there != here:
             what, number = ("shape", 0) if there[0] != here[0] else ("type", 1)
-            raise CheckpointError(f"{_another(folder)} {fragment.name} has {what} {there[number]} there and {here[number]} here. {REMEDY}")
+            raise CheckpointError(
+                f"{_another(folder)} {fragment.name} has {what} {there[number]} there and {here[number]} here. {REMEDY}"
+            )
     return metadata
 
 
@@ -311,7 +339,9 @@ class _Ranks:
     """How the message of a failure begins."""
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Run the action on every rank and return all results; if one fails all raise its error, so that none waits for it for ever."""
+        """Run the action on every rank and return all results; if one fails all raise its error, so that none waits for
+        it for ever.
+        """
         cause: Exception | None = None
         message: str | None = None
         result: T | None = None
@@ -344,5 +374,11 @@ class _Ranks:
         if isinstance(error, CheckpointError):
             return str(error)
         if isinstance(error, OSError):
-            return f"{self.what}: {error}. Its folder needs permission and enough space; other checkpoints are untouched"
-        return f"{self.what}: {error}" if isinstance(error, ValueError) else f"{self.what}: {type(error).__name__}: {error}"
+            return (
+                f"{self.what}: {error}. Its folder needs permission and enough space; other checkpoints are untouched"
+            )
+        return (
+            f"{self.what}: {error}"
+            if isinstance(error, ValueError)
+            else f"{self.what}: {type(error).__name__}: {error}"
+        )

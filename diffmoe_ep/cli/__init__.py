@@ -10,14 +10,17 @@ from diffmoe_ep.config import UserError
 
 
 def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
-    """Run a verb. A user's mistake ends every rank with exit code 2 and one message; anything else is ours and keeps its traceback.
+    """Run a verb. A user's mistake ends every rank with exit code 2 and one message; anything else is ours and keeps
+    its traceback.
 
     Launchers end all ranks once one has stopped, so ranks that leave the message to rank 0 stay for `patience` seconds.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if not all("=" in word and not word.startswith("-") and hasattr(options, "overrides") for word in rest):
-        parser.error(f"unrecognised arguments: {' '.join(rest)}; settings are given as key=value, options are listed by --help")
+        parser.error(
+            f"unrecognised arguments: {' '.join(rest)}; settings are given as key=value, options are listed by --help"
+        )
     if rest:  # overrides that stand behind an option, which argparse leaves over
         options.overrides = [*options.overrides, *rest]
     try:
@@ -30,7 +33,9 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
 
 
 def _tell(error: UserError, patience: float) -> None:
-    """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or one agreed upon."""
+    """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or
+    one agreed upon.
+    """
     from diffmoe_ep.parallel import mesh as meshes
 
     world, rank = meshes.launched_world(strict=False), meshes.launched_rank(strict=False)
@@ -43,8 +48,12 @@ def _tell(error: UserError, patience: float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers with expert parallelism.")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # older DeepSpeed launchers pass it
+    parser = argparse.ArgumentParser(
+        prog="diffmoe", description="DiffMoE diffusion transformers with expert parallelism."
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # older DeepSpeed launchers pass it
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for verb in (train, data, sample, evaluate, capacity, convert, bench):
         verb.add(verbs)

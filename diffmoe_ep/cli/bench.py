@@ -17,24 +17,53 @@ if TYPE_CHECKING:
 def add(verbs: Any) -> None:
     """Declare compare, bench and verify."""
     side = verbs.add_parser("compare", help="lay runs side by side: parameters, loss, scores and capacity, over seeds")
-    side.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; those that differ by their seed alone are one row")
-    side.add_argument("--composition", action="store_true", help="how well text-to-image runs follow their prompts, a row each")
+    side.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders; those that differ by their seed alone are one row",
+    )
+    side.add_argument(
+        "--composition", action="store_true", help="how well text-to-image runs follow their prompts, a row each"
+    )
     side.set_defaults(run=_compare)
 
-    benches = verbs.add_parser("bench", help="measure, as ratios within one run").add_subparsers(required=True, metavar="WHAT")
-    select = benches.add_parser("select", help="the exact top-k over ranks by each algorithm, and what it would cost on up to 4096 ranks")
+    benches = verbs.add_parser("bench", help="measure, as ratios within one run").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    select = benches.add_parser(
+        "select", help="the exact top-k over ranks by each algorithm, and what it would cost on up to 4096 ranks"
+    )
     select.add_argument("--tokens", type=int, default=1024, help="tokens of each rank (default 1024)")
     select.add_argument("--experts", type=int, default=16, help="experts (default 16)")
     select.add_argument("--hidden", type=int, default=384, help="width D of a dispatched row (default 384)")
     select.add_argument("--capacity", type=float, default=1.0, help="capacity factor C (default 1)")
     select.add_argument("--no-predictor", action="store_true", help="without a capacity predictor's columns")
-    select.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="type of a dispatched row (default float32)")
+    select.add_argument(
+        "--compute",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of a dispatched row (default float32)",
+    )
     select.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default 20)")
     select.add_argument("--per-node", type=int, default=8, help="ranks of a machine, for the cost model (default 8)")
     select.set_defaults(run=_bench_select)
-    layer = benches.add_parser("layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone")
-    layer.add_argument("--sizes", type=_cases, default=None, metavar="D:tokens:N,...", help="for example 384:8192:16 (default: S, B and L)")
-    layer.add_argument("--compile", action="store_true", help="with torch.compile, as compute.compile does: the dense FFN and our layer")
+    layer = benches.add_parser(
+        "layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone"
+    )
+    layer.add_argument(
+        "--sizes",
+        type=_cases,
+        default=None,
+        metavar="D:tokens:N,...",
+        help="for example 384:8192:16 (default: S, B and L)",
+    )
+    layer.add_argument(
+        "--compile",
+        action="store_true",
+        help="with torch.compile, as compute.compile does: the dense FFN and our layer",
+    )
     step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
     step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
     step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
@@ -45,26 +74,40 @@ def add(verbs: Any) -> None:
         metavar="FILE",
         help="also the planner's prediction beside a measured step, for example configs/cluster/cpu2.yaml",
     )
-    model = benches.add_parser("train", help="training steps of a config's model on this device beside the plan's time and memory")
-    model.add_argument("config", help="YAML file; its samples are made up, the same at every step, so that the loss must fall")
-    model.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=8 train.optimizer.lr=1e-3")
+    model = benches.add_parser(
+        "train", help="training steps of a config's model on this device beside the plan's time and memory"
+    )
+    model.add_argument(
+        "config", help="YAML file; its samples are made up, the same at every step, so that the loss must fall"
+    )
+    model.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example train.global_batch=8 train.optimizer.lr=1e-3"
+    )
     model.add_argument("--cluster", required=True, metavar="FILE", help="for example configs/cluster/h200x1.yaml")
     model.add_argument("--turns", type=int, default=10, help="timed steps (default 10)")
     model.set_defaults(run=_bench_train)
     many = benches.add_parser("experts", help="the cost of a token in our layer for 2 to 64 experts")
     many.add_argument("--hidden", type=int, default=384, help="width D (default 384)")
-    many.add_argument("--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)")
+    many.add_argument(
+        "--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)"
+    )
     many.add_argument("--tokens", type=int, default=8192, help="tokens with --rows 0 (default 8192)")
     for verb, function in ((layer, _bench_layer), (step, _bench_step), (many, _bench_experts)):
         verb.add_argument("--turns", type=int, default=20, help="interleaved turns (default 20)")
-        verb.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)")
+        verb.add_argument(
+            "--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)"
+        )
         verb.set_defaults(run=function)
     add_bench(benches)
     for verb in (side, select, layer, step, many, model):
         verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
 
-    verify = verbs.add_parser("verify", help="check on these ranks and this back end that many ranks compute what one computes")
-    verify.add_argument("--device", choices=("cpu", "cuda"), default=None, help="where to compute (default: GPUs where there are some)")
+    verify = verbs.add_parser(
+        "verify", help="check on these ranks and this back end that many ranks compute what one computes"
+    )
+    verify.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="where to compute (default: GPUs where there are some)"
+    )
     verify.add_argument("--timeout-minutes", type=float, default=10.0, help="longest wait for a peer (default 10)")
     verify.set_defaults(run=_verify)
 
@@ -83,7 +126,9 @@ def _bench_select(options: argparse.Namespace) -> None:
     for name in ("tokens", "experts", "hidden", "repetitions", "per_node"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
-    work = Work(options.tokens, options.experts, options.hidden, not options.no_predictor, options.capacity, options.compute)
+    work = Work(
+        options.tokens, options.experts, options.hidden, not options.no_predictor, options.capacity, options.compute
+    )
     mesh = meshes.start(1, 1, 10)
     measured = measure(mesh, work, options.repetitions)
     if measured is not None:
@@ -96,7 +141,9 @@ def _bench_layer(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options)
     cases = CASES if options.sizes is None else [Case(*size) for size in options.sizes]
-    _measured(mesh, options, measured=bench_layer(mesh, cases, options.turns, _compute(options), compiled=options.compile))
+    _measured(
+        mesh, options, measured=bench_layer(mesh, cases, options.turns, _compute(options), compiled=options.compile)
+    )
 
 
 def _bench_step(options: argparse.Namespace) -> None:
@@ -104,14 +151,19 @@ def _bench_step(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options, alone=True)
     hidden, blocks, heads = SIZES[options.size]
-    model = ModelConfig(size=options.size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=options.experts)
+    model = ModelConfig(
+        size=options.size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=options.experts
+    )
     found: dict[str, Any] = {"measured": bench_step(model, mesh, options.batch, options.turns, _compute(options))}
     if options.cluster is not None:  # what the planner says of the same step, under DeepSpeed's engine
         from diffmoe_ep.bench.calibrate import compare
         from diffmoe_ep.planner.cluster import load_cluster
 
         precision = "bf16" if options.compute == "bfloat16" else "float32"
-        tree = {"model": {"size": options.size, "num_experts": options.experts}, "train": {"global_batch": options.batch, "precision": precision}}
+        tree = {
+            "model": {"size": options.size, "num_experts": options.experts},
+            "train": {"global_batch": options.batch, "precision": precision},
+        }
         for family in ("dense", "diffmoe"):
             config = from_tree(tree, [f"model.family={family}"])
             found[family] = compare(config, load_cluster(options.cluster), mesh.device.type, max(3, options.turns // 2))
@@ -132,7 +184,12 @@ def _bench_experts(options: argparse.Namespace) -> None:
 
     mesh = _bench_mesh(options, alone=True)
     found = bench_experts(
-        mesh, options.hidden, rows_each=options.rows or None, tokens=options.tokens, turns=options.turns, compute=_compute(options)
+        mesh,
+        options.hidden,
+        rows_each=options.rows or None,
+        tokens=options.tokens,
+        turns=options.turns,
+        compute=_compute(options),
     )
     _measured(mesh, options, measured=found)
 
@@ -181,6 +238,10 @@ def _told(file: Path | None, **found: Any) -> None:
     """Print results, and write them as JSON if asked."""
     print("\n\n".join("\n".join(part.lines()) for part in found.values()))
     if file is not None:
-        content = {name: part.as_dict() for name, part in found.items()} if len(found) > 1 else next(iter(found.values())).as_dict()
+        content = (
+            {name: part.as_dict() for name, part in found.items()}
+            if len(found) > 1
+            else next(iter(found.values())).as_dict()
+        )
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"written to {file}")

@@ -12,18 +12,36 @@ if TYPE_CHECKING:
 
 def add(verbs: Any) -> None:
     """Declare capacity report and capacity search."""
-    capacity = verbs.add_parser("capacity", help="where a trained model spends its compute").add_subparsers(required=True, metavar="WHAT")
-    report = capacity.add_parser("report", help="capacity by sampling step, layer, expert, and class or prompt, as CSV and plots")
+    capacity = verbs.add_parser("capacity", help="where a trained model spends its compute").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    report = capacity.add_parser(
+        "report", help="capacity by sampling step, layer, expert, and class or prompt, as CSV and plots"
+    )
     report.add_argument("--out", required=True, type=Path, help="folder for tables and plots")
     report.add_argument("--classes", type=numbers, default=None, metavar="0,1,2", help="classes (default: all)")
     report.add_argument("--per-class", dest="samples", type=int, default=8, help="samples of each class (default 8)")
     report.add_argument("--per-prompt", dest="samples", type=int, help="the same of each prompt")
-    report.add_argument("--prompt", action="append", default=[], metavar="WORDS", help="what to draw (a model of captions); again for more")
-    report.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="text file of prompts, one on each line")
+    report.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="what to draw (a model of captions); again for more",
+    )
+    report.add_argument(
+        "--prompts", type=Path, default=None, metavar="FILE", help="text file of prompts, one on each line"
+    )
     report.set_defaults(run=_capacity_report)
-    search = capacity.add_parser("search", help="try constant thresholds and pick the best with C at most 1 (interval search)")
+    search = capacity.add_parser(
+        "search", help="try constant thresholds and pick the best with C at most 1 (interval search)"
+    )
     search.add_argument(
-        "--thresholds", required=True, type=_thresholds, metavar="0.3,0.5,dynamic", help="constants to try, and dynamic or raw"
+        "--thresholds",
+        required=True,
+        type=_thresholds,
+        metavar="0.3,0.5,dynamic",
+        help="constants to try, and dynamic or raw",
     )
     search.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
     search.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
@@ -33,7 +51,9 @@ def add(verbs: Any) -> None:
     for verb in (report, search):
         verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
-        verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
+        verb.add_argument(
+            "--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)"
+        )
 
 
 def _thresholds(text: str) -> list[Any]:

@@ -14,18 +14,29 @@ def add(verbs: Any) -> None:
     bring.add_argument("--reference", required=True, type=Path, metavar="FILE.pt", help="its checkpoint")
     bring.add_argument("--out", required=True, type=Path, help="new folder, which load_model reads")
     bring.add_argument("--heads", type=int, default=None, help="attention heads, which a checkpoint does not tell")
-    bring.add_argument("--input-size", type=int, default=None, help="height of the latent, if the checkpoint has no positions")
+    bring.add_argument(
+        "--input-size", type=int, default=None, help="height of the latent, if the checkpoint has no positions"
+    )
     bring.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set to load (default ema)")
-    bring.add_argument("--objective", choices=("flow", "ddpm"), default="flow", help="what it was trained to predict (default flow)")
-    bring.add_argument("--one-set", action="store_true", help="do not keep the other set for the way back (half the disk)")
+    bring.add_argument(
+        "--objective", choices=("flow", "ddpm"), default="flow", help="what it was trained to predict (default flow)"
+    )
+    bring.add_argument(
+        "--one-set", action="store_true", help="do not keep the other set for the way back (half the disk)"
+    )
     bring.set_defaults(run=_import)
     give = verbs.add_parser(
-        "export", help="write a trained model as safetensors, or as a checkpoint of the published reference implementation"
+        "export",
+        help="write a trained model as safetensors, or as a checkpoint of the published reference implementation",
     )
-    give.add_argument("path", type=Path, help="run folder, checkpoint, or folder with model.safetensors and config.json")
+    give.add_argument(
+        "path", type=Path, help="run folder, checkpoint, or folder with model.safetensors and config.json"
+    )
     give.add_argument("--out", type=Path, default=None, help="new folder for model.safetensors and config.json")
     give.add_argument("--to-reference", type=Path, default=None, metavar="FILE.pt", help="new reference checkpoint")
-    give.add_argument("--weights", choices=("ema", "model"), default=None, help="which set of a run to write (default ema)")
+    give.add_argument(
+        "--weights", choices=("ema", "model"), default=None, help="which set of a run to write (default ema)"
+    )
     give.set_defaults(run=_export)
 
 
@@ -59,7 +70,11 @@ def _export(options: argparse.Namespace) -> None:
             checkpoint, folder = resolve(options.path), options.out or Path(aside) / "model"
             weights: Literal["ema", "model"] = options.weights or "ema"
             config = override(config_of(checkpoint), [f"sample.weights={weights}"])
-            provenance = {"checkpoint": checkpoint.name, "weights": weights, "ancestry": [dict(one) for one in ancestry_of(checkpoint)]}
+            provenance = {
+                "checkpoint": checkpoint.name,
+                "weights": weights,
+                "ancestry": [dict(one) for one in ancestry_of(checkpoint)],
+            }
             save_single(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
         elif options.out is not None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")

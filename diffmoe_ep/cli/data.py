@@ -13,26 +13,42 @@ if TYPE_CHECKING:
 
 def add(verbs: Any) -> None:
     """Declare data index, data check, data stats and data peek."""
-    data = verbs.add_parser("data", help="index, check and look at datasets").add_subparsers(required=True, metavar="WHAT")
+    data = verbs.add_parser("data", help="index, check and look at datasets").add_subparsers(
+        required=True, metavar="WHAT"
+    )
     index = data.add_parser("index", help="make a folder of someone's webdataset tars usable, without changing them")
     index.add_argument("folder", type=Path, help="folder of uncompressed tars: a label and one npy for each key")
     index.add_argument(
-        "--out", type=Path, default=None, help="folder for indexes, manifest and links to the tars (default: beside the tars)"
+        "--out",
+        type=Path,
+        default=None,
+        help="folder for indexes, manifest and links to the tars (default: beside the tars)",
     )
     index.add_argument("--kind", choices=("moments", "pixels"), required=True, help="what the arrays are")
     index.add_argument("--array", default="npy", metavar="EXTENSION", help="of the arrays' members (default npy)")
     index.add_argument("--label", default="cls", metavar="EXTENSION", help="of the labels' members (default cls)")
-    index.add_argument("--scale", type=float, required=True, help="final latent = stored * scale + shift; Stable Diffusion's VAE: 0.18215")
+    index.add_argument(
+        "--scale",
+        type=float,
+        required=True,
+        help="final latent = stored * scale + shift; Stable Diffusion's VAE: 0.18215",
+    )
     index.add_argument("--shift", type=float, default=0.0, help="see --scale (default 0)")
     index.add_argument("--classes", type=int, default=None, help="number of classes (default: the largest label + 1)")
     index.add_argument("--name", default=None, help="of the dataset (default: the folder's)")
-    index.add_argument("--licence", default="not stated", help="note on whose data they are and what may be done with them")
+    index.add_argument(
+        "--licence", default="not stated", help="note on whose data they are and what may be done with them"
+    )
     index.set_defaults(run=_index)
-    check = data.add_parser("check", help="read every byte of a dataset and report all that is wrong with it; exit code 1 if anything is")
+    check = data.add_parser(
+        "check", help="read every byte of a dataset and report all that is wrong with it; exit code 1 if anything is"
+    )
     check.add_argument("folder", help="dataset folder")
     check.set_defaults(run=_check)
     stats = data.add_parser("stats", help="counts of the classes, mean and deviation of latents, bytes per sample")
-    stats.add_argument("--samples", type=int, default=1000, help="samples for the latents' mean and deviation (default 1000)")
+    stats.add_argument(
+        "--samples", type=int, default=1000, help="samples for the latents' mean and deviation (default 1000)"
+    )
     stats.set_defaults(run=_stats)
     peek = data.add_parser("peek", help="draw some samples with their labels or captions")
     peek.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="picture to write")
@@ -47,16 +63,28 @@ def add(verbs: Any) -> None:
 
 def add_bench(kinds: Any) -> None:
     """Declare bench stream below the verb bench."""
-    stream = kinds.add_parser("stream", help="samples per second of one process, against reading the bytes and plain webdataset")
-    stream.add_argument(
-        "folder", type=Path, nargs="?", default=None, help="dataset with labels (default: a synthetic one is written to --out)"
+    stream = kinds.add_parser(
+        "stream", help="samples per second of one process, against reading the bytes and plain webdataset"
     )
-    stream.add_argument("--out", type=Path, default=Path("bench_stream"), help="folder for the synthetic set (default bench_stream)")
-    stream.add_argument("--synthetic", type=int, default=16384, metavar="N", help="its samples of 32 KiB (default 16384: 0.6 GB)")
+    stream.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=None,
+        help="dataset with labels (default: a synthetic one is written to --out)",
+    )
+    stream.add_argument(
+        "--out", type=Path, default=Path("bench_stream"), help="folder for the synthetic set (default bench_stream)"
+    )
+    stream.add_argument(
+        "--synthetic", type=int, default=16384, metavar="N", help="its samples of 32 KiB (default 16384: 0.6 GB)"
+    )
     stream.add_argument("--samples", type=int, default=None, help="samples of a turn (default: all, at most 512)")
     stream.add_argument("--turns", type=int, default=40, help="turns, of which the fastest counts (default 40)")
     stream.add_argument("--workers", type=int, default=2, help="worker processes of the training loop (default 2)")
-    stream.add_argument("--step-seconds", type=float, default=0.5, help="length of its steps of 64 samples (default 0.5)")
+    stream.add_argument(
+        "--step-seconds", type=float, default=0.5, help="length of its steps of 64 samples (default 0.5)"
+    )
     stream.add_argument("--steps", type=int, default=20, help="its steps (default 20)")
     stream.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
     stream.set_defaults(run=_bench_stream)
@@ -115,11 +143,15 @@ def _check(options: argparse.Namespace) -> None:
     from diffmoe_ep.data.remote.fetch import is_remote
 
     if is_remote(options.folder):
-        raise ConfigError(f"{options.folder} is a URL; check the folder before it is uploaded: what is fetched is always checked")
+        raise ConfigError(
+            f"{options.folder} is a URL; check the folder before it is uploaded: what is fetched is always checked"
+        )
     with tqdm(unit="sample", disable=not sys.stderr.isatty()) as bar:
         found = check_folder(Path(options.folder), bar.update)
     print("\n".join(found.problems), end="\n" if found.problems else "")
-    print(f"{options.folder}: {found.num_samples} sound samples in {found.num_shards} shards, {len(found.problems)} problems")
+    print(
+        f"{options.folder}: {found.num_samples} sound samples in {found.num_shards} shards, {len(found.problems)} problems"
+    )
     if found.problems:
         sys.exit(1)
 

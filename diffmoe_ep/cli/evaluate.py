@@ -13,11 +13,15 @@ def add(verbs: Any) -> None:
     """Declare evaluate."""
     evaluate = verbs.add_parser("evaluate", help="score samples of a run or checkpoint against real images")
     evaluate.add_argument(
-        "--composition", action="store_true", help="of a model of digits_captions: single object, two objects, counting, position"
+        "--composition",
+        action="store_true",
+        help="of a model of digits_captions: single object, two objects, counting, position",
     )
     evaluate.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
     evaluate.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
-    evaluate.add_argument("--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png")
+    evaluate.add_argument(
+        "--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png"
+    )
     evaluate.set_defaults(run=_evaluate)
     add_source(evaluate, "500; 400 for --composition")
 
@@ -64,7 +68,9 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
 
     each, rest = divmod(options.samples, len(TASKS))
     if rest or each < 2:
-        raise ConfigError(f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}")
+        raise ConfigError(
+            f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}"
+        )
     train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
     check_canvases(tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
@@ -76,11 +82,15 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
         if out is not None:
             judged = [
                 {**image, "task": prompt.task, "right": right}
-                for image, prompt, right in zip(images(source, drawn, None)["images"], asked, found.verdicts, strict=True)
+                for image, prompt, right in zip(
+                    images(source, drawn, None)["images"], asked, found.verdicts, strict=True
+                )
             ]
             write_json(out / "composition.json", {**found.as_dict(), "protocol": protocol(source), "images": judged})
             shown = [number for number in range(len(asked)) if number % each < 30]  # the first rows of each task
-            part = replace(drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown))
+            part = replace(
+                drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown)
+            )
             write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
             print(f"written to {out}: composition.json, grid.png")
     meshes.stop()

@@ -24,13 +24,33 @@ if TYPE_CHECKING:
 def add(verbs: Any) -> None:
     """Declare sample."""
     sample = verbs.add_parser("sample", help="draw images from a run or checkpoint")
-    sample.add_argument("--out", required=True, type=Path, help="folder for samples.npz, grid.png and, with prompts, prompts.json")
-    sample.add_argument("--threshold", type=float, default=None, help="one constant threshold for all experts (sample.threshold)")
+    sample.add_argument(
+        "--out", required=True, type=Path, help="folder for samples.npz, grid.png and, with prompts, prompts.json"
+    )
+    sample.add_argument(
+        "--threshold", type=float, default=None, help="one constant threshold for all experts (sample.threshold)"
+    )
     sample.add_argument("--classes", type=numbers, default=None, metavar="0,1,2", help="classes in turn (default: all)")
-    sample.add_argument("--prompt", action="append", default=[], metavar="WORDS", help="what to draw (a model of captions); again for more")
-    sample.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="file of prompts, one on each line; # starts a comment")
-    sample.add_argument("--negative", default=None, metavar="WORDS", help="what guidance leads away from, in place of no words at all")
-    sample.add_argument("--per-prompt", type=int, default=1, help="images of each prompt (default 1); image n has seed --seed + n")
+    sample.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="what to draw (a model of captions); again for more",
+    )
+    sample.add_argument(
+        "--prompts",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file of prompts, one on each line; # starts a comment",
+    )
+    sample.add_argument(
+        "--negative", default=None, metavar="WORDS", help="what guidance leads away from, in place of no words at all"
+    )
+    sample.add_argument(
+        "--per-prompt", type=int, default=1, help="images of each prompt (default 1); image n has seed --seed + n"
+    )
     sample.set_defaults(run=_sample)
 
     add_source(sample, "100; with prompts, see --per-prompt")
@@ -40,7 +60,10 @@ def add_source(verb: argparse.ArgumentParser, num: str) -> None:
     """Declare what verbs that draw samples have in common; num: how many there are if --samples does not say."""
     verb.add_argument("path", type=Path, help="run folder, one checkpoint in it, or an imported or exported folder")
     verb.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example sample.steps=50 sample.selection=count parallel.expert_parallel=2"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for example sample.steps=50 sample.selection=count parallel.expert_parallel=2",
     )
     verb.add_argument("--samples", type=int, default=None, help=f"number of samples (default {num})")
     verb.add_argument("--seed", type=int, default=None, help="seed of the samples' first noise (default: the run's)")
@@ -57,7 +80,9 @@ class Source:
 
 
 def source_of(options: argparse.Namespace) -> Source:
-    """Find the checkpoint and check everything that follows from it; parallel.expert_parallel is 1 unless an override says otherwise."""
+    """Find the checkpoint and check everything that follows from it; parallel.expert_parallel is 1 unless an override
+    says otherwise.
+    """
     from diffmoe_ep.checkpoint.load import config_of, facts_of, located
     from diffmoe_ep.parallel.mesh import launched_world
     from diffmoe_ep.sampling.sample import check_sampling
@@ -71,7 +96,9 @@ def source_of(options: argparse.Namespace) -> Source:
         raise ConfigError(f"--seed is {options.seed}; it must be at least 0 and less than 2^63")
     if world % expert:
         started = f"{world} process{'es were' if world > 1 else ' was'} started"
-        raise ConfigError(f"parallel.expert_parallel is {expert} and {started}; start a multiple of parallel.expert_parallel, or leave it at 1")
+        raise ConfigError(
+            f"parallel.expert_parallel is {expert} and {started}; start a multiple of parallel.expert_parallel, or leave it at 1"
+        )
     check_sampling(config, options.samples)
     return Source(checkpoint, config, facts_of(checkpoint), config.seed if options.seed is None else options.seed)
 
@@ -96,13 +123,17 @@ def _load(source: Source, mesh: "Mesh") -> "DiT":
 
 
 def encoded(source: Source, mesh: "Mesh", words: Sequence[str]) -> "Prompts":
-    """Prompts with their features, the same bits on every rank: the first one encodes, and says on standard error what is empty or cut."""
+    """Prompts with their features, the same bits on every rank: the first one encodes, and says on standard error what
+    is empty or cut.
+    """
     from diffmoe_ep.sampling.prompts import Prompts, encode, load_encoder
 
     found, problem = None, None
     if mesh.is_first:
         try:
-            found, said = encode(load_encoder(source.config, source.facts, mesh.device), words, source.config.model.text_length)
+            found, said = encode(
+                load_encoder(source.config, source.facts, mesh.device), words, source.config.model.text_length
+            )
             for line in said:
                 print(f"diffmoe: {line}", file=sys.stderr)
         except ValueError as error:  # ConfigError: told on all ranks
@@ -120,7 +151,9 @@ def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
 
 
 def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
-    """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has seed + n."""
+    """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has
+    seed + n.
+    """
     from diffmoe_ep.sampling.decode import load_decoder
     from diffmoe_ep.sampling.prompts import Prompts
     from diffmoe_ep.sampling.sample import draw
@@ -130,7 +163,10 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
     away = None
     if isinstance(asked, Sequence):
         prompts = encoded(source, mesh, [*asked, *([negative] if negative is not None else [])])
-        conditions, away = prompts.part(0, len(asked)), prompts.part(len(asked), len(prompts)) if negative is not None else None
+        conditions, away = (
+            prompts.part(0, len(asked)),
+            prompts.part(len(asked), len(prompts)) if negative is not None else None,
+        )
     else:
         conditions = asked
     seed = range(source.seed, source.seed + len(asked)) if isinstance(asked, Sequence) else source.seed
@@ -144,7 +180,15 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
 
         objective = source.config.train.objective
         return draw(
-            model, conditions, source.config.sample, mesh, seed=seed, negative=away, objective=objective, decode=decode, progress=show
+            model,
+            conditions,
+            source.config.sample,
+            mesh,
+            seed=seed,
+            negative=away,
+            objective=objective,
+            decode=decode,
+            progress=show,
         )
 
 
@@ -155,7 +199,9 @@ def drawer(source: Source, model: "DiT", mesh: "Mesh") -> "Drawer":
 
     decode = load_decoder(source.config.sample, source.facts, mesh)
 
-    def drawer(asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None) -> "Drawn | None":
+    def drawer(
+        asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None
+    ) -> "Drawn | None":
         objective = source.config.train.objective
         return draw(model, asked, sample, mesh, seed=source.seed, objective=objective, decode=decode, progress=progress)
 
@@ -166,7 +212,9 @@ def out_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {path} cannot be made ({error.strerror}); give a folder that can be written") from error
+        raise ConfigError(
+            f"--out {path} cannot be made ({error.strerror}); give a folder that can be written"
+        ) from error
     return path
 
 
@@ -185,7 +233,9 @@ def _words(options: argparse.Namespace) -> list[str]:
     if options.per_prompt < 1:
         raise ConfigError(f"--per-prompt is {options.per_prompt}; it must be at least 1")
     if words and options.samples is not None:
-        raise ConfigError(f"--samples is {options.samples}, but prompts say how many are drawn; give --per-prompt, or no prompts")
+        raise ConfigError(
+            f"--samples is {options.samples}, but prompts say how many are drawn; give --per-prompt, or no prompts"
+        )
     if words:
         options.samples = len(words) * options.per_prompt
     elif options.samples is None:
@@ -199,11 +249,18 @@ def _asked(options: argparse.Namespace, words: list[str], config: Config) -> "Te
 
     if config.model.condition == "text":
         if options.classes is not None:
-            raise ConfigError("--classes is given, but the model is conditioned on captions and has no classes; give --prompt or --prompts")
+            raise ConfigError(
+                "--classes is given, but the model is conditioned on captions and has no classes; give --prompt or "
+                "--prompts"
+            )
         if not words:
-            raise ConfigError('the model is conditioned on captions; say what to draw: --prompt "...", or --prompts FILE')
+            raise ConfigError(
+                'the model is conditioned on captions; say what to draw: --prompt "...", or --prompts FILE'
+            )
         if options.negative is not None and config.sample.guidance == 1:
-            raise ConfigError("--negative needs guidance, but sample.guidance is 1; set it higher, or leave --negative away")
+            raise ConfigError(
+                "--negative needs guidance, but sample.guidance is 1; set it higher, or leave --negative away"
+            )
         return words
     if words or options.negative is not None:
         raise ConfigError("prompts are given, but the model is conditioned on classes; give --classes")

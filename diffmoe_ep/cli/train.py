@@ -5,20 +5,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config import Config, ConfigError, check_world, dump, has_experts, keys, load, num_tokens, pool_samples, tokens_per_expert
+from diffmoe_ep.config import (
+    Config,
+    ConfigError,
+    check_world,
+    dump,
+    has_experts,
+    keys,
+    load,
+    num_tokens,
+    pool_samples,
+    tokens_per_expert,
+)
 
 
 def add(verbs: Any) -> None:
     """Declare train, plan and keys."""
-    train = verbs.add_parser("train", help="train a model, or continue its run", epilog="Keys and defaults: diffmoe keys")
+    train = verbs.add_parser(
+        "train", help="train a model, or continue its run", epilog="Keys and defaults: diffmoe keys"
+    )
     train.add_argument("config", help="YAML file, for example configs/digits.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.steps=20 parallel.expert_parallel=2")
     train.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config, the parameter counts and the layout of ranks, and stop"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted overrides, for example train.steps=20 parallel.expert_parallel=2",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the parameter counts and the layout of ranks, and stop",
     )
     train.set_defaults(run=_train)
 
-    plan = verbs.add_parser("plan", help="print parameters by module, activated parameters and FLOPs of a config; builds nothing")
+    plan = verbs.add_parser(
+        "plan", help="print parameters by module, activated parameters and FLOPs of a config; builds nothing"
+    )
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--capacity", type=float, default=None, help="inference capacity C (default: training's)")
@@ -29,8 +51,12 @@ def add(verbs: Any) -> None:
         metavar="FILE",
         help="also memory, traffic and time on a cluster, for example configs/cluster/h800x8.yaml",
     )
-    plan.add_argument("--measured", type=Path, default=None, metavar="FILE", help="measured rates that replace the cluster file's")
-    plan.add_argument("--samples", type=int, default=None, help="samples for which days are told (default: the config's)")
+    plan.add_argument(
+        "--measured", type=Path, default=None, metavar="FILE", help="measured rates that replace the cluster file's"
+    )
+    plan.add_argument(
+        "--samples", type=int, default=None, help="samples for which days are told (default: the config's)"
+    )
     plan.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
     plan.set_defaults(run=_plan)
 
@@ -49,7 +75,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _dry_run(config: Config) -> None:
-    """Print what a run would be: its config, its size and its layout over the launched ranks (or the fewest it needs)."""
+    """Print what a run would be: its config, its size and its layout over the launched ranks (or the fewest it
+    needs).
+    """
     from diffmoe_ep.model.count import count
     from diffmoe_ep.parallel.mesh import launched_rank, launched_world
 
@@ -87,7 +115,9 @@ def _dry_run(config: Config) -> None:
         if config.model.family == "tc":
             print(f"{over}; each token takes {config.model.top_k} of {config.model.num_experts} experts")
         else:
-            k = tokens_per_expert(pool, config.pool.capacity, config.model.num_experts, granularity=config.model.granularity)
+            k = tokens_per_expert(
+                pool, config.pool.capacity, config.model.num_experts, granularity=config.model.granularity
+            )
             print(f"{over}; each expert takes {k}")
         for rank in range(min(world, 64)):
             first = rank % expert * each
@@ -114,7 +144,9 @@ def _plan(options: argparse.Namespace) -> None:
         print("\n".join(["", *laid.lines()]))
         content = {"model": content, "cluster": laid.as_dict()}
     elif options.measured is not None or options.samples is not None:
-        raise ConfigError("--measured and --samples go with --cluster FILE; give one, for example configs/cluster/h800x8.yaml")
+        raise ConfigError(
+            "--measured and --samples go with --cluster FILE; give one, for example configs/cluster/h800x8.yaml"
+        )
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"written to {options.json}")

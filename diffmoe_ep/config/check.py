@@ -22,7 +22,9 @@ def check(config: Config) -> None:
     if model.input_size % model.patch:
         raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
     if model.hidden_size % model.num_heads or model.hidden_size % 4:
-        raise ConfigError(f"model.hidden_size {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of 4 (positions)")
+        raise ConfigError(
+            f"model.hidden_size {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of 4 (positions)"
+        )
     if model.out_channels < model.in_channels:
         raise ConfigError(
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
@@ -45,7 +47,9 @@ def check(config: Config) -> None:
             f"accumulation that divides it: {_divisors(train.global_batch)}"
         )
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
-        raise ConfigError(f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1")
+        raise ConfigError(
+            f"train.optimizer.betas are {list(train.optimizer.betas)}; they must be at least 0 and less than 1"
+        )
     if config.seed >= 2**63:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if has_experts(model):
@@ -56,7 +60,9 @@ def _check_start(config: Config) -> None:
     if config.init_from is None:
         return
     if not config.init_from:
-        raise ConfigError("init_from is empty; give a run folder, a checkpoint or an exported folder, or null to start from the seed")
+        raise ConfigError(
+            "init_from is empty; give a run folder, a checkpoint or an exported folder, or null to start from the seed"
+        )
     if Path(os.path.normpath(config.init_from)).is_relative_to(os.path.normpath(config.folder)):
         raise ConfigError(
             f"init_from {config.init_from} is this run's own folder; a run continues its own checkpoints without it (resume=auto): "
@@ -70,11 +76,19 @@ def _check_data(config: Config) -> None:
         text = config.model.condition == "text"
         for key, wrong in (("mixture", bool(data.mixture)), ("lanes", data.lanes > 1)):
             if wrong:
-                raise ConfigError(f"data.mode is resampled, and data.{key} is only for indexed datasets; index the tars, or unset it")
+                raise ConfigError(
+                    f"data.mode is resampled, and data.{key} is only for indexed datasets; index the tars, or unset it"
+                )
         if text and not config.text.online:
-            raise ConfigError("data.mode is resampled, so captions come as words; set text.online=true and text.folder, or index the tars")
+            raise ConfigError(
+                "data.mode is resampled, so captions come as words; set text.online=true and text.folder, or index "
+                "the tars"
+            )
         if text and config.sample.grid_every:
-            raise ConfigError("sample.grid_every takes captions from an indexed dataset; with data.mode=resampled set sample.grid_every=0")
+            raise ConfigError(
+                "sample.grid_every takes captions from an indexed dataset; with data.mode=resampled set "
+                "sample.grid_every=0"
+            )
     if data.mixture and data.folder != DataConfig.folder:
         raise ConfigError(
             f"data.folder is {data.folder} and data.mixture names datasets too; set data.folder={DataConfig.folder}, or no mixture"
@@ -108,7 +122,9 @@ def _check_sampling(config: Config) -> None:
             f"sample.sampler {sample.sampler} needs a model of train.objective ddpm, this one is of {objective}; set euler or heun"
         )
     if sample.sampler in ("ddpm", "ddim") and sample.steps > 1000:
-        raise ConfigError(f"sample.steps is {sample.steps}, but {sample.sampler} chooses among 1000 steps; set at most 1000")
+        raise ConfigError(
+            f"sample.steps is {sample.steps}, but {sample.sampler} chooses among 1000 steps; set at most 1000"
+        )
     low, high = sample.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"sample.guidance_interval is [{low:g}, {high:g}]; it must be 0 <= low <= high <= 1")
@@ -146,7 +162,9 @@ def _check_experts(config: Config) -> None:
     if not config.model.interleave or config.model.num_blocks > 1:
         pool, tokens = pool_samples(config), num_tokens(config.model)
         if config.model.family != "tc":
-            tokens_per_expert(pool * tokens, config.pool.capacity, num_experts, "pool.capacity", config.model.granularity)
+            tokens_per_expert(
+                pool * tokens, config.pool.capacity, num_experts, "pool.capacity", config.model.granularity
+            )
     _check_family(config)
 
 
@@ -160,7 +178,10 @@ def _check_family(config: Config) -> None:
     if model.family == "tc" and model.top_k > model.num_experts:
         raise ConfigError(f"model.top_k {model.top_k} is more than model.num_experts {model.num_experts}")
     if model.family == "tc" and model.predictor:
-        raise ConfigError("model.predictor is true, but in family tc tokens choose and nothing is to predict; set model.predictor=null")
+        raise ConfigError(
+            "model.predictor is true, but in family tc tokens choose and nothing is to predict; set "
+            "model.predictor=null"
+        )
     if model.family == "ec" and config.pool.span not in ("all", 1):
         raise ConfigError(
             f"pool.span is {config.pool.span}, but in family ec a pool is one sample; set pool.span=1, or model.family=diffmoe"
@@ -212,19 +233,27 @@ def has_experts(model: ModelConfig) -> bool:
 
 def has_predictor(model: ModelConfig) -> bool:
     """Whether MoE layers have a capacity predictor."""
-    return model.family in ("diffmoe", "ec") and (model.family == "diffmoe" if model.predictor is None else model.predictor)
+    return model.family in ("diffmoe", "ec") and (
+        model.family == "diffmoe" if model.predictor is None else model.predictor
+    )
 
 
 def pool_samples(config: Config) -> int:
     """Samples in one training pool."""
     if config.model.family == "ec":
         return 1
-    return config.train.global_batch // config.train.grad_accumulation if config.pool.span == "all" else config.pool.span
+    return (
+        config.train.global_batch // config.train.grad_accumulation if config.pool.span == "all" else config.pool.span
+    )
 
 
 def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity", granularity: int = 1) -> int:
-    """Tokens k = floor(P * C * m / N) that an expert takes from a pool of P; raises ConfigError when that is none, or more than P."""
-    taken = int(Fraction(str(capacity)) * pool * granularity / num_experts)  # exact: in floats, 100 * 0.58 / 2 falls below 29
+    """Tokens k = floor(P * C * m / N) that an expert takes from a pool of P; raises ConfigError when that is none, or
+    more than P.
+    """
+    taken = int(
+        Fraction(str(capacity)) * pool * granularity / num_experts
+    )  # exact: in floats, 100 * 0.58 / 2 falls below 29
     if taken < 1 or capacity * granularity > num_experts:
         raise ConfigError(
             f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "

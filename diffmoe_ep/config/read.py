@@ -20,11 +20,14 @@ T = TypeVar("T")
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, lay dotted overrides ("train.steps=20") over it and build the typed, checked config.
 
-    Raises ConfigError for a missing or malformed file, an unknown key (the nearest is named), a wrong type or numbers that contradict.
+    Raises ConfigError for a missing or malformed file, an unknown key (the nearest is named), a wrong type or numbers
+    that contradict.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; give the path of a YAML file, for example configs/digits.yaml")
+        raise ConfigError(
+            f"config file {path} does not exist; give the path of a YAML file, for example configs/digits.yaml"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -35,7 +38,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def read_section(path: str | Path, kind: type[T]) -> T:
     """Read a YAML (or JSON) file into any frozen dataclass of knobs, as strictly as a run's config.
 
-    Raises ConfigError that opens with the file, for what `load` raises it for and for a key that has no default and is missing.
+    Raises ConfigError that opens with the file, for what `load` raises it for and for a key that has no default and is
+    missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,11 +49,15 @@ def read_section(path: str | Path, kind: type[T]) -> T:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path} holds {_show(tree)}, not a mapping of keys; the keys are {', '.join(get_type_hints(kind))}")
+        raise ConfigError(
+            f"{path} holds {_show(tree)}, not a mapping of keys; the keys are {', '.join(get_type_hints(kind))}"
+        )
     needed = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING]  # type: ignore[arg-type]
     missing = [name for name in needed if name not in tree]
     try:
-        if missing and set(tree) <= set(get_type_hints(kind)):  # an unknown key is told first: it may be a missing one, misspelt
+        if missing and set(tree) <= set(
+            get_type_hints(kind)
+        ):  # an unknown key is told first: it may be a missing one, misspelt
             raise ConfigError(f"lacks {', '.join(missing)}; the keys are {', '.join(get_type_hints(kind))}")
         built = _build(kind, tree, "")
         _check_limits(built, "")
@@ -65,12 +73,16 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the config holds a value that is no plain text, number or list ({error}); put it in quotes") from error
+        raise ConfigError(
+            f"the config holds a value that is no plain text, number or list ({error}); put it in quotes"
+        ) from error
     for override in overrides:
         _lay_over(merged, override)
     model = merged.get("model")
     if isinstance(model, dict) and model.get("size") in SIZES:  # a name stands for its three numbers
-        merged["model"] = dict(zip(("hidden_size", "num_blocks", "num_heads"), SIZES[model["size"]], strict=True)) | model
+        merged["model"] = (
+            dict(zip(("hidden_size", "num_blocks", "num_heads"), SIZES[model["size"]], strict=True)) | model
+        )
     config = _build(Config, merged, "")
     check(config)
     return config
@@ -140,7 +152,9 @@ def _unknown(key: str, hints: Mapping[str, Any]) -> str:
     if near:
         guess = key[: len(key) - len(name)] + near[0]
     else:
-        elsewhere = [other for other in every if other.rpartition(".")[2] == name] or difflib.get_close_matches(key, every, n=1, cutoff=0.6)
+        elsewhere = [other for other in every if other.rpartition(".")[2] == name] or difflib.get_close_matches(
+            key, every, n=1, cutoff=0.6
+        )
         if not elsewhere:
             return f"unknown key {key}; the keys here are {', '.join(hints)}"
         guess = elsewhere[0]
@@ -160,13 +174,18 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if value in get_args(hint) and not isinstance(value, bool):
             return value
         near = difflib.get_close_matches(str(value), [str(member) for member in get_args(hint)], n=1)
-        raise ConfigError(f"{key}: {_show(value)} is not one of {_name(hint)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(
+            f"{key}: {_show(value)} is not one of {_name(hint)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     elif get_origin(hint) is tuple:
         members = get_args(hint)
         if members[-1] is Ellipsis and isinstance(value, list | tuple):
             members = (members[0],) * len(value)
         if isinstance(value, list | tuple) and len(value) == len(members):
-            return tuple(_value(member, item, f"{key}[{index}]") for index, (member, item) in enumerate(zip(members, value, strict=True)))
+            return tuple(
+                _value(member, item, f"{key}[{index}]")
+                for index, (member, item) in enumerate(zip(members, value, strict=True))
+            )
     elif hint is types.NoneType:
         if value is None:
             return None
@@ -193,7 +212,9 @@ def _name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(_name(member) for member in get_args(hint))
     if is_dataclass(hint):
-        return "{" + ", ".join(f"{entry.name}: {_name(get_type_hints(hint)[entry.name])}" for entry in fields(hint)) + "}"
+        return (
+            "{" + ", ".join(f"{entry.name}: {_name(get_type_hints(hint)[entry.name])}" for entry in fields(hint)) + "}"
+        )
     if hint is Ellipsis:
         return "..."
     if get_origin(hint) is tuple:

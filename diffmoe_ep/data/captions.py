@@ -1,4 +1,6 @@
-"""Captions on their way into a Batch: what a run asks of them, whether its datasets have that, and the one of a sample that it takes."""
+"""Captions on their way into a Batch: what a run asks of them, whether its datasets have that, and the one of a sample
+that it takes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +29,17 @@ class TextFields:
     @classmethod
     def of(cls, model: ModelConfig, text: TextConfig) -> "TextFields | None":
         """As the config says; None where the condition is a label."""
-        return cls(text.encoder, model.text_length, model.text_width, text.online) if model.condition == "text" else None
+        return (
+            cls(text.encoder, model.text_length, model.text_width, text.online) if model.condition == "text" else None
+        )
 
     def stored(self, manifest: Manifest) -> TextFeatures | None:
         """The stored features to be read; None where captions are encoded while training, or where there are none."""
-        return None if self.online else next((features for features in manifest.text if features.name == self.encoder), None)
+        return (
+            None
+            if self.online
+            else next((features for features in manifest.text if features.name == self.encoder), None)
+        )
 
     def members(self, manifest: Manifest) -> tuple[str, ...]:
         """The members of a sample to be read: of the features of several encoders, only the wanted ones."""
@@ -50,7 +58,9 @@ class Described(Protocol):
 
 
 def check_text(datasets: Described, text: TextFields | None) -> None:
-    """Raise ConfigError unless the datasets hold the condition that the model takes: labels, or captions with the features it wants."""
+    """Raise ConfigError unless the datasets hold the condition that the model takes: labels, or captions with the
+    features it wants.
+    """
     first: tuple[str, TextFeatures] | None = None
     for name, manifest in zip(datasets.names, datasets.manifests, strict=True):
         if manifest.condition == "class":
@@ -101,7 +111,9 @@ def read_chosen(
 
 
 def collate(captions: Sequence[Caption], dropped: Sequence[bool], text: TextFields) -> tuple[Text, tuple[str, ...]]:
-    """The condition of a batch, and the words of its captions where they are still to be encoded; what is dropped is the null caption."""
+    """The condition of a batch, and the words of its captions where they are still to be encoded; what is dropped is
+    the null caption.
+    """
     if text.online:
         words = tuple("" if drop else caption.text for caption, drop in zip(captions, dropped, strict=True))
         return Text(torch.zeros(len(words), text.places, 0), torch.zeros(len(words), dtype=torch.int64)), words

@@ -25,7 +25,9 @@ class Text:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Text":
         """The captions on another device."""
-        return Text(self.features.to(device, non_blocking=non_blocking), self.lengths.to(device, non_blocking=non_blocking))
+        return Text(
+            self.features.to(device, non_blocking=non_blocking), self.lengths.to(device, non_blocking=non_blocking)
+        )
 
 
 Condition = Tensor | Text  # labels (B,) int64, the number of classes being the null class; or captions
@@ -49,7 +51,9 @@ def joined(conditions: Sequence[Condition]) -> Condition:
 
 
 def padded(rows: Sequence[Tensor], places: int, width: int) -> Text:
-    """Captions from the features (length, E) of each, cut to `places` and filled up with zeros; no rows: the null caption."""
+    """Captions from the features (length, E) of each, cut to `places` and filled up with zeros; no rows: the null
+    caption.
+    """
     features = torch.zeros(len(rows), places, width, dtype=rows[0].dtype if rows else torch.float32)
     lengths = torch.zeros(len(rows), dtype=torch.int64)
     for number, row in enumerate(rows):

@@ -1,7 +1,9 @@
-"""Index webdataset tars that others made: where their samples lie, in what shape, and what is wrong with them; the tars stay as they are.
+"""Index webdataset tars that others made: where their samples lie, in what shape, and what is wrong with them; the tars
+stay as they are.
 
-The members of a sample (KEY.EXTENSION, next to each other) are taken as their extensions say: one holds the label as decimal text, one
-the array as npy. Our names of these fields stand in the index only, so the tars' own names do not matter.
+The members of a sample (KEY.EXTENSION, next to each other) are taken as their extensions say: one holds the label as
+decimal text, one the array as npy. Our names of these fields stand in the index only, so the tars' own names do not
+matter.
 """
 
 import hashlib
@@ -56,10 +58,11 @@ class _Sample:
 
 
 def index_folder(folder: Path, out: Path, says: Foreign, progress: Callable[[str], object] | None = None) -> Indexed:
-    """Write an index for each tar of `folder`, and the manifest, into `out`, which links to the tars if it is another folder.
+    """Write an index for each tar of `folder`, and the manifest, into `out`, which links to the tars if it is another
+    folder.
 
-    Samples that lack a member, repeat a key or cannot be read are left out and reported. DataError if nothing is left, or if `out`
-    holds a manifest already.
+    Samples that lack a member, repeat a key or cannot be read are left out and reported. DataError if nothing is left,
+    or if `out` holds a manifest already.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
@@ -79,12 +82,16 @@ def index_folder(folder: Path, out: Path, says: Foreign, progress: Callable[[str
         raise DataError(f"{folder} holds no sample with members {says.label} and {says.array}; {_first(scan.problems)}")
     facts, most = scan.facts, scan.largest_label + 1
     if says.num_classes is not None and most > says.num_classes:
-        raise DataError(f"{folder} holds label {scan.largest_label}, --classes is {says.num_classes}; use --classes {most} or more")
+        raise DataError(
+            f"{folder} holds label {scan.largest_label}, --classes is {says.num_classes}; use --classes {most} or more"
+        )
     out.mkdir(parents=True, exist_ok=True)
     shards = tuple(_write_index(out, path, samples, facts.fields) for path, samples in found if samples)
     count = sum(shard.num_samples for shard in shards)
     manifest = replace(facts, num_classes=says.num_classes or most, shards=shards, num_samples=count)
-    parse_manifest(json.loads(manifest.to_json()), str(out / MANIFEST_NAME))  # DataError for facts that no dataset may have
+    parse_manifest(
+        json.loads(manifest.to_json()), str(out / MANIFEST_NAME)
+    )  # DataError for facts that no dataset may have
     _write(out / MANIFEST_NAME, manifest.to_json().encode())
     return Indexed(manifest, tuple(scan.problems))
 
@@ -119,10 +126,13 @@ class _Scan:
                     continue
                 offsets = {field: members[extension][0] for extension, field in self._wanted.items()}
                 contents = {
-                    field: os.pread(file.fileno(), members[extension][1], offsets[field]) for extension, field in self._wanted.items()
+                    field: os.pread(file.fileno(), members[extension][1], offsets[field])
+                    for extension, field in self._wanted.items()
                 }
                 label = contents["cls"]
-                offsets["cls"] += len(label) - len(label.lstrip())  # many tools write white space around it, which is left out
+                offsets["cls"] += len(label) - len(
+                    label.lstrip()
+                )  # many tools write white space around it, which is left out
                 contents["cls"] = label.strip()
                 try:
                     self._check(contents)
@@ -130,11 +140,15 @@ class _Scan:
                     self.problems.append(f"{where}: left out, {error}")
                     continue
                 self._keys.add(key.encode())
-                facts = {field: (offsets[field], len(content), zlib.crc32(content)) for field, content in contents.items()}
+                facts = {
+                    field: (offsets[field], len(content), zlib.crc32(content)) for field, content in contents.items()
+                }
                 yield _Sample(key.encode(), facts)
 
     def _groups(self, file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-        """Key and members (extension -> offset, size) of the samples: neighbouring files of one name up to its first dot."""
+        """Key and members (extension -> offset, size) of the samples: neighbouring files of one name up to its first
+        dot.
+        """
         group: dict[str, tuple[int, int]] = {}
         current: str | None = None
         try:
@@ -175,7 +189,9 @@ def facts_of(content: bytes, says: Foreign) -> Manifest:
         raise ValueError(f"its {says.array} is not an npy file ({error})") from error
     expected = "(C, H, W)" if says.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
     if array.dtype.name not in DTYPES[says.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
-        raise ValueError(f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}")
+        raise ValueError(
+            f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}"
+        )
     channels, height, width = array.shape[-3:]
     flips = 1 if says.kind == "pixels" else array.shape[0]
     if not 1 <= flips <= 2 or array.size == 0 or (says.kind == "moments" and channels % 2):

@@ -52,7 +52,9 @@ class Stats:
         if self.counts:
             names = manifest.class_names or tuple(map(str, range(manifest.num_classes)))
             used = sum(count > 0 for count in self.counts)
-            lines.append(f"classes: {used} of {manifest.num_classes} used, {min(self.counts)} to {max(self.counts)} samples each")
+            lines.append(
+                f"classes: {used} of {manifest.num_classes} used, {min(self.counts)} to {max(self.counts)} samples each"
+            )
             lines += [f"  {name}: {count}" for name, count in zip(names, self.counts, strict=True)]
         else:
             lines.append(f"captions of an image: {self.captions:.2f}")
@@ -80,13 +82,21 @@ def stats(dataset: Dataset, num: int = 1000, progress: Callable[[int], object] |
         squares += (latent**2).mean((1, 2))
     mean = total / len(chosen)
     std = np.sqrt(np.maximum(squares / len(chosen) - mean**2, 0))
-    by_class = tuple(counts[str(label).encode()] for label in range(manifest.num_classes)) if manifest.condition == "class" else ()
+    by_class = (
+        tuple(counts[str(label).encode()] for label in range(manifest.num_classes))
+        if manifest.condition == "class"
+        else ()
+    )
     if sum(by_class) != sum(counts.values()):
         strange = next(
-            text for text in counts if not text.isdigit() or int(text) >= manifest.num_classes or text != str(int(text)).encode()
+            text
+            for text in counts
+            if not text.isdigit() or int(text) >= manifest.num_classes or text != str(int(text)).encode()
         )
         where = Mixture([dataset]).names[0]
-        raise DataError(f"{where} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong")
+        raise DataError(
+            f"{where} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong"
+        )
     return Stats(
         manifest, dataset.fingerprint, sum(shard.bytes for shard in manifest.shards),
         {field: size / len(chosen) for field, size in sizes.items()}, by_class, captions / len(chosen), tuple(mean), tuple(std),
@@ -99,13 +109,17 @@ def spread(dataset: Dataset, num: int) -> list[tuple[int, int]]:
     ends = np.cumsum(dataset.sizes)
     places = np.unique(np.linspace(0, ends[-1] - 1, min(num, int(ends[-1]))).round().astype(np.int64))
     shards = np.searchsorted(ends, places, side="right")
-    return [(int(shard), int(place - ends[shard] + dataset.sizes[shard])) for place, shard in zip(places, shards, strict=True)]
+    return [
+        (int(shard), int(place - ends[shard] + dataset.sizes[shard]))
+        for place, shard in zip(places, shards, strict=True)
+    ]
 
 
 def peek(dataset: Dataset, path: Path, num: int = 25, columns: int = 5) -> None:
     """Write a PNG of `num` samples spread over the dataset, each above its label or captions.
 
-    Pixels are shown as they are; of moments the mean, its first three channels as red, green and blue. ConfigError without Pillow.
+    Pixels are shown as they are; of moments the mean, its first three channels as red, green and blue. ConfigError
+    without Pillow.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
@@ -129,7 +143,9 @@ def peek(dataset: Dataset, path: Path, num: int = 25, columns: int = 5) -> None:
 
 
 def colours(arrays: Sequence[NDArray[np.generic]], manifest: Manifest) -> NDArray[np.uint8]:
-    """Stored arrays as pictures (n, H, W, 3): pixels by their own range, the mean of moments by what 1% and 99% of its values are."""
+    """Stored arrays as pictures (n, H, W, 3): pixels by their own range, the mean of moments by what 1% and 99% of its
+    values are.
+    """
     if manifest.kind == "pixels":
         values = np.stack(arrays).astype(np.float64) * manifest.scale + manifest.shift  # (n, C, H, W) in [-1, 1]
         low, high = np.full((1, values.shape[1], 1, 1), -1.0), np.ones((1, 1, 1, 1))

@@ -11,8 +11,9 @@ from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Shard, re
 from diffmoe_ep.data.sample import decode
 from diffmoe_ep.data.shards import Dataset, load_index, sha256_of
 
-# How names of shards' files end, whole or cut short: who joins tars by a pattern would read such strangers too. Other files beside the
-# shards (what a preparation notes of its progress and of bad images, a quarantine list) are nobody's samples.
+# How names of shards' files end, whole or cut short: who joins tars by a pattern would read such strangers too. Other
+# files beside the shards (what a preparation notes of its progress and of bad images, a quarantine list) are nobody's
+# samples.
 OF_SHARDS = (".tar", ".index.npy", ".tar.partial", ".index.npy.partial")
 
 
@@ -28,7 +29,8 @@ class Checked:
 def check_folder(folder: Path, progress: Callable[[int], object] | None = None) -> Checked:
     """Check all shards: sizes, checksums, indexes, tars, and of every sample its fields, shapes, values and label.
 
-    DataError if there is no manifest that can be read, for then nothing is known of the rest. `progress` is told samples after each shard.
+    DataError if there is no manifest that can be read, for then nothing is known of the rest. `progress` is told
+    samples after each shard.
     """
     manifest = read_manifest(folder / MANIFEST_NAME)
     dataset = Dataset(folder, manifest)
@@ -43,7 +45,9 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
             problems.append(_short(error))
             continue
         if len(index) != shard.num_samples:
-            problems.append(f"{folder / shard.index_name} has {len(index)} samples, the manifest says {shard.num_samples}")
+            problems.append(
+                f"{folder / shard.index_name} has {len(index)} samples, the manifest says {shard.num_samples}"
+            )
         if not (folder / shard.name).is_file():
             continue
         problems += _of_tar(folder / shard.name, index, manifest.fields)
@@ -57,7 +61,9 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
         if progress is not None:
             progress(shard.num_samples)
     named = {MANIFEST_NAME} | {name for shard in manifest.shards for name in (shard.name, shard.index_name)}
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in named and path.name.endswith(OF_SHARDS))
+    strangers = sorted(
+        path.name for path in folder.iterdir() if path.name not in named and path.name.endswith(OF_SHARDS)
+    )
     problems += [f"{folder / name} is not in the manifest" for name in strangers]
     return Checked(len(manifest.shards), num_good, tuple(problems))
 
@@ -86,7 +92,10 @@ def _of_tar(path: Path, index: np.ndarray, fields: tuple[str, ...]) -> Iterator[
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, slash, name = member.name.rpartition("/")
-                members[member.offset_data] = (folder + slash + name.partition(".")[0], member.offset_data + member.size)
+                members[member.offset_data] = (
+                    folder + slash + name.partition(".")[0],
+                    member.offset_data + member.size,
+                )
     except (tarfile.TarError, EOFError, OSError) as error:
         yield f"{path} cannot be read as a tar to its end ({error})"
     starts = np.array(sorted(members), dtype=np.int64)

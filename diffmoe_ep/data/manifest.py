@@ -1,7 +1,7 @@
 """What a dataset says about itself: the manifest, strictly read, and the error that every problem with data is.
 
-The manifest is `manifest.json` beside the shards; equal datasets have equal manifests, byte for byte. Format 2 is written; format 1,
-which knows labels only, is read, and stays what it is when it is written again.
+The manifest is `manifest.json` beside the shards; equal datasets have equal manifests, byte for byte. Format 2 is
+written; format 1, which knows labels only, is read, and stays what it is when it is written again.
 """
 
 import json
@@ -24,7 +24,9 @@ NPY_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, EOFError, Recursio
 
 
 class DataError(UserError):
-    """A dataset that cannot be used as it lies there; the message names file, finding and remedy and is shown to the user as it is."""
+    """A dataset that cannot be used as it lies there; the message names file, finding and remedy and is shown to the
+    user as it is.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class TextFeatures:
 
     @property
     def field(self) -> str:
-        """The member that holds the features of all captions of a sample, one after the other: (sum of lengths, width)."""
+        """The member that holds the features of all captions of a sample, one after the other: (sum of lengths,
+        width).
+        """
         return f"text.{self.name}.npy"
 
 
@@ -75,7 +79,9 @@ class Manifest:
     flips: int = 1  # 2: moments of the mirrored image are stored beside those of the image
     num_samples: int = 0  # over all shards
     shards: tuple[Shard, ...] = ()  # in storage order
-    condition: Literal["class", "text"] = "class"  # what a sample is conditioned on: its label (cls) or its captions (captions.json)
+    condition: Literal["class", "text"] = (
+        "class"  # what a sample is conditioned on: its label (cls) or its captions (captions.json)
+    )
     text: tuple[TextFeatures, ...] = ()  # stored features of the captions, by encoder
     image_size: int = 0  # side of the square images that were stored or encoded; 0: not known
     encoder: str = ""  # sha256 over config and weights of the VAE that made the moments; empty: not known, or pixels
@@ -85,7 +91,9 @@ class Manifest:
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the members that every sample has, in the order in which the tar holds them."""
-        condition = ("cls",) if self.condition == "class" else ("captions.json", *(features.field for features in self.text))
+        condition = (
+            ("cls",) if self.condition == "class" else ("captions.json", *(features.field for features in self.text))
+        )
         return tuple(sorted((*condition, f"{self.kind}.npy")))
 
     @property
@@ -106,7 +114,9 @@ KEYS = {
     "class_names": list, "licence": str, "flips": int, "condition": str, "text": list, "image_size": int, "encoder": str,
     "source": str, "num_samples": int, "shards": list,
 }  # fmt: skip
-KEYS_OF_FORMAT_1 = {key: kind for key, kind in KEYS.items() if key not in ("condition", "text", "image_size", "encoder", "source")}
+KEYS_OF_FORMAT_1 = {
+    key: kind for key, kind in KEYS.items() if key not in ("condition", "text", "image_size", "encoder", "source")
+}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -121,12 +131,19 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(content: Any, where: str) -> Manifest:
-    """Check a manifest's JSON content, strictly, and build the Manifest; `where` opens the messages of the DataErrors raised."""
+    """Check a manifest's JSON content, strictly, and build the Manifest; `where` opens the messages of the DataErrors
+    raised.
+    """
     format_1 = isinstance(content, dict) and content.get("format") == 1
     facts = _typed(content, KEYS_OF_FORMAT_1 if format_1 else KEYS, where)
     shards = tuple(Shard(**entry) for entry in _entries(Shard, facts["shards"], f"{where}: shards"))
     text = tuple(TextFeatures(**entry) for entry in _entries(TextFeatures, facts.get("text", []), f"{where}: text"))
-    facts |= {"shape": tuple(facts["shape"]), "class_names": tuple(facts["class_names"]), "shards": shards, "text": text}
+    facts |= {
+        "shape": tuple(facts["shape"]),
+        "class_names": tuple(facts["class_names"]),
+        "shards": shards,
+        "text": text,
+    }
     manifest = Manifest(**facts)
     _check(manifest, where)
     return manifest
@@ -142,8 +159,16 @@ def _check(manifest: Manifest, where: str) -> None:
     demand(manifest.format in (1, FORMAT), "format", f"{FORMAT} or 1, which this version reads")
     demand(_is_plain(manifest.name), "name", "a plain name of letters, digits, '_', '-', '.'")
     demand(manifest.kind in DTYPES, "kind", " or ".join(DTYPES))
-    demand(manifest.dtype in DTYPES[manifest.kind], "dtype", f"one of {', '.join(DTYPES[manifest.kind])} for {manifest.kind}")
-    demand(len(manifest.shape) == 3 and all(type(size) is int and size > 0 for size in manifest.shape), "shape", "[C, H, W], all above 0")
+    demand(
+        manifest.dtype in DTYPES[manifest.kind],
+        "dtype",
+        f"one of {', '.join(DTYPES[manifest.kind])} for {manifest.kind}",
+    )
+    demand(
+        len(manifest.shape) == 3 and all(type(size) is int and size > 0 for size in manifest.shape),
+        "shape",
+        "[C, H, W], all above 0",
+    )
     demand(math.isfinite(manifest.scale) and manifest.scale != 0, "scale", "a finite number other than 0")
     demand(math.isfinite(manifest.shift), "shift", "a finite number")
     demand(manifest.condition in ("class", "text"), "condition", "class or text")
@@ -152,21 +177,37 @@ def _check(manifest: Manifest, where: str) -> None:
         demand(not manifest.text, "text", "no text features where the condition is class")
     demand(manifest.condition == "class" or manifest.num_classes == 0, "num_classes", "0 where the condition is text")
     demand(all(type(name) is str for name in manifest.class_names), "class_names", "a list of texts")
-    demand(len(manifest.class_names) in (0, manifest.num_classes), "class_names", f"{manifest.num_classes} names (num_classes), or none")
+    demand(
+        len(manifest.class_names) in (0, manifest.num_classes),
+        "class_names",
+        f"{manifest.num_classes} names (num_classes), or none",
+    )
     demand(manifest.flips in ((1,) if manifest.kind == "pixels" else (1, 2)), "flips", "1, or 2 for moments")
     demand(manifest.image_size >= 0, "image_size", "0 or more")
     for key in ("encoder", "source"):
         demand(re.fullmatch("([0-9a-f]{64})?", getattr(manifest, key)) is not None, key, "a sha256, or nothing")
     for features in manifest.text:
         sound = re.fullmatch("[a-z0-9]+", features.name) and re.fullmatch("[0-9a-f]{64}", features.fingerprint)
-        demand(bool(sound) and min(features.width, features.max_length) > 0, "text", "encoders with name, width, max_length, fingerprint")
-    demand(len({features.name for features in manifest.text}) == len(manifest.text), "text", "encoders of different names")
+        demand(
+            bool(sound) and min(features.width, features.max_length) > 0,
+            "text",
+            "encoders with name, width, max_length, fingerprint",
+        )
+    demand(
+        len({features.name for features in manifest.text}) == len(manifest.text), "text", "encoders of different names"
+    )
     demand(manifest.num_samples > 0 and bool(manifest.shards), "num_samples", "samples: the dataset is empty")
     for shard in manifest.shards:
         if not (_is_plain(shard.name) and shard.name.endswith(".tar")):
             raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name that ends in .tar; {REMEDY}")
-        if shard.num_samples < 1 or shard.bytes < 1 or not all(re.fullmatch("[0-9a-f]{64}", s) for s in (shard.sha256, shard.index_sha256)):
-            raise DataError(f"{where}: shard {shard.name} has no samples, no bytes or no checksum ({asdict(shard)}); {REMEDY}")
+        if (
+            shard.num_samples < 1
+            or shard.bytes < 1
+            or not all(re.fullmatch("[0-9a-f]{64}", s) for s in (shard.sha256, shard.index_sha256))
+        ):
+            raise DataError(
+                f"{where}: shard {shard.name} has no samples, no bytes or no checksum ({asdict(shard)}); {REMEDY}"
+            )
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
         raise DataError(f"{where}: a shard is named twice; {REMEDY}")
     total = sum(shard.num_samples for shard in manifest.shards)
@@ -180,14 +221,20 @@ def _shown(value: Any) -> str:
 
 def _entries(cls: type[Shard] | type[TextFeatures], entries: list[Any], where: str) -> list[dict[str, Any]]:
     """The entries of a list, each checked to have just the fields of `cls`."""
-    kinds = {field.name: {"str": str, "int": int}[str(getattr(field.type, "__name__", field.type))] for field in fields(cls)}
+    kinds = {
+        field.name: {"str": str, "int": int}[str(getattr(field.type, "__name__", field.type))] for field in fields(cls)
+    }
     return [_typed(entry, kinds, f"{where}[{number}]") for number, entry in enumerate(entries)]
 
 
 def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:
-    """The content as a dict that has exactly the keys of `kinds`, each of its type (a whole number may stand for a float)."""
+    """The content as a dict that has exactly the keys of `kinds`, each of its type (a whole number may stand for a
+    float).
+    """
     if not isinstance(content, dict):
-        raise DataError(f"{where}: is a {type(content).__name__}, expected an object with keys {', '.join(kinds)}; {REMEDY}")
+        raise DataError(
+            f"{where}: is a {type(content).__name__}, expected an object with keys {', '.join(kinds)}; {REMEDY}"
+        )
     missing, unknown = [key for key in kinds if key not in content], [key for key in content if key not in kinds]
     if missing or unknown:
         found = f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
@@ -197,7 +244,9 @@ def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:
         if kind is float and type(content[key]) is int and abs(content[key]) < 2**53:
             typed[key] = float(content[key])
         if type(typed[key]) is not kind:
-            raise DataError(f"{where}: {key} is {typed[key]!r} ({type(typed[key]).__name__}), expected {kind.__name__}; {REMEDY}")
+            raise DataError(
+                f"{where}: {key} is {typed[key]!r} ({type(typed[key]).__name__}), expected {kind.__name__}; {REMEDY}"
+            )
     return typed
 
 

@@ -1,4 +1,6 @@
-"""Several datasets read as one, by weight: which of them a position comes from is a pure function of (seed, position)."""
+"""Several datasets read as one, by weight: which of them a position comes from is a pure function of (seed,
+position).
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,22 +23,30 @@ class Mixture:
     """Datasets and their weights; one dataset alone is a mixture too, and is then just that."""
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
-        """ConfigError where the datasets do not describe the same kind of samples. Weights, all above 0, are equal where not given."""
+        """ConfigError where the datasets do not describe the same kind of samples. Weights, all above 0, are equal
+        where not given.
+        """
         self.parts = tuple(parts)
         self.weights = tuple(Fraction(str(weight)) for weight in weights or [1] * len(parts))
         _check_agreement(self)
 
     @classmethod
     def open(cls, data: DataConfig) -> "Mixture":
-        """Open what the config names: `data.folder`, or all of `data.mixture`; DataError or ConfigError for what does not fit.
+        """Open what the config names: `data.folder`, or all of `data.mixture`; DataError or ConfigError for what does
+        not fit.
 
         Where bad samples may be replaced, shards that are damaged already are tolerated, and told in `problems`.
         """
-        access = Access(cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries)
+        access = Access(
+            cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
+        )
         tolerant = data.max_bad_fraction > 0
         if not data.mixture:
             return cls([Dataset.open(data.folder, access, tolerant)])
-        return cls([Dataset.open(part.folder, access, tolerant) for part in data.mixture], [part.weight for part in data.mixture])
+        return cls(
+            [Dataset.open(part.folder, access, tolerant) for part in data.mixture],
+            [part.weight for part in data.mixture],
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +79,9 @@ class Mixture:
         if len(self.parts) == 1:
             return self.parts[0].fingerprint
         total = sum(self.weights)
-        lines = [f"{part.fingerprint} {weight / total}\n" for part, weight in zip(self.parts, self.weights, strict=True)]
+        lines = [
+            f"{part.fingerprint} {weight / total}\n" for part, weight in zip(self.parts, self.weights, strict=True)
+        ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def order(self, seed: int, block: int, lanes: Lanes | None = None) -> "MixedOrder":
@@ -93,12 +105,18 @@ class Place(NamedTuple):
 class MixedOrder:
     """Which stored sample stands at which position: the dataset by weight, then that dataset's own `Order`.
 
-    A lane's positions are cut into blocks of `BLOCK`; a block holds each dataset's due number of positions (whole numbers, whose sums over
-    blocks follow the weights for ever), shuffled. Whoever looks at one position computes one block, wherever in the stream it is.
+    A lane's positions are cut into blocks of `BLOCK`; a block holds each dataset's due number of positions (whole
+    numbers, whose sums over blocks follow the weights for ever), shuffled. Whoever looks at one position computes one
+    block, wherever in the stream it is.
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[int]], weights: Sequence[Fraction], seed: int, block: int, lanes: Lanes | None = None
+        self,
+        sizes: Sequence[Sequence[int]],
+        weights: Sequence[Fraction],
+        seed: int,
+        block: int,
+        lanes: Lanes | None = None,
     ) -> None:
         """sizes: of each dataset, the samples of each of its shards; the rest as in `Order`."""
         self.seed = seed
@@ -120,7 +138,9 @@ class MixedOrder:
         return [self.locate(position) for position in positions]
 
     def substitutes(self, position: int) -> Iterator[Place]:
-        """Stored samples that may stand in for the one at a position, in the order in which they are to be tried; see `Order`."""
+        """Stored samples that may stand in for the one at a position, in the order in which they are to be tried; see
+        `Order`.
+        """
         dataset, own = self.own(position)
         for shard, sample in self.orders[dataset].substitutes(own):
             yield Place(dataset, shard, sample)
@@ -151,7 +171,9 @@ class MixedOrder:
         if len(self.orders) == 1:
             return (position / self.orders[0].total,)
         before = [self.counts(self.lanes.before(lane, position)) for lane in range(self.lanes.count)]
-        return tuple(sum(counts) / order.total for counts, order in zip(zip(*before, strict=True), self.orders, strict=True))
+        return tuple(
+            sum(counts) / order.total for counts, order in zip(zip(*before, strict=True), self.orders, strict=True)
+        )
 
     def counts(self, places: int) -> tuple[int, ...]:
         """How many of a lane's first `places` places, a multiple of `BLOCK`, each dataset has."""
@@ -175,8 +197,8 @@ class MixedOrder:
         return datasets.tolist(), places.tolist()
 
 
-# What must be equal for samples to be of one kind. Pixels may be scaled from whatever they are stored as; latents are of one encoder.
-# Of text, only the features that are read must be of one encoder: `captions.check_text` sees to it.
+# What must be equal for samples to be of one kind. Pixels may be scaled from whatever they are stored as; latents are
+# of one encoder. Of text, only the features that are read must be of one encoder: `captions.check_text` sees to it.
 _SHARED = ("kind", "shape", "condition", "num_classes", "class_names")
 _SHARED_LATENTS = ("scale", "shift", "encoder")
 

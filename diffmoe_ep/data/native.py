@@ -1,4 +1,5 @@
-"""Stored moments to latents by native code (`moments.cpp`): half the time of NumPy and torch, and the same numbers to the bit.
+"""Stored moments to latents by native code (`moments.cpp`): half the time of NumPy and torch, and the same numbers to
+the bit.
 
 It is built at first use, which takes a second and a C++ compiler, and kept in ~/.cache/diffmoe_ep.
 Without compiler, or on a processor without AVX2, `problem` tells why, and the work is done as `draw.Latents` does it.
@@ -22,7 +23,13 @@ from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.sample import deviation, expected_header
 
 SOURCE = Path(__file__).with_name("moments.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")  # no fused multiply-add: it rounds once where NumPy rounds twice
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+)  # no fused multiply-add: it rounds once where NumPy rounds twice
 REQUEST = 11  # numbers that say which sample is wanted
 AROUND = 1 << 15  # bytes of a sample beside its array, at most; one with more is read in another way
 COMPILERS = ("c++", "g++", "clang++")
@@ -62,8 +69,8 @@ class Moments:
         self._sample = library.sample_latent
 
     def sample(self, moments: np.ndarray, latent: np.ndarray) -> bool:
-        """Make the latent of moments (2C, H, W) in the place of standard normal numbers (C, H, W) float32; False, these untouched, where
-        they are not finite.
+        """Make the latent of moments (2C, H, W) in the place of standard normal numbers (C, H, W) float32; False, these
+        untouched, where they are not finite.
         """
         assert moments.flags.c_contiguous and latent.flags.c_contiguous
         return bool(self._sample(self.address, moments.ctypes.data, latent.ctypes.data))
@@ -72,10 +79,10 @@ class Moments:
 def read_latents(requests: Sequence[int], latents: np.ndarray) -> list[int]:
     """Read samples and make their latents in the place of standard normal numbers (samples, C, H, W) float32.
 
-    requests: `REQUEST` numbers for each, one after the other: the address of its dataset's `Moments`, or 0 for what is not read; the file's
-    descriptor; whether it is mirrored; where what is read begins, and its length; offset, size and crc32 of the label's member and of the
-    array's. Gives the labels, or -1, with the numbers untouched, where anything is unusual: the file cannot be read, another header,
-    another checksum, values that are not finite.
+    requests: `REQUEST` numbers for each, one after the other: the address of its dataset's `Moments`, or 0 for what is
+    not read; the file's descriptor; whether it is mirrored; where what is read begins, and its length; offset, size and
+    crc32 of the label's member and of the array's. Gives the labels, or -1, with the numbers untouched, where anything
+    is unusual: the file cannot be read, another header, another checksum, values that are not finite.
     """
     number = len(latents)
     assert len(requests) == REQUEST * number and latents.flags.c_contiguous
@@ -99,7 +106,9 @@ def problem() -> str | None:
 
 @cache
 def _deviations() -> np.ndarray:
-    """The posterior's deviation (65536,) float32 by the bits of its stored log-variance; that of NaN and infinities is never used."""
+    """The posterior's deviation (65536,) float32 by the bits of its stored log-variance; that of NaN and infinities is
+    never used.
+    """
     with np.errstate(invalid="ignore"):
         return np.ascontiguousarray(deviation(np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)))
 
@@ -125,7 +134,9 @@ class _Missing(RuntimeError):
 
 
 def _built() -> Path:
-    """The library's file, named after all that it depends on; several processes may build it at once, and the last one's stays."""
+    """The library's file, named after all that it depends on; several processes may build it at once, and the last
+    one's stays.
+    """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise _Missing(f"there is no C++ compiler ({', '.join(COMPILERS[:-1])} or {COMPILERS[-1]})")
@@ -135,7 +146,9 @@ def _built() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise RuntimeError(f"{folder} is not this user's alone, so others could put code there; chmod 700 it, or remove it")
+        raise RuntimeError(
+            f"{folder} is not this user's alone, so others could put code there; chmod 700 it, or remove it"
+        )
     path = folder / f"moments-{name}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -144,6 +157,8 @@ def _built() -> Path:
                 [compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, timeout=LONGEST_BUILD, check=False
             )  # fmt: skip
             if done.returncode:
-                raise _Missing(f"{compiler} failed: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[0][:200]}")
+                raise _Missing(
+                    f"{compiler} failed: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[0][:200]}"
+                )
             made.replace(path)
     return path

@@ -1,4 +1,6 @@
-"""Which stored sample stands at which position of the endless stream: a pure function of shard sizes, seed, block and lanes."""
+"""Which stored sample stands at which position of the endless stream: a pure function of shard sizes, seed, block and
+lanes.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -13,10 +15,12 @@ TRIES = 32  # samples that may stand in for a bad one, before its block is given
 
 @dataclass(frozen=True)
 class Lanes:
-    """The stream's positions dealt out to `count` lanes in turn, `run` positions at a time, each lane with shards of its own.
+    """The stream's positions dealt out to `count` lanes in turn, `run` positions at a time, each lane with shards of
+    its own.
 
-    When count * run is a micro-step, its r-th slice is always of the same lanes, so a rank (or a node's ranks) reads the shards of
-    its lanes and no others, although neither the order of a batch nor the slices of ranks were touched, and ranks may change.
+    When count * run is a micro-step, its r-th slice is always of the same lanes, so a rank (or a node's ranks) reads
+    the shards of its lanes and no others, although neither the order of a batch nor the slices of ranks were touched,
+    and ranks may change.
     """
 
     count: int = 1  # lanes
@@ -43,18 +47,24 @@ class Lanes:
 class Order:
     """Which sample stands at which position of the endless stream of one dataset.
 
-    An epoch visits every sample once: epoch e is the positions e * total .. (e + 1) * total - 1. Its shards are permuted and laid end to
-    end; each lane has a section of them, cut into runs of `block` shards, and the samples of each run are permuted together, so reading
-    stays within `block` shards of a lane at a time. `block` 0 keeps the storage order in every epoch.
+    An epoch visits every sample once: epoch e is the positions e * total .. (e + 1) * total - 1. Its shards are
+    permuted and laid end to end; each lane has a section of them, cut into runs of `block` shards, and the samples of
+    each run are permuted together, so reading stays within `block` shards of a lane at a time. `block` 0 keeps the
+    storage order in every epoch.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, block: int, dataset: int = 0, lanes: Lanes | None = None) -> None:
-        """Sizes: samples of each shard, all above 0; seed: 0 .. 2^64 - 1; block: shards shuffled together, 0 for no shuffling.
+    def __init__(
+        self, sizes: Sequence[int], seed: int, block: int, dataset: int = 0, lanes: Lanes | None = None
+    ) -> None:
+        """Sizes: samples of each shard, all above 0; seed: 0 .. 2^64 - 1; block: shards shuffled together, 0 for no
+        shuffling.
 
         dataset: its number in a mixture, 0 .. 2^15 - 1, so that equal datasets are not shuffled alike.
         """
         if not sizes or min(sizes) < 1 or block < 0:
-            raise ValueError(f"an order needs shards with samples and a block of 0 or more shards; got {len(sizes)} shards, block {block}")
+            raise ValueError(
+                f"an order needs shards with samples and a block of 0 or more shards; got {len(sizes)} shards, block {block}"
+            )
         self.seed = seed
         self.block = block
         self.lanes = lanes or Lanes()
@@ -81,7 +91,8 @@ class Order:
         return list(zip(np.asarray(run.shards)[slots].tolist(), samples.tolist(), strict=True))
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """Other samples of the position's block (of its shard where nothing is shuffled), to be tried in turn when its own is bad.
+        """Other samples of the position's block (of its shard where nothing is shuffled), to be tried in turn when its
+        own is bad.
 
         At most `TRIES`, all different, drawn by the position.
         """
@@ -122,7 +133,9 @@ class Order:
         number = self.lanes.join(lane, place) // self.total
         epoch = self._epoch(number)
         low, high = int(epoch.sections[lane]), int(epoch.sections[lane + 1])
-        offset = low - self.lanes.before(lane, number * self.total)  # from a place in the lane to one in the shards laid end to end
+        offset = low - self.lanes.before(
+            lane, number * self.total
+        )  # from a place in the lane to one in the shards laid end to end
         slot, first = epoch.slot(place + offset), epoch.slot(low)
         block = (slot - first) // self.block if self.block else 0
         begin = first + block * self.block if self.block else slot
@@ -137,10 +150,16 @@ class Order:
     def _epoch(self, number: int) -> "_Epoch":
         if self._layout is None or self._layout.number != number:
             count = len(self._sizes)
-            shards = permutation(keyed(self.seed, self._number(number), "order"), count) if self.block else np.arange(count)
+            shards = (
+                permutation(keyed(self.seed, self._number(number), "order"), count) if self.block else np.arange(count)
+            )
             first, last = number * self.total, (number + 1) * self.total
-            shares = [self.lanes.before(lane, last) - self.lanes.before(lane, first) for lane in range(self.lanes.count)]
-            self._layout = _Epoch(number, shards, _cumulated(self._sizes[shards]), _cumulated(np.asarray(shares, dtype=np.int64)))
+            shares = [
+                self.lanes.before(lane, last) - self.lanes.before(lane, first) for lane in range(self.lanes.count)
+            ]
+            self._layout = _Epoch(
+                number, shards, _cumulated(self._sizes[shards]), _cumulated(np.asarray(shares, dtype=np.int64))
+            )
         return self._layout
 
     def _number(self, epoch: int) -> int:

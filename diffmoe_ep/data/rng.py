@@ -1,9 +1,12 @@
-"""Random numbers that follow the thing they are drawn for (a sample's position, an epoch), never the process that draws them."""
+"""Random numbers that follow the thing they are drawn for (a sample's position, an epoch), never the process that draws
+them.
+"""
 
 import numpy as np
 from numpy.random import Generator, Philox
 
-# The highest word of Philox's 256-bit counter. Numbers are part of every run's identity: add new ones, never change one.
+# The highest word of Philox's 256-bit counter. Numbers are part of every run's identity: add new ones, never change
+# one.
 PURPOSES = {
     "noise": 1, "time": 2, "flip": 3, "drop": 4, "posterior": 5, "order": 6, "start": 7, "mixture": 8, "substitute": 9, "caption": 10,
     "resample": 11,
@@ -13,8 +16,9 @@ PURPOSES = {
 def keyed(seed: int, number: int, purpose: str, part: int = 0) -> Generator:
     """The generator that belongs to (seed, number, purpose, part); two different quadruples never share a stream.
 
-    The key of Philox is [seed, number]; `purpose` and `part` (a block of an epoch, a step of a sampler) are the two high
-    words of its counter, so a stream would have to draw 2^128 blocks to meet its neighbour. seed, number, part: 0 .. 2^64 - 1.
+    The key of Philox is [seed, number]; `purpose` and `part` (a block of an epoch, a step of a sampler) are the two
+    high words of its counter, so a stream would have to draw 2^128 blocks to meet its neighbour. seed, number, part: 0
+    .. 2^64 - 1.
     """
     key = np.array([seed, number], dtype=np.uint64)
     counter = np.array([0, 0, part, PURPOSES[purpose]], dtype=np.uint64)

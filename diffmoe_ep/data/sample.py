@@ -1,9 +1,10 @@
 """What one stored sample holds, to bytes and back, and the Batch that training receives.
 
-A sample has one array as npy: `pixels.npy` (C, H, W), or `moments.npy` (flips, 2C, H, W), the unscaled mean and log-variance of a
-VAE's posterior for the image and, if flips is 2, its mirror image; and its condition: `cls`, its label as decimal text, or
-`captions.json`, a list of {"text", "weight", "lengths"}. Where text was encoded, `text.NAME.npy` float16 (sum of lengths, width) holds
-the features of all captions, one after the other at their true lengths, one member for each encoder.
+A sample has one array as npy: `pixels.npy` (C, H, W), or `moments.npy` (flips, 2C, H, W), the unscaled mean and
+log-variance of a VAE's posterior for the image and, if flips is 2, its mirror image; and its condition: `cls`, its
+label as decimal text, or `captions.json`, a list of {"text", "weight", "lengths"}. Where text was encoded,
+`text.NAME.npy` float16 (sum of lengths, width) holds the features of all captions, one after the other at their true
+lengths, one member for each encoder.
 """
 
 import io
@@ -34,9 +35,13 @@ class Batch:
     latent: torch.Tensor  # (B, C, H, W) float32, final: scaled and shifted
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
     u: torch.Tensor  # (B,) float32 in [0, 1), which the objective maps to a time
-    condition: torch.Tensor | Text  # (B,) int64 label, the null class num_classes where it was dropped; or captions, then of length 0
+    condition: (
+        torch.Tensor | Text
+    )  # (B,) int64 label, the null class num_classes where it was dropped; or captions, then of length 0
     position: torch.Tensor  # (B,) int64 place in the endless stream
-    captions: tuple[str, ...] = ()  # the captions' words where they are still to be encoded, nothing where it was dropped
+    captions: tuple[
+        str, ...
+    ] = ()  # the captions' words where they are still to be encoded, nothing where it was dropped
 
     def __len__(self) -> int:
         return len(self.position)
@@ -62,9 +67,13 @@ Condition = int | tuple[Caption, ...]  # the label, or the captions, as the mani
 
 
 def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[str, bytes]:
-    """The fields of a sample that `decode` gives back; ValueError if array or condition are not what the manifest announces."""
+    """The fields of a sample that `decode` gives back; ValueError if array or condition are not what the manifest
+    announces.
+    """
     if array.shape != manifest.stored_shape or array.dtype != np.dtype(manifest.dtype):
-        raise ValueError(f"{manifest.name} stores {manifest.dtype} {manifest.stored_shape}, got {array.dtype} {array.shape}")
+        raise ValueError(
+            f"{manifest.name} stores {manifest.dtype} {manifest.stored_shape}, got {array.dtype} {array.shape}"
+        )
     if not _all_finite(array):
         raise ValueError(f"{manifest.name}: an array to be stored has values that are not finite")
     stored = {f"{manifest.kind}.npy": _encode_npy(array)}
@@ -78,13 +87,17 @@ def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[
 
 
 def decode(fields: Mapping[str, Content], manifest: Manifest) -> tuple[np.ndarray, Condition]:
-    """The stored array and condition of a sample, checked against the manifest; ValueError, without shard and key, for other content."""
+    """The stored array and condition of a sample, checked against the manifest; ValueError, without shard and key, for
+    other content.
+    """
     array = decode_array(fields, manifest)
     return array, decode_label(fields, manifest) if manifest.condition == "class" else decode_captions(fields, manifest)
 
 
 def decode_array(fields: Mapping[str, Content], manifest: Manifest, finite: bool = True) -> np.ndarray:
-    """The stored array of a sample; ValueError if it is another than announced or, where that is looked at, is not finite."""
+    """The stored array of a sample; ValueError if it is another than announced or, where that is looked at, is not
+    finite.
+    """
     name = f"{manifest.kind}.npy"
     array = _decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape)
     return _checked(array, name) if finite else array
@@ -104,7 +117,9 @@ def decode_captions(fields: Mapping[str, Content], manifest: Manifest) -> tuple[
     features = []
     for encoder in manifest.text:
         lengths = [entry["lengths"][encoder.name] for entry in entries]
-        rows = _checked(_decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (sum(lengths), encoder.width)), encoder.field)
+        rows = _checked(
+            _decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (sum(lengths), encoder.width)), encoder.field
+        )
         features.append(np.split(rows, np.cumsum(lengths)[:-1]))
     return tuple(
         Caption(entry["text"], float(entry["weight"]), tuple(of_encoder[number] for of_encoder in features))
@@ -112,8 +127,11 @@ def decode_captions(fields: Mapping[str, Content], manifest: Manifest) -> tuple[
     )
 
 
-def decode_caption(fields: Mapping[str, Content], manifest: Manifest, encoder: TextFeatures | None, pick: float) -> Caption:
-    """One of a sample's captions by weight, for `pick` from 0 to 1, with its features of one encoder; the others are not looked at.
+def decode_caption(
+    fields: Mapping[str, Content], manifest: Manifest, encoder: TextFeatures | None, pick: float
+) -> Caption:
+    """One of a sample's captions by weight, for `pick` from 0 to 1, with its features of one encoder; the others are
+    not looked at.
 
     ValueError for content that is not what the manifest announces.
     """
@@ -164,7 +182,9 @@ def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[
     for number, encoder in enumerate(manifest.text):
         rows = np.concatenate([caption.features[number] for caption in captions])  # (sum of lengths, width)
         if rows.dtype != np.dtype(TEXT_DTYPE) or rows.shape[1:] != (encoder.width,) or not _all_finite(rows):
-            raise ValueError(f"{encoder.field}: expected finite {TEXT_DTYPE} of width {encoder.width}, got {rows.dtype} {rows.shape}")
+            raise ValueError(
+                f"{encoder.field}: expected finite {TEXT_DTYPE} of width {encoder.width}, got {rows.dtype} {rows.shape}"
+            )
         fields[encoder.field] = _encode_npy(rows)
     return fields
 
@@ -187,10 +207,14 @@ def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < LARGEST_WEIGHT:
             raise ValueError(f"captions.json: weight {str(weight)[:20]} is not a number above 0")
         if not isinstance(lengths, dict) or list(lengths) != [encoder.name for encoder in manifest.text]:
-            raise ValueError(f"captions.json: lengths {str(lengths)[:60]} are not those of {[encoder.name for encoder in manifest.text]}")
+            raise ValueError(
+                f"captions.json: lengths {str(lengths)[:60]} are not those of {[encoder.name for encoder in manifest.text]}"
+            )
         for encoder in manifest.text:
             if type(lengths[encoder.name]) is not int or not 0 < lengths[encoder.name] <= encoder.max_length:
-                raise ValueError(f"captions.json: {encoder.name} has length {lengths[encoder.name]!r}, expected 1 to {encoder.max_length}")
+                raise ValueError(
+                    f"captions.json: {encoder.name} has length {lengths[encoder.name]!r}, expected 1 to {encoder.max_length}"
+                )
     return entries
 
 
@@ -241,17 +265,24 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; for float16, whose bits order as numbers do, ten times as fast as NumPy's own test."""
+    """Whether no value is infinite or NaN; for float16, whose bits order as numbers do, ten times as fast as NumPy's
+    own test.
+    """
     if array.dtype != np.float16:
         return bool(np.isfinite(array).all())
     flat = array.reshape(-1)
-    # As unsigned numbers the largest are negative and not finite, as signed ones the largest are positive and not finite.
-    return not flat.size or bool(np.maximum.reduce(flat.view(np.uint16)) < 0xFC00 and np.maximum.reduce(flat.view(np.int16)) < 0x7C00)
+    # As unsigned numbers the largest are negative and not finite, as signed ones the largest are positive and not
+    # finite.
+    return not flat.size or bool(
+        np.maximum.reduce(flat.view(np.uint16)) < 0xFC00 and np.maximum.reduce(flat.view(np.int16)) < 0x7C00
+    )
 
 
 @lru_cache(maxsize=1024)
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an npy header (which many samples share); a pickled array is its dtype `object`, never loaded."""
+    """Shape, Fortran order and dtype of an npy header (which many samples share); a pickled array is its dtype
+    `object`, never loaded.
+    """
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
@@ -266,10 +297,14 @@ def deviation(log_variance: np.ndarray) -> np.ndarray:
 
 
 def final_latent(array: np.ndarray, manifest: Manifest, flipped: bool, seed: int, position: int) -> np.ndarray:
-    """The (C, H, W) float32 latent that the model trains on: mirrored if asked, sampled from its posterior, scaled and shifted."""
+    """The (C, H, W) float32 latent that the model trains on: mirrored if asked, sampled from its posterior, scaled and
+    shifted.
+    """
     if manifest.kind == "pixels":
         values = (array[:, :, ::-1] if flipped else array).astype(np.float32)
     else:
         mean, log_variance = np.split(array[int(flipped)].astype(np.float32), 2)
-        values = mean + deviation(log_variance) * keyed(seed, position, "posterior").standard_normal(mean.shape, dtype=np.float32)
+        values = mean + deviation(log_variance) * keyed(seed, position, "posterior").standard_normal(
+            mean.shape, dtype=np.float32
+        )
     return values * np.float32(manifest.scale) + np.float32(manifest.shift)

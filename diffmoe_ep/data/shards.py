@@ -4,8 +4,8 @@
     NAME-000000.tar          a plain webdataset tar: members KEY.cls and KEY.pixels.npy or KEY.moments.npy
     NAME-000000.index.npy    a row per sample: its key, and offset, size and crc32 of each member (npy, no pickle)
 
-The index turns a sample into one `pread`, so any sample of any shard is reached at once and a resumed run starts anywhere. The folder may
-be a URL: manifest, indexes and whole shards come through a local cache then (`remote`).
+The index turns a sample into one `pread`, so any sample of any shard is reached at once and a resumed run starts
+anywhere. The folder may be a URL: manifest, indexes and whole shards come through a local cache then (`remote`).
 """
 
 import hashlib
@@ -30,7 +30,9 @@ MOST_BETWEEN = 1 << 14  # bytes between a sample's members that are rather read 
 
 
 def load_index(path: Path, fields: Sequence[str]) -> np.ndarray:
-    """Memory-map a shard's index, (num_samples,) rows of key and, per field, offset, size, crc32; DataError if it is not one."""
+    """Memory-map a shard's index, (num_samples,) rows of key and, per field, offset, size, crc32; DataError if it is
+    not one.
+    """
     try:
         index = np.lib.format.open_memmap(path, mode="r")
         size = path.stat().st_size
@@ -57,12 +59,18 @@ def parse_index(content: bytes, fields: Sequence[str], where: str) -> np.ndarray
 
 def _check_columns(index: np.ndarray, fields: Sequence[str], where: str) -> None:
     columns: Mapping[str, Any] = index.dtype.fields or {}
-    if list(columns) != ["key", *fields] or columns["key"][0].kind != "S" or any(columns[field][0] != MEMBER for field in fields):
+    if (
+        list(columns) != ["key", *fields]
+        or columns["key"][0].kind != "S"
+        or any(columns[field][0] != MEMBER for field in fields)
+    ):
         raise DataError(f"{where}: holds columns {index.dtype}, expected key, {', '.join(fields)}; {REMEDY}")
 
 
 def _num_indexed(path: Path, fields: Sequence[str]) -> int:
-    """The length of `load_index`, found ten times as fast for a sound file: datasets of thousands of shards are opened at once."""
+    """The length of `load_index`, found ten times as fast for a sound file: datasets of thousands of shards are opened
+    at once.
+    """
     with path.open("rb", buffering=0) as file:
         head, size = file.read(4096), os.fstat(file.fileno()).st_size
     start = 10 + int.from_bytes(head[8:10], "little")  # the size of a version 1.0 header stands in bytes 8 and 9
@@ -72,7 +80,9 @@ def _num_indexed(path: Path, fields: Sequence[str]) -> int:
 
 @lru_cache(maxsize=64)
 def _parse_header(header: bytes, fields: tuple[str, ...]) -> tuple[int, int]:
-    """Rows and bytes of a row of an index with this header, which most of a dataset's share; (0, 0) for any other file."""
+    """Rows and bytes of a row of an index with this header, which most of a dataset's share; (0, 0) for any other
+    file.
+    """
     file = io.BytesIO(header)
     try:
         if np.lib.format.read_magic(file) != (1, 0):
@@ -94,7 +104,9 @@ def shard_problem(folder: Path, shard: Shard, fields: Sequence[str], checksum: b
 
 
 def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bool) -> str | None:
-    """As `shard_problem`, but for files that are missing or cannot be read, which raise Unavailable: what they hold may be sound."""
+    """As `shard_problem`, but for files that are missing or cannot be read, which raise Unavailable: what they hold may
+    be sound.
+    """
     path = folder / shard.name
     try:
         size = path.stat().st_size
@@ -127,7 +139,9 @@ def _no_manifest(folder: Path) -> DataError:
         return DataError(f"data folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}; {REMEDY}")
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if inside:
-        return DataError(f"data folder {folder} has no {MANIFEST_NAME}, but there is one in {', '.join(inside)}; name one of these")
+        return DataError(
+            f"data folder {folder} has no {MANIFEST_NAME}, but there is one in {', '.join(inside)}; name one of these"
+        )
     state = f"has no {MANIFEST_NAME} (was its preparation cut short?)" if any(folder.iterdir()) else "is empty"
     return DataError(f"data folder {folder} {state}; {REMEDY}")
 
@@ -138,13 +152,15 @@ class Opened:
 
     descriptor: int
     keys: np.ndarray  # (num_samples,) bytes
-    members: (
-        np.ndarray
-    )  # (num_samples, 2 + 3 fields) int64: where its members begin and how long they are (0: apart); offset, size, crc32 of each
+    # (num_samples, 2 + 3 fields) int64: where its members begin and how long they are (0: apart); offset, size, crc32
+    # of each
+    members: np.ndarray
 
 
 class Dataset:
-    """A prepared dataset, open for reading single samples; cheap to pickle and safe to fork (reads carry their own offset)."""
+    """A prepared dataset, open for reading single samples; cheap to pickle and safe to fork (reads carry their own
+    offset).
+    """
 
     def __init__(self, folder: Path | RemoteFolder, manifest: Manifest, max_open: int = 128) -> None:
         """Trust `manifest`; `open` is the way in that checks. At most `max_open` shards are held open at once."""
@@ -161,10 +177,11 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: str | Path, access: Access | None = None, tolerant: bool = False) -> "Dataset":
-        """Open a prepared folder after a quick check (manifest, every file's size, every index's count); DataError names what is wrong.
+        """Open a prepared folder after a quick check (manifest, every file's size, every index's count); DataError
+        names what is wrong.
 
-        tolerant: damaged shards are only noted in `problems`, since bad samples will be replaced; missing ones are never tolerated.
-        Of a URL only the manifest is fetched and checked here; `access` says how it may be read.
+        tolerant: damaged shards are only noted in `problems`, since bad samples will be replaced; missing ones are
+        never tolerated. Of a URL only the manifest is fetched and checked here; `access` says how it may be read.
         """
         if is_remote(folder):
             remote = RemoteFolder(str(folder), access or Access())
@@ -180,7 +197,9 @@ class Dataset:
         return dataset
 
     def verify(self) -> None:
-        """Compare every byte with the manifest's checksums; DataError names the damaged files. Remote files are compared when they come."""
+        """Compare every byte with the manifest's checksums; DataError names the damaged files. Remote files are
+        compared when they come.
+        """
         self._find_problems(checksum=True, tolerant=False)
 
     def _find_problems(self, checksum: bool, tolerant: bool) -> tuple[str, ...]:
@@ -199,7 +218,9 @@ class Dataset:
                 (tolerated if tolerant else problems).append(damage)
         if problems:
             more = f" (and {len(problems) - 3} more of {len(self.manifest.shards)} shards)" if len(problems) > 3 else ""
-            raise DataError(f"shards do not match {self.folder / MANIFEST_NAME}: {', '.join(problems[:3])}{more}; {REMEDY}")
+            raise DataError(
+                f"shards do not match {self.folder / MANIFEST_NAME}: {', '.join(problems[:3])}{more}; {REMEDY}"
+            )
         return tuple(tolerated)
 
     @property
@@ -208,13 +229,16 @@ class Dataset:
         return tuple(shard.num_samples for shard in self.manifest.shards)
 
     def read(self, shard: int, sample: int, fields: Sequence[str] | None = None) -> dict[str, Content]:
-        """The bytes of a sample's fields, of all or of some; DataError when they are damaged, Unavailable when the file cannot be had."""
+        """The bytes of a sample's fields, of all or of some; DataError when they are damaged, Unavailable when the file
+        cannot be had.
+        """
         try:
             return self._read(shard, sample, fields)
         except Unavailable:
             raise
         except DataError:
-            # Bytes that were sound when they were fetched can be had again; the order of samples must not depend on a host's disk.
+            # Bytes that were sound when they were fetched can be had again; the order of samples must not depend on a
+            # host's disk.
             if self.remote is None or not self.remote.discard_damaged(self.manifest.shards[shard]):
                 raise
             self._release(shard)
@@ -241,7 +265,9 @@ class Dataset:
                     raise DataError(f"{self.where(shard, sample)}: {field} is {state}; {REMEDY}")
                 contents[field] = content
         except OSError as error:
-            raise Unavailable(f"{self.where(shard, sample)}: cannot be read ({error.strerror}); see to its disk") from error
+            raise Unavailable(
+                f"{self.where(shard, sample)}: cannot be read ({error.strerror}); see to its disk"
+            ) from error
         return contents
 
     def where(self, shard: int, sample: int) -> str:
@@ -268,7 +294,9 @@ class Dataset:
         return self.remote.place(name) if self.remote is not None else f"{self.folder}/{name}"
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch shards in the background, in this order, into the cache if they are remote; name those in use too, so that they stay."""
+        """Fetch shards in the background, in this order, into the cache if they are remote; name those in use too, so
+        that they stay.
+        """
         if self.remote is not None:
             self.remote.prefetch([self.manifest.shards[shard] for shard in shards])
 
@@ -287,7 +315,9 @@ class Dataset:
             for part, name in enumerate(MEMBER.names or ()):
                 members[:, place, part] = index[field][name]
         offsets, sizes = members[..., 0], members[..., 1]
-        outside = (offsets < 0) | (sizes < 0) | (offsets > facts.bytes) | (sizes > facts.bytes)  # not their sum: it may overflow
+        outside = (
+            (offsets < 0) | (sizes < 0) | (offsets > facts.bytes) | (sizes > facts.bytes)
+        )  # not their sum: it may overflow
         members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
         begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
         lengths[lengths > sizes.sum(1) + MOST_BETWEEN] = 0

@@ -12,11 +12,15 @@ from diffmoe_ep.diffusion.sampler import Field, OnStep
 Noise = Callable[[int], Tensor]  # (number of the step, 0 for the first that is taken) -> standard normal (B, C, H, W)
 
 
-def ddpm_ancestral(predict: Field, x: Tensor, schedule: Schedule, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-    """Draw x_{t-1} given x_t from the learned normal distribution, for every step of the schedule; the last adds no noise.
+def ddpm_ancestral(
+    predict: Field, x: Tensor, schedule: Schedule, noise: Noise, on_step: OnStep | None = None
+) -> Tensor:
+    """Draw x_{t-1} given x_t from the learned normal distribution, for every step of the schedule; the last adds no
+    noise.
 
-    predict(x, t) gives [eps; v] (B, 2C, H, W) for x (B, C, H, W), B may be 0, at the trained chain's number t. The noise of each
-    step comes from outside, so that it can follow the samples. x keeps its dtype; a step's own arithmetic is float64.
+    predict(x, t) gives [eps; v] (B, 2C, H, W) for x (B, C, H, W), B may be 0, at the trained chain's number t. The
+    noise of each step comes from outside, so that it can follow the samples. x keeps its dtype; a step's own arithmetic
+    is float64.
     """
     for number, place in enumerate(reversed(range(len(schedule)))):
         eps, v = halves(predict(x, float(schedule.index[place])).double(), x.shape[1])
@@ -32,7 +36,12 @@ def ddpm_ancestral(predict: Field, x: Tensor, schedule: Schedule, noise: Noise, 
 
 
 def ddim(
-    predict: Field, x: Tensor, schedule: Schedule, noise: Noise | None = None, eta: float = 0.0, on_step: OnStep | None = None
+    predict: Field,
+    x: Tensor,
+    schedule: Schedule,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Walk the schedule by DDIM: deterministic at eta 0, with the posterior's noise at eta 1.
 
@@ -40,7 +49,10 @@ def ddim(
     Raises ConfigError for an eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
-        raise ConfigError(f"sample.eta is {eta:g}; DDIM's share of noise lies between 0 (deterministic) and 1 (as DDPM)", everywhere=True)
+        raise ConfigError(
+            f"sample.eta is {eta:g}; DDIM's share of noise lies between 0 (deterministic) and 1 (as DDPM)",
+            everywhere=True,
+        )
     if eta > 0 and noise is None:
         raise ValueError(f"eta = {eta:g} draws noise at every step: give `noise`")
     for number, place in enumerate(reversed(range(len(schedule)))):
@@ -49,7 +61,9 @@ def ddim(
         eps = predict(x, float(schedule.index[place]))[:, : x.shape[1]].double()
         previous = at(schedule.previous, step)
         variance = eta**2 * at(schedule.posterior_variance, step)
-        wide = previous.sqrt() * data_of(schedule, step, wide, eps) + (1 - previous - variance).clamp(min=0).sqrt() * eps
+        wide = (
+            previous.sqrt() * data_of(schedule, step, wide, eps) + (1 - previous - variance).clamp(min=0).sqrt() * eps
+        )
         if noise is not None and eta > 0 and place > 0:
             wide = wide + variance.sqrt() * noise(number).to(x.device)
         x = wide.to(x.dtype)

@@ -1,8 +1,9 @@
 """DDPM's chain of noising steps, its posterior, and the variational bound that teaches the variance.
 
-Legend: index t = 0 .. T - 1, t = 0 is the least noise; beta the variance that a step adds, signal the product of all (1 - beta) up to t, so
-x_t = sqrt(signal) x_0 + sqrt(1 - signal) eps. A model predicts [eps; v]: the noise, and v in [-1, 1], which places the log variance of the
-step back between the posterior's (v = -1) and beta's (v = 1). Tables and what is computed from them are float64.
+Legend: index t = 0 .. T - 1, t = 0 is the least noise; beta the variance that a step adds, signal the product of all (1
+- beta) up to t, so x_t = sqrt(signal) x_0 + sqrt(1 - signal) eps. A model predicts [eps; v]: the noise, and v in [-1,
+1], which places the log variance of the step back between the posterior's (v = -1) and beta's (v = 1). Tables and what
+is computed from them are float64.
 """
 
 import math
@@ -52,15 +53,18 @@ class Schedule:
         return low.log(), self.beta.log()
 
     def respaced(self, steps: int) -> "Schedule":
-        """Keep `steps` of the T steps: number i (from 0) is index i (T - 1) / (steps - 1), rounded to the nearest (ties to the even one).
+        """Keep `steps` of the T steps: number i (from 0) is index i (T - 1) / (steps - 1), rounded to the nearest (ties
+        to the even one).
 
-        So the first and the last step are always kept and the rest are spread evenly (250 of 1000: 0, 4, 8, 12, 16, 20, ..., 995, 999). The
-        signal at the kept steps stays, betas and posteriors follow from it, and the model is told the original numbers. One
+        So the first and the last step are always kept and the rest are spread evenly (250 of 1000: 0, 4, 8, 12, 16, 20,
+        ..., 995, 999). The signal at the kept steps stays, betas and posteriors follow from it, and the model is told
+        the original numbers. One
         step: the last alone. Raises ConfigError unless 1 <= steps <= T.
         """
         if not 1 <= steps <= len(self):
             raise ConfigError(
-                f"sample.steps is {steps}, but a chain of {len(self)} steps has 1 to {len(self)} to choose from", everywhere=True
+                f"sample.steps is {steps}, but a chain of {len(self)} steps has 1 to {len(self)} to choose from",
+                everywhere=True,
             )
         stride = Fraction(len(self) - 1, steps - 1) if steps > 1 else Fraction(0)
         kept = torch.tensor([round(number * stride) for number in range(steps)] if steps > 1 else [len(self) - 1])
@@ -111,8 +115,9 @@ def log_variance(schedule: Schedule, step: Tensor, v: Tensor) -> Tensor:
 def variational_bound(schedule: Schedule, step: Tensor, latent: Tensor, x: Tensor, eps: Tensor, v: Tensor) -> Tensor:
     """One term of the bound on -log p(x_0), in bits per dimension: (B,) float64.
 
-    The divergence of the model's step back from the posterior's; at the first step the negative log-likelihood of data in 256 levels.
-    latent, x, eps, v are (B, C, H, W): x_0, x_t and the prediction; step (B,) int64. Callers detach eps where only v is to learn.
+    The divergence of the model's step back from the posterior's; at the first step the negative log-likelihood of data
+    in 256 levels. latent, x, eps, v are (B, C, H, W): x_0, x_t and the prediction; step (B,) int64. Callers detach eps
+    where only v is to learn.
     """
     latent, x, eps, v = latent.double(), x.double(), eps.double(), v.double()
     first = (step == 0).view(-1, 1, 1, 1)
@@ -135,8 +140,9 @@ def normal_divergence(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_l
 def discretised_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """Log probability of data in 256 levels evenly from -1 to 1, elementwise, in nats.
 
-    A level has the normal distribution's mass within half a spacing of it; the outer two reach to infinity, so the masses sum to 1.
-    Exact in the tails, where the mass itself would underflow. Data beyond [-1, 1], as latents may be, count to the outer levels.
+    A level has the normal distribution's mass within half a spacing of it; the outer two reach to infinity, so the
+    masses sum to 1. Exact in the tails, where the mass itself would underflow. Data beyond [-1, 1], as latents may be,
+    count to the outer levels.
     """
     half = 1 / 255
     scale = (-log_var / 2).exp()

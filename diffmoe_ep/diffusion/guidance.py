@@ -9,7 +9,9 @@ from torch import Tensor
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.diffusion.sampler import Field
 
-Halves = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # as a Field, but the conditional and the unconditional prediction
+Halves = Callable[
+    [Tensor, float], tuple[Tensor, Tensor]
+]  # as a Field, but the conditional and the unconditional prediction
 
 
 @dataclass(frozen=True)
@@ -17,21 +19,27 @@ class Guidance:
     """What guidance does; outside the interval the conditional prediction stands alone."""
 
     scale: float = 1.0  # 1: none
-    interval: tuple[float, float] | None = None  # lowest and highest t, both included, in the field's own clock; None: always
-    channels: int | None = None  # the first so many are guided, the rest conditional; None: as many as x has (3: DiT's habit)
+    interval: tuple[float, float] | None = (
+        None  # lowest and highest t, both included, in the field's own clock; None: always
+    )
+    channels: int | None = (
+        None  # the first so many are guided, the rest conditional; None: as many as x has (3: DiT's habit)
+    )
 
     def active(self, t: float) -> bool:
         """Whether the unconditional half is needed at t."""
         if self.scale == 1:
             return False
-        return self.interval is None or self.interval[0] - 1e-6 <= t <= self.interval[1] + 1e-6  # 1 - 175 / 250 is above 0.3
+        return (
+            self.interval is None or self.interval[0] - 1e-6 <= t <= self.interval[1] + 1e-6
+        )  # 1 - 175 / 250 is above 0.3
 
 
 def guided(conditional: Field, halves: Halves, guidance: Guidance) -> Field:
     """unconditional + scale (conditional - unconditional) on the guided channels.
 
-    Where guidance is not active the conditional half is evaluated alone. Which it is depends on t alone, so ranks at the same t
-    make the same calls. Variance channels, which follow those of x, are always the conditional ones.
+    Where guidance is not active the conditional half is evaluated alone. Which it is depends on t alone, so ranks at
+    the same t make the same calls. Variance channels, which follow those of x, are always the conditional ones.
     Raises ConfigError when the latent does not have the channels that are to be guided.
     """
 
@@ -42,7 +50,8 @@ def guided(conditional: Field, halves: Halves, guidance: Guidance) -> Field:
         channels = x.shape[1] if guidance.channels is None else guidance.channels
         if not 1 <= channels <= x.shape[1]:
             raise ConfigError(
-                f"sample.guidance_channels is {channels}, but the latent has 1 to {x.shape[1]} channels to guide", everywhere=True
+                f"sample.guidance_channels is {channels}, but the latent has 1 to {x.shape[1]} channels to guide",
+                everywhere=True,
             )
         mixed = away[:, :channels] + guidance.scale * (towards[:, :channels] - away[:, :channels])
         return torch.cat([mixed, towards[:, channels:]], dim=1)

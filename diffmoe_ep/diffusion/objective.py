@@ -61,7 +61,8 @@ class RectifiedFlow:
 
 @dataclass(frozen=True)
 class Ddpm:
-    """Uniform steps of DDPM's chain, the mean squared error of the noise, and a variational bound from which the variance is learned.
+    """Uniform steps of DDPM's chain, the mean squared error of the noise, and a variational bound from which the
+    variance is learned.
 
     A prediction holds [eps; v] (B, 2C, H, W). The bound, in bits per dimension, has weight 1 and moves v alone.
     """

@@ -1,6 +1,8 @@
-"""The straight path between data (t = 0) and noise (t = 1), Eq. 24, its velocity, Eq. 31, and how a velocity and a noise estimate convert.
+"""The straight path between data (t = 0) and noise (t = 1), Eq. 24, its velocity, Eq. 31, and how a velocity and a
+noise estimate convert.
 
-On any path x_t = alpha x_0 + sigma eps the two say the same: v = alpha' x_0 + sigma' eps, with x_0 = (x_t - sigma eps) / alpha.
+On any path x_t = alpha x_0 + sigma eps the two say the same: v = alpha' x_0 + sigma' eps, with x_0 = (x_t - sigma eps)
+/ alpha.
 """
 
 import math
@@ -39,9 +41,11 @@ def straight(t: float) -> Point:
 
 
 def variance_preserving(t: float, first: float = 0.1, last: float = 20.0) -> Point:
-    """DDPM's path in continuous time: alpha^2 + sigma^2 = 1, with a noise rate that grows linearly from `first` to `last`.
+    """DDPM's path in continuous time: alpha^2 + sigma^2 = 1, with a noise rate that grows linearly from `first` to
+    `last`.
 
-    It is the limit of many steps of betas from first / steps to last / steps; t in [0, 1]; at t = 0 sigma's rate is infinite.
+    It is the limit of many steps of betas from first / steps to last / steps; t in [0, 1]; at t = 0 sigma's rate is
+    infinite.
     """
     log_alpha = -first * t / 2 - (last - first) * t**2 / 4
     rate = -(first + (last - first) * t) / 2  # of log alpha
@@ -61,6 +65,8 @@ def velocity_of(eps: Tensor, x: Tensor, point: Point) -> Tensor:
 
 
 def epsilon_of(velocity: Tensor, x: Tensor, point: Point) -> Tensor:
-    """The noise estimate that a velocity means at x, the inverse of `velocity_of`; defined at every time of the straight path."""
+    """The noise estimate that a velocity means at x, the inverse of `velocity_of`; defined at every time of the
+    straight path.
+    """
     determinant = point.alpha * point.sigma_rate - point.sigma * point.alpha_rate  # 1 on the straight path
     return (point.alpha * velocity - point.alpha_rate * x) / determinant

@@ -1,7 +1,7 @@
 """Solvers that walk from noise (t = 1) to data (t = 0) along a velocity, which they get as a closure.
 
-`chain` has the samplers of DDPM's chain. A closure gets one time for the whole batch as a number, so that what depends on it (an interval
-of guidance) costs no look at the device and is the same on ranks without samples.
+`chain` has the samplers of DDPM's chain. A closure gets one time for the whole batch as a number, so that what depends
+on it (an interval of guidance) costs no look at the device and is the same on ranks without samples.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ def euler(velocity: Field, x: Tensor, steps: int, on_step: OnStep | None = None)
 def heun(velocity: Field, x: Tensor, steps: int, on_step: OnStep | None = None) -> Tensor:
     """As `euler`, at second order: each step goes along the mean of the velocities at its two ends, two evaluations.
 
-    The far end is where an Euler step would lead; that of the last step lies at t = 0. So 125 steps cost 250 evaluations.
+    The far end is where an Euler step would lead; that of the last step lies at t = 0. So 125 steps cost 250
+    evaluations.
     """
     _check(steps)
     for step in range(steps):
@@ -51,15 +52,16 @@ def heun(velocity: Field, x: Tensor, steps: int, on_step: OnStep | None = None) 
 def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> tuple[Tensor, int]:
     """As `euler`, with torchdiffeq's adaptive Dormand-Prince steps of fifth order; gives the number of evaluations too.
 
-    The steps follow one error norm over the whole batch, so a sample depends on what shares it: give a canonical chunk. The last
-    step ends at t = 0; no time outside [0, 1] is asked for. Without samples there is nothing to evaluate.
+    The steps follow one error norm over the whole batch, so a sample depends on what shares it: give a canonical chunk.
+    The last step ends at t = 0; no time outside [0, 1] is asked for. Without samples there is nothing to evaluate.
     Raises ConfigError when torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise ConfigError(
-            "sample.sampler is dopri5, which needs torchdiffeq: pip install 'diffmoe_ep[sample]', or choose sample.sampler=heun or euler"
+            "sample.sampler is dopri5, which needs torchdiffeq: pip install 'diffmoe_ep[sample]', or choose "
+            "sample.sampler=heun or euler"
         ) from error
     if not len(x):
         return x, 0
@@ -77,12 +79,13 @@ def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -
 
 
 def as_flow(epsilon: Field, schedule: Schedule) -> Field:
-    """The velocity on the straight path that belongs to a DDPM's noise estimate, so that the solvers above can sample from it.
+    """The velocity on the straight path that belongs to a DDPM's noise estimate, so that the solvers above can sample
+    from it.
 
-    The chain's step with the same ratio of noise to data is asked, at a number between two steps where none fits (log ratio
-    interpolated), for x scaled to the chain's. The chain's last step still has a little data in it, the flow at t = 1 none: beyond
-    that step x is scaled back to it. Near t = 1 an error of the noise estimate weighs up to 160 times in the velocity, so a
-    model that is not well trained is better sampled along its own chain.
+    The chain's step with the same ratio of noise to data is asked, at a number between two steps where none fits (log
+    ratio interpolated), for x scaled to the chain's. The chain's last step still has a little data in it, the flow at t
+    = 1 none: beyond that step x is scaled back to it. Near t = 1 an error of the noise estimate weighs up to 160 times
+    in the velocity, so a model that is not well trained is better sampled along its own chain.
     """
     ratio = ((1 - schedule.signal) / schedule.signal).sqrt().log()  # (T,) log of sigma / alpha, ascending
     last = torch.sigmoid(ratio[-1]).item()  # the flow's time of the chain's last step
@@ -99,7 +102,9 @@ def as_flow(epsilon: Field, schedule: Schedule) -> Field:
 
 
 def _number(schedule: Schedule, ratio: Tensor, t: float) -> float:
-    """The chain's (fractional) step number with the noise-to-data ratio of the straight path at t, kept within the chain."""
+    """The chain's (fractional) step number with the noise-to-data ratio of the straight path at t, kept within the
+    chain.
+    """
     wanted = torch.logit(torch.tensor(t, dtype=torch.float64))
     place = int(torch.searchsorted(ratio, wanted).clamp(1, len(ratio) - 1))
     low, high = ratio[place - 1], ratio[place]

@@ -25,15 +25,23 @@ def read_config(folder: Path, what: str, source: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of a model, STEM.safetensors or those that STEM.safetensors.index.json lists; ConfigError if some lack."""
+    """The safetensors files of a model, STEM.safetensors or those that STEM.safetensors.index.json lists; ConfigError
+    if some lack.
+    """
     index = folder / f"{stem}.safetensors.index.json"
     names = [f"{stem}.safetensors"]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index}: is not a list of weight files ({error!r}); fetch the model's folder again") from error
-    outside = [str(name) for name in names if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)]
+            raise ConfigError(
+                f"{index}: is not a list of weight files ({error!r}); fetch the model's folder again"
+            ) from error
+    outside = [
+        str(name)
+        for name in names
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+    ]
     if outside:
         raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name; fetch the model's folder again")
     missing = [name for name in names if not (folder / name).is_file()]

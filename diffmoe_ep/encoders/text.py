@@ -37,34 +37,51 @@ class TextEncoder:
     @torch.no_grad()
     def features(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """The features (length, width) float16 of each text at its true length, and whether the text had to be cut."""
-        tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+        )
         whole = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         cut = [len(ids) > self.max_length for ids in whole]
         mask = tokens["attention_mask"].to(self.device)  # (B, longest), ones before zeros
-        hidden = self.model(input_ids=tokens["input_ids"].to(self.device), attention_mask=mask).last_hidden_state  # (B, longest, width)
+        hidden = self.model(
+            input_ids=tokens["input_ids"].to(self.device), attention_mask=mask
+        ).last_hidden_state  # (B, longest, width)
         rows = hidden.half().cpu().numpy()
         return [row[:length].copy() for row, length in zip(rows, mask.sum(dim=1).tolist(), strict=True)], cut
 
 
 def load_text_encoder(
-    name: Literal["t5", "clip"], folder: Path, *, max_length: int, precision: str = "float32", device: torch.device | str = "cpu"
+    name: Literal["t5", "clip"],
+    folder: Path,
+    *,
+    max_length: int,
+    precision: str = "float32",
+    device: torch.device | str = "cpu",
 ) -> TextEncoder:
-    """Load a text encoder and its tokenizer from one local folder; ConfigError says what is missing and where such folders come from."""
+    """Load a text encoder and its tokenizer from one local folder; ConfigError says what is missing and where such
+    folders come from.
+    """
     config = read_config(folder, f"the {name} folder", SOURCES[name])
     kinds = {"t5": ("t5",), "clip": ("clip", "clip_text_model")}[name]
     if config.get("model_type") not in kinds:
-        raise ConfigError(f"{folder} holds a model of type {config.get('model_type')}, expected {kinds[0]}; give {SOURCES[name]}")
+        raise ConfigError(
+            f"{folder} holds a model of type {config.get('model_type')}, expected {kinds[0]}; give {SOURCES[name]}"
+        )
     if max_length < 1:
         raise ConfigError(f"the maximal length of {name} is {max_length} tokens, expected 1 or more")
     tokenizer_files = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
     if not tokenizer_files:
-        raise ConfigError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); put its files beside the weights")
+        raise ConfigError(
+            f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); put its files beside the weights"
+        )
     weights = weight_files(folder, "model")
     try:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
-        raise ConfigError(f"a text encoder needs transformers, which is missing ({error}); pip install 'diffmoe_ep[encode]'") from error
+        raise ConfigError(
+            f"a text encoder needs transformers, which is missing ({error}); pip install 'diffmoe_ep[encode]'"
+        ) from error
     disable_progress_bar()  # of loading, on every rank
     kind = T5EncoderModel if name == "t5" else CLIPTextModel
     try:

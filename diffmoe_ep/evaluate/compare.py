@@ -1,8 +1,8 @@
 """Runs side by side: parameters, loss, scores and capacity, the seeds of one setting taken together.
 
-A setting is a run's config but for its seed, its folder and how it is laid over ranks, which change nothing or only the luck. Its name
-is what tells it from the other settings. Loss is the mean of the last tenth of the logged steps; scores are those that `diffmoe evaluate`
-wrote to RUN/scores.
+A setting is a run's config but for its seed, its folder and how it is laid over ranks, which change nothing or only the
+luck. Its name is what tells it from the other settings. Loss is the mean of the last tenth of the logged steps; scores
+are those that `diffmoe evaluate` wrote to RUN/scores.
 """
 
 import json
@@ -15,7 +15,17 @@ from typing import Any
 from diffmoe_ep.config import Config, ConfigError, load, to_tree
 from diffmoe_ep.model.count import count
 
-LAYOUT = ("seed", "folder", "resume", "data.workers", "data.prefetch", "parallel.", "log.", "checkpoint.", "sample.grid_")  # not a setting
+LAYOUT = (
+    "seed",
+    "folder",
+    "resume",
+    "data.workers",
+    "data.prefetch",
+    "parallel.",
+    "log.",
+    "checkpoint.",
+    "sample.grid_",
+)  # not a setting
 COLUMNS = ("loss", "accuracy", "frechet", "capacity")
 
 
@@ -61,7 +71,9 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """As a table to read."""
-        rows: list[tuple[str, ...]] = [("setting", "seeds", "steps", "parameters", "activated", "loss", "accuracy", "Fréchet", "C")]
+        rows: list[tuple[str, ...]] = [
+            ("setting", "seeds", "steps", "parameters", "activated", "loss", "accuracy", "Fréchet", "C")
+        ]
         for setting in self.settings:
             sizes = (f"{setting.parameters:,}", f"{setting.activated:,.0f}")
             scores = tuple(setting.shown(column, digits) for column, digits in zip(COLUMNS, (4, 3, 1, 3), strict=True))
@@ -69,19 +81,25 @@ class Comparison:
             rows.append((setting.name, ",".join(map(str, setting.seeds)), steps, *sizes, *scores))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
             for row in rows
         ]
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
-    """Read run folders and lay them side by side, in the order of their first run; raises ConfigError for what is no run of any steps."""
+    """Read run folders and lay them side by side, in the order of their first run; raises ConfigError for what is no
+    run of any steps.
+    """
     groups: dict[str, list[Found]] = {}
     for folder in folders:
         found = read_run(folder)
         groups.setdefault(json.dumps(_setting(found.config), sort_keys=True), []).append(found)
     trees = [_setting(group[0].config) for group in groups.values()]
-    return Comparison(tuple(_row(group, _name(tree, trees)) for group, tree in zip(groups.values(), trees, strict=True)))
+    return Comparison(
+        tuple(_row(group, _name(tree, trees)) for group, tree in zip(groups.values(), trees, strict=True))
+    )
 
 
 def read_run(folder: Path) -> Found:
@@ -91,13 +109,17 @@ def read_run(folder: Path) -> Found:
             raise ConfigError(f"{folder} has no {name}, so it is no run of diffmoe train; name run folders")
     lines = [line for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     if not lines:
-        raise ConfigError(f"{folder}/metrics.jsonl is empty: the run has logged no step yet; wait for one, or leave the run out")
+        raise ConfigError(
+            f"{folder}/metrics.jsonl is empty: the run has logged no step yet; wait for one, or leave the run out"
+        )
     last = json.loads(lines[-1])["step"]
     losses = [json.loads(line)["diffusion_loss"] for line in lines[-max(1, len(lines) // 10) :]]
     values = {"loss": statistics.fmean(losses)}
     scores = folder / "scores/scores.json"
     if scores.is_file():
-        values |= {key: value for key, value in json.loads(scores.read_text(encoding="utf-8")).items() if key in COLUMNS}
+        values |= {
+            key: value for key, value in json.loads(scores.read_text(encoding="utf-8")).items() if key in COLUMNS
+        }
     return Found(load(folder / "config.yaml"), last, values)
 
 

@@ -34,7 +34,8 @@ class Scores:
     frechet_equal_heldout: float  # num_equal held-out images against the training images
     nearest: float  # median distance from a sample to its nearest training image
     nearest_heldout: float  # the same for held-out images
-    closest_share: float  # share of samples nearer to a training image than the closest 1% of held-out images; near 0.01 is no copier
+    # share of samples nearer to a training image than the closest 1% of held-out images; near 0.01 is no copier
+    closest_share: float
     capacity: float  # C_infer^avg; 1 is the compute of a dense model
     capacity_per_step: tuple[float, ...]  # C of each sampling step, from noise to data; empty for a dense model
 
@@ -43,11 +44,36 @@ class Scores:
         equal = f"Fréchet distance, {self.num_equal} each"
         rows = [
             (f"scores of {self.num_samples} samples", "samples", "held-out", ""),
-            ("classifier accuracy", f"{self.accuracy:.3f}", f"{self.accuracy_heldout:.3f}", "asked class; classifier trained on real data"),
-            (equal, f"{self.frechet_equal:.2f}", f"{self.frechet_equal_heldout:.2f}", f"to {self.num_train} training images"),
-            (f"Fréchet distance, {self.num_samples} samples", f"{self.frechet:.2f}", "", "falls with the count: compare equal counts"),
-            ("nearest training image", f"{self.nearest:.2f}", f"{self.nearest_heldout:.2f}", "median; far below held-out: a copier"),
-            ("nearer than closest 1%", f"{self.closest_share:.1%}", "1.0%", "of held-out images; far above 1%: a copier"),
+            (
+                "classifier accuracy",
+                f"{self.accuracy:.3f}",
+                f"{self.accuracy_heldout:.3f}",
+                "asked class; classifier trained on real data",
+            ),
+            (
+                equal,
+                f"{self.frechet_equal:.2f}",
+                f"{self.frechet_equal_heldout:.2f}",
+                f"to {self.num_train} training images",
+            ),
+            (
+                f"Fréchet distance, {self.num_samples} samples",
+                f"{self.frechet:.2f}",
+                "",
+                "falls with the count: compare equal counts",
+            ),
+            (
+                "nearest training image",
+                f"{self.nearest:.2f}",
+                f"{self.nearest_heldout:.2f}",
+                "median; far below held-out: a copier",
+            ),
+            (
+                "nearer than closest 1%",
+                f"{self.closest_share:.1%}",
+                "1.0%",
+                "of held-out images; far above 1%: a copier",
+            ),
             ("inference capacity", f"{self.capacity:.3f}", "", self._capacity_note()),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -68,7 +94,9 @@ def load_images(folder: str | Path) -> Images:
     dataset = Dataset.open(folder)
     manifest = dataset.manifest
     if manifest.kind != "pixels" or manifest.dtype != "uint8":
-        raise DataError(f"data folder {folder} stores {manifest.dtype} {manifest.kind}, scoring reads uint8 pixels; name such a dataset")
+        raise DataError(
+            f"data folder {folder} stores {manifest.dtype} {manifest.kind}, scoring reads uint8 pixels; name such a dataset"
+        )
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
     decoded = [read_sample(dataset, *place) for place in places]
     dataset.close()
@@ -112,7 +140,9 @@ def _subset(features: Features, count: int) -> Features:
 
 
 def check_real(num_samples: int, shape: tuple[int, ...], sides: dict[str, Images]) -> None:
-    """Raise ConfigError, before anything is drawn, unless samples of this number and shape can be scored against these real images."""
+    """Raise ConfigError, before anything is drawn, unless samples of this number and shape can be scored against these
+    real images.
+    """
     if find_spec("sklearn") is None:
         raise ConfigError("scores need scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'")
     for name, (images, _) in sides.items():
@@ -130,6 +160,10 @@ def _check(samples: Tensor, labels: Tensor, train: Images, heldout: Images) -> N
     sides = {"samples": (samples, labels), "training": train, "held-out": heldout}
     for name, (images, classes) in sides.items():
         if len(images) < 2 or len(images) != len(classes):
-            raise ValueError(f"{name} images: {len(images)} with {len(classes)} labels; scoring needs at least 2, each with its label")
+            raise ValueError(
+                f"{name} images: {len(images)} with {len(classes)} labels; scoring needs at least 2, each with its label"
+            )
         if images.shape[1:] != samples.shape[1:]:
-            raise ValueError(f"{name} images are {tuple(images.shape[1:])} but samples {tuple(samples.shape[1:])}: name the trained data")
+            raise ValueError(
+                f"{name} images are {tuple(images.shape[1:])} but samples {tuple(samples.shape[1:])}: name the trained data"
+            )

@@ -16,7 +16,8 @@ def frechet_distance(a: Features, b: Features) -> float:
     |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) with unbiased covariances A, B. For any factors A = R_a' R_a and
     B = R_b' R_b the last trace is the sum of the singular values of R_a R_b'. The centred features themselves are such
     factors, so no covariance is formed nor any root taken of an eigenvalue that is zero but for rounding: singular
-    covariances (constant pixels, fewer samples than features) lose no digits. It falls as sets grow: compare at equal counts.
+    covariances (constant pixels, fewer samples than features) lose no digits. It falls as sets grow: compare at equal
+    counts.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 samples on each side, not {len(a)} and {len(b)}")
@@ -43,7 +44,9 @@ def classifier_accuracy(train_x: Features, train_y: Labels, x: Features, y: Labe
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise ConfigError("scoring needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'") from error
+        raise ConfigError(
+            "scoring needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'"
+        ) from error
     classifier = SVC(kernel="rbf", gamma="scale", C=1.0).fit(train_x, train_y)
     return float((classifier.predict(x) == y).mean())
 

@@ -32,17 +32,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition; between them a look at the caption."""
+    """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition; between them a look
+    at the caption.
+    """
 
     def __init__(self, model: ModelConfig, pool: PoolConfig, is_moe: bool) -> None:
         super().__init__()
         self.attention = Attention(model.hidden_size, model.num_heads)
         self.cross_attention = CrossAttention(model.hidden_size, model.num_heads) if model.condition == "text" else None
-        self.ffn: FeedForward | MoELayer = MoELayer(model, pool) if is_moe else FeedForward(model.hidden_size, 4 * model.hidden_size)
+        self.ffn: FeedForward | MoELayer = (
+            MoELayer(model, pool) if is_moe else FeedForward(model.hidden_size, 4 * model.hidden_size)
+        )
         self.modulation = nn.Linear(model.hidden_size, 6 * model.hidden_size)
 
     def compile_parts(self) -> None:
-        """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, parts of an MoE layer."""
+        """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, parts of
+        an MoE layer.
+        """
         self._attend = torch.compile(self._attend)  # type: ignore[method-assign]
         if isinstance(self.ffn, FeedForward):
             self.ffn.forward = torch.compile(self.ffn.forward)  # type: ignore[method-assign]
@@ -50,9 +56,11 @@ class Block(nn.Module):
             self.ffn.compile_parts()
 
     def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none", caption: Caption | None = None) -> Step:
-        """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens, and what the MoE layer did.
+        """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens, and what the MoE
+        layer did.
 
-        recompute: what is not kept for the backward but computed again there: nothing, the feed-forward part, or the whole block.
+        recompute: what is not kept for the backward but computed again there: nothing, the feed-forward part, or the
+        whole block.
         """
         if recompute == "block":
             return computed_again(self._whole, x, c, caption)
@@ -78,9 +86,11 @@ class Block(nn.Module):
 
 
 def computed_again(function: Callable[..., Step], *inputs: Any) -> Step:
-    """Compute function(*inputs, kept) and keep only the inputs; the backward computes the rest again, but with the choice that was made.
+    """Compute function(*inputs, kept) and keep only the inputs; the backward computes the rest again, but with the
+    choice that was made.
 
-    Every rank does so at the same place of its backward, so that the rows that travel again meet. Nothing random is drawn in a forward.
+    Every rank does so at the same place of its backward, so that the rows that travel again meet. Nothing random is
+    drawn in a forward.
     """
     return cast(Step, checkpoint(function, *inputs, Kept(), use_reentrant=False, preserve_rng_state=False))
 
@@ -95,7 +105,9 @@ class Head(nn.Module):
         self.out_channels = model.out_channels
 
     def forward(self, x: Tensor, c: Tensor, channels: int) -> Tensor:
-        """Tokens x (B, T, D) and condition c (B, D) -> (B, T, patch * patch * channels), of each pixel the first `channels` alone."""
+        """Tokens x (B, T, D) and condition c (B, D) -> (B, T, patch * patch * channels), of each pixel the first
+        `channels` alone.
+        """
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
         rows = (-1, self.out_channels)  # of the weight, ordered (pixel of the patch, channel)
         weight = self.projection.weight.unflatten(0, rows)[:, :channels].flatten(0, 1)

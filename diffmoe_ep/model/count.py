@@ -42,7 +42,9 @@ class Count:
         return self.dense_ffn + self.shared + self.router + self.predictor + beside
 
     def activated(self, capacity: float | None = None) -> float:
-        """Parameters that work on an average token at a capacity (None: training's): C * experts * m / N, and all that always runs."""
+        """Parameters that work on an average token at a capacity (None: training's): C * experts * m / N, and all that
+        always runs.
+        """
         return (self.capacity if capacity is None else capacity) * self.unit * self.experts + self.always
 
 
@@ -62,7 +64,9 @@ def count(model: ModelConfig) -> Count:
     ffn = 8 * hidden**2 + 5 * hidden
     expert = 2 * hidden * width + width + hidden
     shared_width = width * model.shared_experts
-    shared = 2 * hidden * shared_width + shared_width + hidden if model.shared_experts else 0  # one FFN, so one output bias
+    shared = (
+        2 * hidden * shared_width + shared_width + hidden if model.shared_experts else 0
+    )  # one FFN, so one output bias
     moe = moe_blocks(model)
     linear = hidden**2 + hidden
     patches = model.in_channels * model.patch**2 * hidden + hidden
@@ -88,9 +92,10 @@ def count(model: ModelConfig) -> Count:
 def equation_40(model: ModelConfig, capacity: float | None = None) -> float:
     """The paper's estimate of the average activated parameters: (1 + C) / (1 + N) * FFN + attention + adaLN + other.
 
-    Its factor supposes one dense block for each MoE block, so an even L. Here the blocks are counted, and an MoE block's feed-forward
-    units are N/m routed ones, of which C work, and the shared ones, which all do. Router and predictor are scaled with the FFN, as in
-    the paper (its Table 9), though they always run: `Count.activated` is exact.
+    Its factor supposes one dense block for each MoE block, so an even L. Here the blocks are counted, and an MoE
+    block's feed-forward units are N/m routed ones, of which C work, and the shared ones, which all do. Router and
+    predictor are scaled with the FFN, as in the paper (its Table 9), though they always run: `Count.activated` is
+    exact.
     """
     sizes, moe = count(model), moe_blocks(model)
     capacity = sizes.capacity if capacity is None else capacity

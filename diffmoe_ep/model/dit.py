@@ -2,8 +2,8 @@
 
 Legend: B samples, C channels, T tokens, D hidden size, L blocks, M places for a caption's tokens.
 
-`model(x, t, condition)` gives an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and swaps the dispatcher
-for a run on many ranks; samplers and objectives only see a callable.
+`model(x, t, condition)` gives an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and
+swaps the dispatcher for a run on many ranks; samplers and objectives only see a callable.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,9 @@ class Output:
     """What a forward gives."""
 
     prediction: Tensor  # (B, out_channels or fewer, H, W) at least float32; under flow eps - x_0
-    auxiliary: Tensor  # scalar to add to the objective's loss: the predictors' and the balance loss, weighted; 0 in eval mode
+    auxiliary: (
+        Tensor  # scalar to add to the objective's loss: the predictors' and the balance loss, weighted; 0 in eval mode
+    )
     layers: tuple[LayerReport, ...]  # what each MoE layer did
 
 
@@ -46,10 +48,12 @@ class DiT(nn.Module):
         recompute: Recompute = "none",
         channels: int | None = None,
     ) -> None:
-        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the weights' own type.
+        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the
+        weights' own type.
 
         recompute: what a block does not keep for the backward but computes again there (see `Block.forward`).
-        channels: how many of out_channels are predicted (flow needs in_channels only; parameters are those of all); None: all.
+        channels: how many of out_channels are predicted (flow needs in_channels only; parameters are those of all);
+        None: all.
         """
         super().__init__()
         pool = pool or PoolConfig()
@@ -63,10 +67,14 @@ class DiT(nn.Module):
         self.caption = CaptionEmbed(model.text_width, model.hidden_size) if model.condition == "text" else None
         self.blocks = nn.ModuleList(Block(model, pool, is_moe(model, index)) for index in range(model.num_blocks))
         self.head = Head(model)
-        self.register_buffer("positions", sine_positions(model.hidden_size, model.input_size // model.patch), persistent=False)
+        self.register_buffer(
+            "positions", sine_positions(model.hidden_size, model.input_size // model.patch), persistent=False
+        )
 
     def allocate(self, device: torch.device | str) -> "DiT":
-        """Give a model that was built on the meta device its memory; weights are still to be filled, buffers are as they start."""
+        """Give a model that was built on the meta device its memory; weights are still to be filled, buffers are as
+        they start.
+        """
         self.to_empty(device=device)
         self.positions.copy_(sine_positions(self.config.hidden_size, self.config.input_size // self.config.patch))
         for layer in self.moe_layers():
@@ -105,7 +113,9 @@ class DiT(nn.Module):
         total = like.new_zeros(())
         losses = [report.loss for report in reports if report.loss is not None]
         if losses:
-            reduced = torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
+            reduced = (
+                torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
+            )
             total = total + reduced * self.config.predictor_weight
         for report in reports:
             if report.balance is not None:

@@ -73,7 +73,9 @@ class LabelEmbed(nn.Module):
 
 
 class CaptionEmbed(nn.Module):
-    """Map the features of a caption's tokens to the hidden size; a trained row stands for the null caption. One for all blocks."""
+    """Map the features of a caption's tokens to the hidden size; a trained row stands for the null caption. One for all
+    blocks.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Initial weights as a function of (seed, parameter's name, expert's number), never of the layout or a global generator."""
+"""Initial weights as a function of (seed, parameter's name, expert's number), never of the layout or a global
+generator.
+"""
 
 import hashlib
 import math
@@ -10,8 +12,8 @@ from diffmoe_ep.model.dit import DiT
 
 ZERO, XAVIER, ROUTER, NORMAL = "zero", "xavier", "router", "normal"
 
-# The first ending that fits a parameter's name says how it starts; adaLN-Zero: modulations and the last map start at zero, and so does
-# what cross-attention adds.
+# The first ending that fits a parameter's name says how it starts; adaLN-Zero: modulations and the last map start at
+# zero, and so does what cross-attention adds.
 RULES = (
     ("bias", ZERO),
     ("modulation.weight", ZERO),
@@ -28,7 +30,9 @@ RULES = (
 
 @torch.no_grad()
 def initialize(model: DiT, seed: int) -> DiT:
-    """Fill all weights in place; a rank that holds experts e.. gives them what a single device gives them. Returns the model."""
+    """Fill all weights in place; a rank that holds experts e.. gives them what a single device gives them. Returns the
+    model.
+    """
     for name, parameter in model.named_parameters():
         rule = next(rule for ending, rule in RULES if name.endswith(ending))
         if ".experts." in name:

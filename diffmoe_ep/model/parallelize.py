@@ -1,4 +1,6 @@
-"""The one place where model and mesh meet: slice the experts, swap the dispatcher and the pools, and leave DeepSpeed its marks."""
+"""The one place where model and mesh meet: slice the experts, swap the dispatcher and the pools, and leave DeepSpeed
+its marks.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +37,8 @@ def apply_compute(model: DiT, compute: ComputeConfig) -> DiT:
 
 
 def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:
-    """Keep this rank's experts of every layer, and let rows travel to the others. Initial weights are the same before or after.
+    """Keep this rank's experts of every layer, and let rows travel to the others. Initial weights are the same before
+    or after.
 
     overlap: parts in which rows travel, so that some are on their way while others are computed; 1: all at once.
     """
@@ -72,8 +75,9 @@ def is_expert(name: str) -> bool:
 def mark_for_deepspeed(model: DiT, mesh: Mesh) -> DiT:
     """Tell DeepSpeed which parameters are experts' and over which groups they are sharded and copied.
 
-    DeepSpeed finds experts by the class of a module and two attributes of a parameter. A child without parameters carries the class, so
-    that our layers need not inherit from it. Without expert sharding nothing is marked: experts are then parameters like all others.
+    DeepSpeed finds experts by the class of a module and two attributes of a parameter. A child without parameters
+    carries the class, so that our layers need not inherit from it. Without expert sharding nothing is marked: experts
+    are then parameters like all others.
     """
     if mesh.expert.size == 1:
         return model

@@ -1,4 +1,5 @@
-"""How many tokens an expert gets at inference: the capacity predictor, its loss, the dynamic thresholds and the rules that use them.
+"""How many tokens an expert gets at inference: the capacity predictor, its loss, the dynamic thresholds and the rules
+that use them.
 
 Legend: S tokens on this rank, D hidden size, N experts, P tokens in a pool.
 """
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 class InferenceRule:
     """How experts choose tokens at inference."""
 
-    selection: Literal["auto", "threshold", "count", "topk"] = "auto"  # Eq. 14 or else topk; Eq. 14; Algorithm 4; the training rule
+    selection: Literal["auto", "threshold", "count", "topk"] = (
+        "auto"  # Eq. 14 or else topk; Eq. 14; Algorithm 4; the training rule
+    )
     threshold: float | Literal["dynamic", "raw"] = "dynamic"  # moving average (bias-corrected or raw), or one constant
     capacity: float = 1.0  # capacity factor of `topk`
 
@@ -41,7 +44,9 @@ class CapacityPredictor(nn.Module):
         self.updates.zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (S, D), detached here so that the predictor cannot steer the network, to logits (S, N) in at least float32."""
+        """Map tokens (S, D), detached here so that the predictor cannot steer the network, to logits (S, N) in at least
+        float32.
+        """
         logits = self.fc2(F.silu(self.fc1(tokens.detach())))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -50,7 +55,9 @@ class CapacityPredictor(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype))
 
     def bound(self, rule: InferenceRule) -> Tensor:
-        """The threshold tau (N,) that a rule compares with. The moving average starts at 0, so `dynamic` divides by 1 - decay^updates."""
+        """The threshold tau (N,) that a rule compares with. The moving average starts at 0, so `dynamic` divides by 1 -
+        decay^updates.
+        """
         if not isinstance(rule.threshold, str):
             return torch.full_like(self.threshold, rule.threshold)
         if rule.threshold == "raw":

@@ -1,14 +1,17 @@
-"""Rows to the experts and answers back: `route` says where, `dispatch` brings the rows, `combine` brings the answers and adds them up.
+"""Rows to the experts and answers back: `route` says where, `dispatch` brings the rows, `combine` brings the answers
+and adds them up.
 
-Legend: S tokens on this rank, D hidden size, N experts (E = N / EP of them on this rank), R chosen (token, expert) pairs.
+Legend: S tokens on this rank, D hidden size, N experts (E = N / EP of them on this rank), R chosen (token, expert)
+pairs.
 
-Each chosen row moves once, in the compute type, to the copy of its expert in this rank's own expert group. The backward of one verb is the
-other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out. A token's answers are added in the
-order of the experts, so that sums are taken in the same order on every layout and in every run.
+Each chosen row moves once, in the compute type, to the copy of its expert in this rank's own expert group. The backward
+of one verb is the
+other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out. A token's answers
+are added in the order of the experts, so that sums are taken in the same order on every layout and in every run.
 
-A route is made as soon as the choice is known and only starts to ask the other ranks; the host waits for numbers in the first verb, so
-that work in between (shared experts, the predictor's loss) hides the exchange. Where the choice itself says how many rows there are,
-nobody is asked.
+A route is made as soon as the choice is known and only starts to ask the other ranks; the host waits for numbers in the
+first verb, so that work in between (shared experts, the predictor's loss) hides the exchange. Where the choice itself
+says how many rows there are, nobody is asked.
 """
 
 from collections.abc import Sequence
@@ -35,7 +38,9 @@ class Part:
     end: int
     send: Sequence[int]  # rows that go to each rank of the expert group
     receive: Sequence[int]  # rows that come from each rank
-    order: Tensor | None  # rows come ordered by (rank, expert): rows[order] is ordered by (expert, rank); None where that is the same
+    order: (
+        Tensor | None
+    )  # rows come ordered by (rank, expert): rows[order] is ordered by (expert, rank); None where that is the same
     back: Tensor | None  # the inverse of order
 
     def by_expert(self, rows: Tensor) -> Tensor:
@@ -49,7 +54,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Route:
-    """Where this rank's chosen rows go and what comes here. No gradient, and frozen, so that a recomputed forward uses the same."""
+    """Where this rank's chosen rows go and what comes here. No gradient, and frozen, so that a recomputed forward uses
+    the same.
+    """
 
     chosen: Tensor  # (S, N) bool
     processed: Tensor  # (N,) rows that each expert of the layer takes from this rank's tokens
@@ -81,7 +88,9 @@ class Route:
         for start, end in self.cuts:
             send = [sum(self.numbers.sent[rank * here + start : rank * here + end]) for rank in range(ranks)]
             receive = [sum(numbers[start:end]) for numbers in self.numbers.arriving]
-            order, back = _expert_major(arriving[:, start:end], sum(receive)) if end - start > 1 and ranks > 1 else (None, None)
+            order, back = (
+                _expert_major(arriving[:, start:end], sum(receive)) if end - start > 1 and ranks > 1 else (None, None)
+            )
             parts.append(Part(start, end, send, receive, order, back))
         return parts
 
@@ -109,7 +118,9 @@ class Dispatch(Protocol):
         """Bring tokens (S, D) to the experts that chose them: rows (rows here, D) grouped by local expert."""
 
     def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
-        """Bring the experts' answers back and add them up by weight (S, N): (S, D); zero for a token that nobody chose."""
+        """Bring the experts' answers back and add them up by weight (S, N): (S, D); zero for a token that nobody
+        chose.
+        """
 
 
 class LocalDispatch:
@@ -142,7 +153,9 @@ class AllToAllDispatch:
         self.group, self.chunks, self.compiled = group, chunks, False
 
     def route(self, assignment: Assignment) -> Route:
-        """See `Dispatch.route`. Pools inside this rank say all splits, pools inside the expert group how many rows an expert gets."""
+        """See `Dispatch.route`. Pools inside this rank say all splits, pools inside the expert group how many rows an
+        expert gets.
+        """
         taken, ranks = assignment.taken, assignment.ranks
         inside = taken is not None and self.group.size % ranks == 0
         processed = assignment.chosen.sum(0)  # (N,)
@@ -153,26 +166,39 @@ class AllToAllDispatch:
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
         leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
-        exchanged = [all_to_all(rows, part.send, part.receive, self.group) for rows, part in zip(leaving, route.parts, strict=True)]
+        exchanged = [
+            all_to_all(rows, part.send, part.receive, self.group)
+            for rows, part in zip(leaving, route.parts, strict=True)
+        ]
         return joined([part.by_expert(rows) for rows, part in zip(exchanged, route.parts, strict=True)])
 
     def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
         """See `Dispatch.combine`."""
         answers = rows.split([sum(part.receive) for part in route.parts])
         leaving = [part.by_rank(rows) for rows, part in zip(answers, route.parts, strict=True)]
-        exchanged = [all_to_all(rows, part.receive, part.send, self.group) for rows, part in zip(leaving, route.parts, strict=True)]
+        exchanged = [
+            all_to_all(rows, part.receive, part.send, self.group)
+            for rows, part in zip(leaving, route.parts, strict=True)
+        ]
         return add_up(joined(exchanged), weight, route.pairs, route.compiled)
 
 
 def overlapped(experts: nn.Module, tokens: Tensor, route: Route, weight: Tensor) -> Tensor:
-    """What combine(experts(dispatch(tokens))) gives, in the route's parts: while one computes, the others' rows and answers travel.
+    """What combine(experts(dispatch(tokens))) gives, in the route's parts: while one computes, the others' rows and
+    answers travel.
 
-    Autograd goes through the parts in the opposite order, last started first landed, so that the backward overlaps in the same way.
+    Autograd goes through the parts in the opposite order, last started first landed, so that the backward overlaps in
+    the same way.
     """
     leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
-    flights = [start_all_to_all(rows, part.send, part.receive, route.group) for rows, part in zip(leaving, route.parts, strict=True)]
+    flights = [
+        start_all_to_all(rows, part.send, part.receive, route.group)
+        for rows, part in zip(leaving, route.parts, strict=True)
+    ]
     sizes = [part.end - part.start for part in route.parts]
-    weights = {name: parameter.split(sizes) for name, parameter in experts.named_parameters()}  # one backward for all parts
+    weights = {
+        name: parameter.split(sizes) for name, parameter in experts.named_parameters()
+    }  # one backward for all parts
     returning = []
     for number, (flight, part) in enumerate(zip(flights, route.parts, strict=True)):
         rows, mine = part.by_expert(flight.land()), {name: parts[number] for name, parts in weights.items()}
@@ -187,7 +213,9 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _expert_major(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank), and its inverse."""
+    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank), and its
+    inverse.
+    """
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()  # where each run lies now
     lengths = counts.T.flatten()
     shift = starts - (lengths.cumsum(0) - lengths)

@@ -20,8 +20,8 @@ KERNELS = {"loop": loop, "batched": batched, "grouped": grouped}
 class Experts(nn.Module):
     """Stacked FFNs: Linear(D, 4D), GELU (tanh form), Linear(4D, D), both with bias.
 
-    Weights are stored (N, in, out): that is what the batched matmul reads without a transposed copy. A rank of an expert group holds a
-    slice of dimension 0, of which `first` is the first expert's global number.
+    Weights are stored (N, in, out): that is what the batched matmul reads without a transposed copy. A rank of an
+    expert group holds a slice of dimension 0, of which `first` is the first expert's global number.
     """
 
     def __init__(self, num_experts: int, hidden: int, kernel: Kernel = "auto", granularity: int = 1) -> None:
@@ -36,17 +36,22 @@ class Experts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden))  # (N, D)
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and zero."""
+        """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and
+        zero.
+        """
         kernel = choose_kernel(rows, counts, self.fc1_weight.shape[2]) if self.kernel == "auto" else self.kernel
         weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        return fused(rows, counts, weights, self.compiled) if kernel == "fused" else KERNELS[kernel](rows, counts, weights)
+        return (
+            fused(rows, counts, weights, self.compiled) if kernel == "fused" else KERNELS[kernel](rows, counts, weights)
+        )
 
 
 def choose_kernel(rows: Tensor, counts: Sequence[int], width: int) -> Kernel:
     """The kernel of `auto`.
 
     CPU: `fused`; `diffmoe bench layer` measures it against the matmuls alone.
-    GPU: `batched` for even counts; for ragged ones `grouped` in bfloat16 where torch can, else `fused`. Not measured yet.
+    GPU: `batched` for even counts; for ragged ones `grouped` in bfloat16 where torch can, else `fused`. Not measured
+    yet.
     """
     if rows.device.type == "cpu":
         return "fused"
@@ -57,7 +62,9 @@ def choose_kernel(rows: Tensor, counts: Sequence[int], width: int) -> Kernel:
 
 
 class FeedForward(nn.Module):
-    """One FFN for all tokens, of a dense block (F = 4D) or for the shared experts: Linear(D, F), GELU (tanh form), Linear(F, D)."""
+    """One FFN for all tokens, of a dense block (F = 4D) or for the shared experts: Linear(D, F), GELU (tanh form),
+    Linear(F, D).
+    """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()

@@ -2,9 +2,10 @@
 
 Legend: B samples, T tokens of a sample, S = B * T tokens on this rank, D hidden size, N experts, R rows.
 
-In training every expert takes its k best tokens of a pool that may span all ranks (DiffMoE) or is one sample (EC-DiT), or every token
-takes its best experts (TC-DiT); at inference a capacity predictor may say how many tokens an expert takes.
-The layer is written for one device; `model.parallelize` swaps its dispatcher and its pools and slices its experts.
+In training every expert takes its k best tokens of a pool that may span all ranks (DiffMoE) or is one sample (EC-DiT),
+or every token takes its best experts (TC-DiT); at inference a capacity predictor may say how many tokens an expert
+takes. The layer is written for one device; `model.parallelize` swaps its dispatcher and its pools and slices its
+experts.
 """
 
 from collections.abc import Callable
@@ -23,15 +24,20 @@ from diffmoe_ep.moe.routing import Assignment, Router, balance_loss, choices, ch
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer did in one forward, for the losses, the thresholds and the logs; no gradient but in `loss` and `balance`.
+    """What one layer did in one forward, for the losses, the thresholds and the logs; no gradient but in `loss` and
+    `balance`.
 
-    Rows are counted in experts as wide as a dense FFN: at granularity m a row weighs 1/m, so that capacity N * rows / S is compute.
+    Rows are counted in experts as wide as a dense FFN: at granularity m a row weighs 1/m, so that capacity N * rows / S
+    is compute.
     """
 
     processed: Tensor  # (N,) how many of this rank's tokens each expert took
     num_tokens: int  # this rank's tokens S
-    wanted: Tensor  # (N,) how many it would take by the dynamic thresholds; without predictor, and in inference, the same as processed
-    quantile: Tensor | None = None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
+    # (N,) how many it would take by the dynamic thresholds; without predictor, and in inference, the same as processed
+    wanted: Tensor
+    quantile: Tensor | None = (
+        None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
+    )
     loss: Tensor | None = None  # the predictor's loss; training with a predictor only
     balance: Tensor | None = None  # the balance loss; training of token choice only
 
@@ -42,12 +48,16 @@ class Choice:
 
     route: Route  # where the chosen rows go
     wanted: Tensor | None = None  # (N,) tokens over the dynamic thresholds; training with a predictor only
-    quantile: Tensor | None = None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
+    quantile: Tensor | None = (
+        None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
+    )
     counts: Tensor | None = None  # (pools, N) choices of each pool by expert; training of token choice only
 
 
 class Kept:
-    """The choice of a layer's first forward. Activation recomputation hands it to the second, so that nothing is chosen or asked twice."""
+    """The choice of a layer's first forward. Activation recomputation hands it to the second, so that nothing is chosen
+    or asked twice.
+    """
 
     def __init__(self) -> None:
         self.choice: Choice | None = None
@@ -65,10 +75,16 @@ class MoELayer(nn.Module):
     def __init__(self, model: ModelConfig, pool: PoolConfig) -> None:
         super().__init__()
         self.router = Router(model.hidden_size, model.num_experts)
-        self.predictor = CapacityPredictor(model.hidden_size, model.num_experts, model.threshold_decay) if has_predictor(model) else None
+        self.predictor = (
+            CapacityPredictor(model.hidden_size, model.num_experts, model.threshold_decay)
+            if has_predictor(model)
+            else None
+        )
         self.experts = Experts(model.num_experts, model.hidden_size, granularity=model.granularity)
         self.shared = (
-            FeedForward(model.hidden_size, model.shared_experts * 4 * model.hidden_size // model.granularity) if model.shared_experts else None
+            FeedForward(model.hidden_size, model.shared_experts * 4 * model.hidden_size // model.granularity)
+            if model.shared_experts
+            else None
         )
         self.num_experts, self.granularity = model.num_experts, model.granularity
         self.top_k = model.top_k if model.family == "tc" else None
@@ -79,20 +95,25 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatch = LocalDispatch()
 
     def compile_parts(self) -> None:
-        """Let torch.compile fuse what needs no other rank: the predictor and, on a CPU, GELU between matmuls and the answers' backward."""
+        """Let torch.compile fuse what needs no other rank: the predictor and, on a CPU, GELU between matmuls and the
+        answers' backward.
+        """
         self.experts.compiled = self.dispatcher.compiled = True
         if self.predictor is not None:
             self.predictor.forward = torch.compile(self.predictor.forward)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, kept: Kept | None = None) -> tuple[Tensor, LayerReport]:
-        """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the shared ones.
+        """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the
+        shared ones.
 
         kept: an empty one keeps this forward's choice; one that holds a choice repeats it.
         """
         tokens = x.flatten(0, 1)  # (S, D)
         scores = self.router(tokens)  # (S, N)
         logits = self.predictor(tokens) if self.predictor is not None else None  # (S, N)
-        choice = (kept or Kept()).once(lambda: self._choose(scores, logits))  # who takes whom; asks the other ranks what comes
+        choice = (kept or Kept()).once(
+            lambda: self._choose(scores, logits)
+        )  # who takes whom; asks the other ranks what comes
         report = self._report(scores, logits, choice)  # meanwhile
         shared = self.shared(tokens) if self.shared is not None else None
         if choice.route.chunks > 1:  # the same verbs in parts, of which some travel while others compute
@@ -103,7 +124,9 @@ class MoELayer(nn.Module):
         return (mixed if shared is None else mixed + shared).view_as(x), report
 
     def _choose(self, scores: Tensor, logits: Tensor | None) -> Choice:
-        """Choose and, in training, measure what the thresholds and the balance loss need; nothing here has a gradient."""
+        """Choose and, in training, measure what the thresholds and the balance loss need; nothing here has a
+        gradient.
+        """
         route = self.dispatcher.route
         if self.top_k is not None:
             assignment = choose_by_token(scores, self.top_k)
@@ -113,7 +136,9 @@ class MoELayer(nn.Module):
         k = self._k(scores, self.pools, self.capacity)
         assignment, selection = choose_by_pool(scores, k, self.pools, also=logits)
         ranks = self.pools.group.size
-        chosen = route(replace(assignment, taken=k * (len(scores) * ranks // self.pools.size(len(scores))), ranks=ranks))
+        chosen = route(
+            replace(assignment, taken=k * (len(scores) * ranks // self.pools.size(len(scores))), ranks=ranks)
+        )
         if self.predictor is None or logits is None or selection.kth is None:
             return Choice(chosen)
         with torch.no_grad():
@@ -121,7 +146,9 @@ class MoELayer(nn.Module):
             return Choice(chosen, wanted, quantile=torch.sigmoid(selection.kth).mean(0))
 
     def _choose_by_rule(self, scores: Tensor, logits: Tensor | None) -> Assignment:
-        """At inference: tokens over the threshold (Eq. 14), as many of the call by score (Algorithm 4), or the training rule."""
+        """At inference: tokens over the threshold (Eq. 14), as many of the call by score (Algorithm 4), or the training
+        rule.
+        """
         rule = self.rule.selection if self.rule.selection != "auto" else ("topk" if logits is None else "threshold")
         if not len(scores):  # a rank without samples still takes part
             return Assignment(torch.zeros_like(scores, dtype=torch.bool), scores)
@@ -134,7 +161,9 @@ class MoELayer(nn.Module):
                 )
             return choose_by_pool(scores, self._k(scores, pools, self.rule.capacity, "sample.capacity"), pools)[0]
         if self.predictor is None or logits is None:
-            raise ConfigError(f"selection {rule} needs a capacity predictor, which this model has not; choose auto or topk")
+            raise ConfigError(
+                f"selection {rule} needs a capacity predictor, which this model has not; choose auto or topk"
+            )
         wanted = self.predictor.wanted(logits, self.rule)
         return Assignment(wanted, scores) if rule == "threshold" else choose_by_pool(scores, wanted.sum(0), Pools())[0]
 
@@ -148,4 +177,6 @@ class MoELayer(nn.Module):
         balance = None if choice.counts is None else balance_loss(scores, choice.counts)
         if self.predictor is None or logits is None or wanted is None:
             return LayerReport(processed, len(scores), processed, balance=balance)
-        return LayerReport(processed, len(scores), wanted, choice.quantile, self.predictor.loss(logits, choice.route.chosen))
+        return LayerReport(
+            processed, len(scores), wanted, choice.quantile, self.predictor.loss(logits, choice.route.chosen)
+        )

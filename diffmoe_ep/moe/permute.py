@@ -1,9 +1,10 @@
-"""The chosen (token, expert) pairs of a rank as indices, and the two ends of their travel: tokens copied out, answers added up by weight.
+"""The chosen (token, expert) pairs of a rank as indices, and the two ends of their travel: tokens copied out, answers
+added up by weight.
 
 Legend: S tokens on this rank, D hidden size, N experts, R chosen pairs.
 
-A token's answers are added in the order of the experts, whatever the order in which rows travel, so that every layout and every run gives
-the same bits. The backward of one end is the other, without the weights.
+A token's answers are added in the order of the experts, whatever the order in which rows travel, so that every layout
+and every run gives the same bits. The backward of one end is the other, without the weights.
 """
 
 from collections.abc import Callable
@@ -47,15 +48,19 @@ def copy_out(tokens: Tensor, pairs: Pairs) -> Tensor:
 
 
 def add_up(rows: Tensor, weight: Tensor, pairs: Pairs, compiled: bool = False) -> Tensor:
-    """Sum the pairs' rows (R, D), each times its entry of weight (S, N), by token, in at least float32: (S, D); 0 where nobody chose.
+    """Sum the pairs' rows (R, D), each times its entry of weight (S, N), by token, in at least float32: (S, D); 0 where
+    nobody chose.
 
-    compiled: let torch.compile make one pass of the backward on a CPU (a compiler is needed, and seconds at the first call).
+    compiled: let torch.compile make one pass of the backward on a CPU (a compiler is needed, and seconds at the first
+    call).
     """
     return cast(Tensor, _AddUp.apply(rows, weight, pairs, compiled and rows.device.type == "cpu"))
 
 
 def _sums(rows: Tensor, by_token: Tensor, first: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sums (S, D) of rows by token, each in the order of by_token on every device; one pass, without a sorted copy of the rows."""
+    """Sums (S, D) of rows by token, each in the order of by_token on every device; one pass, without a sorted copy of
+    the rows.
+    """
     if not len(rows):
         return rows.new_zeros((len(first), rows.shape[1]))
     return F.embedding_bag(by_token, rows.contiguous(), first, mode="sum", per_sample_weights=weight)

@@ -1,11 +1,14 @@
-"""Exact top-k per expert over pools of tokens that may be sharded over ranks: the choice of W ranks is the choice of one.
+"""Exact top-k per expert over pools of tokens that may be sharded over ranks: the choice of W ranks is the choice of
+one.
 
-Legend: S tokens on this rank, N experts, M further columns, P tokens in a pool, k tokens that an expert takes from a pool.
+Legend: S tokens on this rank, N experts, M further columns, P tokens in a pool, k tokens that an expert takes from a
+pool.
 
-The order is total: score descending, then global token number ascending (sample position, then token), so the chosen set does not depend
-on how tokens are laid over ranks, ties included. Zeros are equal whatever their sign, and a score that is no number (NaN) counts as -inf:
-it is chosen last, and every expert still takes exactly k. Samples of a micro-step are laid over ranks in the order of their positions, so
-a pool is a run of consecutive samples: several pools inside one rank, or one pool over neighbouring ranks.
+The order is total: score descending, then global token number ascending (sample position, then token), so the chosen
+set does not depend on how tokens are laid over ranks, ties included. Zeros are equal whatever their sign, and a score
+that is no number (NaN) counts as -inf: it is chosen last, and every expert still takes exactly k. Samples of a
+micro-step are laid over ranks in the order of their positions, so a pool is a run of consecutive samples: several pools
+inside one rank, or one pool over neighbouring ranks.
 """
 
 from dataclasses import dataclass
@@ -46,7 +49,8 @@ def select(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = 
 
     scores (S, N): larger is better; compared as they are, so give them in float32 or float64.
     k: one number for all experts, or (N,) one for each; 0 allowed, at most P.
-    also (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in the same search.
+    also (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in
+    the same search.
     """
     local, num_experts = scores.shape
     columns = scores.T if also is None else torch.cat([scores.T, also.T.to(scores.dtype)])

@@ -1,7 +1,8 @@
 """All-to-alls that are started now and waited for later: rows with gradients, and counts on their way to the host.
 
-What is started must be waited for in the order that every rank shares; work between the two hides the time in flight. On CUDA the exchange
-of rows runs on the process group's own stream, that of counts on a stream beside the computing one.
+What is started must be waited for in the order that every rank shares; work between the two hides the time in flight.
+On CUDA the exchange of rows runs on the process group's own stream, that of counts on a stream beside the computing
+one.
 """
 
 import functools
@@ -23,17 +24,22 @@ class Flight:
         self._rows = rows if group.size == 1 else cast(Tensor, _Start.apply(rows, self._way))
 
     def land(self) -> Tensor:
-        """The rows received (sum(receive), ...), in rank order; the backward is the same exchange the other way, as early and as late."""
+        """The rows received (sum(receive), ...), in rank order; the backward is the same exchange the other way, as
+        early and as late.
+        """
         return self._rows if self._way.group.size == 1 else cast(Tensor, _Land.apply(self._rows, self._way))
 
 
 def start_all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Flight:
-    """Start what `all_to_all` does: send[j] consecutive rows to rank j, receive[j] rows from it; splits may be uneven, zeros included."""
+    """Start what `all_to_all` does: send[j] consecutive rows to rank j, receive[j] rows from it; splits may be uneven,
+    zeros included.
+    """
     return Flight(rows, send, receive, group)
 
 
 class Counts:
-    """How many rows this rank sends to each expert, and receives from each rank for each of its own; soon on the host, too.
+    """How many rows this rank sends to each expert, and receives from each rank for each of its own; soon on the host,
+    too.
 
     The exchange of numbers and their copy to the host start at once; the host waits when it first reads them.
     """
@@ -133,7 +139,9 @@ class _Start(torch.autograd.Function):
 
 
 class _Land(torch.autograd.Function):
-    """Forward: wait for the rows. Backward: start sending their gradients; what it returns only leads autograd on to `_Start`."""
+    """Forward: wait for the rows. Backward: start sending their gradients; what it returns only leads autograd on to
+    `_Start`.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:

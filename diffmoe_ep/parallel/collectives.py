@@ -1,7 +1,8 @@
-"""The few collectives that the project needs, each the identity on one rank; those that carry gradients say what their backward is.
+"""The few collectives that the project needs, each the identity on one rank; those that carry gradients say what their
+backward is.
 
-Each counts, in its group's `traffic`, one round and the payload that this rank receives from the others (of a sum: the tensor's size,
-whatever the back end makes of it on the way).
+Each counts, in its group's `traffic`, one round and the payload that this rank receives from the others (of a sum: the
+tensor's size, whatever the back end makes of it on the way).
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ ALONE = Group()
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """Concatenate every rank's x (n, ...) along dimension 0, in rank order; all must have the same shape. No gradient."""
+    """Concatenate every rank's x (n, ...) along dimension 0, in rank order; all must have the same shape. No
+    gradient.
+    """
     if group.size == 1:
         return x.detach()
     x = x.detach().contiguous()
@@ -68,7 +71,8 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-    """Send rows x[offset_j : offset_j + send[j]] to rank j and concatenate what the ranks send here, receive[j] rows from rank j.
+    """Send rows x[offset_j : offset_j + send[j]] to rank j and concatenate what the ranks send here, receive[j] rows
+    from rank j.
 
     Splits may be uneven, zeros included; the backward is the same exchange with the splits swapped.
     """

@@ -1,7 +1,8 @@
-"""The rank grid (expert x data) and its process groups, from megatron-core's parallel state; the one place that reads the environment.
+"""The rank grid (expert x data) and its process groups, from megatron-core's parallel state; the one place that reads
+the environment.
 
-Expert groups are runs of EP neighbouring ranks, so that dispatch stays inside a node where it can; ranks with the same place in their
-groups hold copies of the same experts. Groups are made once, eagerly, all with one timeout.
+Expert groups are runs of EP neighbouring ranks, so that dispatch stays inside a node where it can; ranks with the same
+place in their groups hold copies of the same experts. Groups are made once, eagerly, all with one timeout.
 """
 
 import datetime
@@ -62,7 +63,9 @@ class Mesh:
 
 
 def launched_world(strict: bool = True) -> int:
-    """The number of processes that the launcher (deepspeed, torchrun) started; 1 without one, and, if not strict, for nonsense."""
+    """The number of processes that the launcher (deepspeed, torchrun) started; 1 without one, and, if not strict, for
+    nonsense.
+    """
     return _integer("WORLD_SIZE", 1, strict)
 
 
@@ -77,13 +80,16 @@ def joined() -> bool:
 
 
 def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
-    """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks` ranks.
+    """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks`
+    ranks.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the process is alone.
-    Raises ConfigError when the launcher's variables are incomplete.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the
+    process is alone. Raises ConfigError when the launcher's variables are incomplete.
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
-    wants_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # DeepSpeed's own switch; its launcher shows GPUs to the ranks all the same
+    wants_cpu = (
+        os.environ.get("DS_ACCELERATOR") == "cpu"
+    )  # DeepSpeed's own switch; its launcher shows GPUs to the ranks all the same
     where = torch.device(device or ("cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"))
     if where.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -98,15 +104,23 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    bound = where if where.type == "cuda" else None  # a bound device makes NCCL's communicators now, not at the first step
+    bound = (
+        where if where.type == "cuda" else None
+    )  # a bound device makes NCCL's communicators now, not at the first step
     if not dist.is_initialized():
         if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound
+            )
         else:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
-                raise ConfigError(f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun")
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout, device_id=bound)
+                raise ConfigError(
+                    f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun"
+                )
+            dist.init_process_group(
+                backend, init_method="env://", rank=rank, world_size=world, timeout=timeout, device_id=bound
+            )
 
     with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
         warnings.simplefilter("ignore")
@@ -168,5 +182,7 @@ def _integer(name: str, default: int, strict: bool = True) -> int:
     if not text.isdigit():
         if not strict:
             return default
-        raise ConfigError(f"the environment variable {name} is {text!r}, which is no whole number; start with deepspeed or torchrun")
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, which is no whole number; start with deepspeed or torchrun"
+        )
     return int(text)

@@ -4,7 +4,9 @@ from diffmoe_ep.parallel.mesh import Mesh, joined, start
 
 
 def rearrange(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
-    """As `mesh.start`, also where a grid was made before; that one's groups are not used any more, but live on until the process ends."""
+    """As `mesh.start`, also where a grid was made before; that one's groups are not used any more, but live on until
+    the process ends.
+    """
     if joined():
         from megatron.core import parallel_state
 

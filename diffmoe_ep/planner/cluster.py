@@ -1,7 +1,7 @@
 """What a cluster is able to do, and what was measured on it: the figures behind every prediction of time and fit.
 
-Rates are what a program achieves, not what a brochure says, except `peak_tflops`, which only utilisation (MFU) is measured by.
-GB and TB are decimal (1e9, 1e12); links count one direction for one rank.
+Rates are what a program achieves, not what a brochure says, except `peak_tflops`, which only utilisation (MFU) is
+measured by. GB and TB are decimal (1e9, 1e12); links count one direction for one rank.
 """
 
 import json
@@ -33,7 +33,9 @@ class Measurement:
 
     def save(self, path: str | Path) -> None:
         """Write the measurement where `load_measurement` reads it."""
-        Path(path).write_text(json.dumps({key: value for key, value in asdict(self).items() if value is not None}, indent=2) + "\n")
+        Path(path).write_text(
+            json.dumps({key: value for key, value in asdict(self).items() if value is not None}, indent=2) + "\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ class Cluster:
     node_gbs: float = knob(MISSING, "a rank to the others of its node, effective", POSITIVE)
     network_gbs: float = knob(MISSING, "a rank to other nodes, effective", POSITIVE)
     reserve_gb: float = knob(0.0, "memory not ours: driver's context, communication buffers, fragmentation", NATURAL)
-    gelu_gelements: float = knob(1e6, "GELU, tanh form: 1e9 elements a second; a CPU computes it slower than it reads", POSITIVE)
-    fresh_gbs: float = knob(1e6, "memory: first writing of what was just got from the system; slow on a CPU, none on a GPU", POSITIVE)
+    gelu_gelements: float = knob(
+        1e6, "GELU, tanh form: 1e9 elements a second; a CPU computes it slower than it reads", POSITIVE
+    )
+    fresh_gbs: float = knob(
+        1e6, "memory: first writing of what was just got from the system; slow on a CPU, none on a GPU", POSITIVE
+    )
     node_us: float = knob(10.0, "latency of a round inside a node", NATURAL)
     network_us: float = knob(25.0, "latency of a round across nodes", NATURAL)
     launch_us: float = knob(4.0, "what starting one operation costs", NATURAL)
@@ -69,7 +75,9 @@ class Cluster:
 
     def measured(self, found: Measurement) -> "Cluster":
         """The same cluster with measured rates in place of the file's."""
-        names = [entry.name for entry in fields(found) if entry.name != "device" and getattr(found, entry.name) is not None]
+        names = [
+            entry.name for entry in fields(found) if entry.name != "device" and getattr(found, entry.name) is not None
+        ]
         return replace(self, **{name: getattr(found, name) for name in names})
 
     def title(self) -> str:
@@ -79,10 +87,14 @@ class Cluster:
 
 
 def load_cluster(path: str | Path, measurement: str | Path | None = None) -> Cluster:
-    """Read a cluster file, with a measurement file's rates over it; raises ConfigError for unknown keys, types and limits."""
+    """Read a cluster file, with a measurement file's rates over it; raises ConfigError for unknown keys, types and
+    limits.
+    """
     cluster = read_section(path, Cluster)
     if cluster.reserve_gb >= cluster.memory_gb:
-        raise ConfigError(f"{path}: reserve_gb {cluster.reserve_gb:g} leaves nothing of memory_gb {cluster.memory_gb:g}; lower it")
+        raise ConfigError(
+            f"{path}: reserve_gb {cluster.reserve_gb:g} leaves nothing of memory_gb {cluster.memory_gb:g}; lower it"
+        )
     return cluster if measurement is None else cluster.measured(load_measurement(measurement))
 
 

@@ -1,9 +1,11 @@
 """What a model holds and costs, from its config alone: parameters by module, activated parameters, FLOPs of one sample.
 
-Legend: T tokens of a sample, M places of a caption, D hidden size, N experts of an MoE layer, m granularity, C capacity.
+Legend: T tokens of a sample, M places of a caption, D hidden size, N experts of an MoE layer, m granularity, C
+capacity.
 
-FLOPs are those of the matmuls, 2 for each multiply-add, as model FLOPs utilisation counts them: what is recomputed, and norms, softmax
-and activations, are left out. Training is three forwards (the gradients by weights and by inputs cost one each).
+FLOPs are those of the matmuls, 2 for each multiply-add, as model FLOPs utilisation counts them: what is recomputed, and
+norms, softmax and activations, are left out. Training is three forwards (the gradients by weights and by inputs cost
+one each).
 """
 
 import math
@@ -73,7 +75,8 @@ class Plan:
 
 
 def plan(config: Config, capacity: float | None = None) -> Plan:
-    """Plan a config's model at a capacity (None: training's, which is pool.capacity, and in family tc what top_k makes it).
+    """Plan a config's model at a capacity (None: training's, which is pool.capacity, and in family tc what top_k makes
+    it).
 
     Raises ConfigError for a capacity that the model cannot have.
     """
@@ -112,9 +115,15 @@ def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
         return linear(rows, hidden, width) + linear(rows, width, hidden)
 
     pixels = model.patch**2
-    mixing = linear(tokens, hidden, tokens) + linear(tokens, tokens, hidden)  # scores, and values by them, over all heads
-    caption = model.text_length if model.condition == "text" else 0  # all places, also those that a caption leaves empty
-    looking = linear(tokens, hidden, 2 * hidden) + linear(caption, hidden, 2 * hidden) + 2 * linear(tokens, hidden, caption)
+    mixing = linear(tokens, hidden, tokens) + linear(
+        tokens, tokens, hidden
+    )  # scores, and values by them, over all heads
+    caption = (
+        model.text_length if model.condition == "text" else 0
+    )  # all places, also those that a caption leaves empty
+    looking = (
+        linear(tokens, hidden, 2 * hidden) + linear(caption, hidden, 2 * hidden) + 2 * linear(tokens, hidden, caption)
+    )
     embedding = linear(caption, model.text_width, hidden) + linear(caption, hidden, hidden)
     time = linear(1, 256, hidden) + linear(1, hidden, hidden)
     head = linear(1, hidden, 2 * hidden) + linear(tokens, hidden, pixels * model.out_channels)
@@ -140,12 +149,16 @@ def _check_capacity(model: ModelConfig, capacity: float, trained: float) -> None
         )
     if model.family in ("tc", "dense") and capacity != trained:
         reason = "tokens choose model.top_k experts each" if model.family == "tc" else "every token passes every layer"
-        raise ConfigError(f"capacity {capacity:g}: in family {model.family} {reason}, so C is {trained:g}; leave the capacity out")
+        raise ConfigError(
+            f"capacity {capacity:g}: in family {model.family} {reason}, so C is {trained:g}; leave the capacity out"
+        )
 
 
 def _title(model: ModelConfig) -> str:
     words = [model.family if model.size is None else f"{model.family}, size {model.size}"]
-    words.append(f"{model.num_blocks} blocks, hidden {model.hidden_size}, {model.num_heads} heads, {num_tokens(model)} tokens")
+    words.append(
+        f"{model.num_blocks} blocks, hidden {model.hidden_size}, {model.num_heads} heads, {num_tokens(model)} tokens"
+    )
     if model.condition == "text":
         words.append(f"captions of {model.text_length} tokens, width {model.text_width}")
     if has_experts(model):

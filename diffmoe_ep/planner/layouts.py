@@ -1,7 +1,9 @@
-"""What a config needs and how fast it trains on a cluster, in every layout of ranks: memory, traffic, time, and the best that fits.
+"""What a config needs and how fast it trains on a cluster, in every layout of ranks: memory, traffic, time, and the
+best that fits.
 
-Nothing is built or started: the figures follow from the config, the layout and the cluster file (`cost_shape`, `cost_memory`,
-`cost_traffic`, `cost_time`). Memory is exact to a few percent; time is a prediction from rates, as good as they are.
+Nothing is built or started: the figures follow from the config, the layout and the cluster file (`cost_shape`,
+`cost_memory`, `cost_traffic`, `cost_time`). Memory is exact to a few percent; time is a prediction from rates, as good
+as they are.
 """
 
 from dataclasses import replace
@@ -19,7 +21,8 @@ from diffmoe_ep.planner.traffic import traffic
 def plan_cluster(config: Config, cluster: Cluster, samples: int | None = None) -> ClusterPlan:
     """Plan a config on a cluster. samples: for how many the days are told (None: the config's steps times its batch).
 
-    Raises ConfigError if no layout is possible at all: the batch does not divide over the ranks, or the pools do not fit them.
+    Raises ConfigError if no layout is possible at all: the batch does not divide over the ranks, or the pools do not
+    fit them.
     """
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples is {samples}; it must be at least 1")
@@ -28,9 +31,13 @@ def plan_cluster(config: Config, cluster: Cluster, samples: int | None = None) -
     reason = _problem(config, own) or ""
     if not possible:
         raise ConfigError(_problem(config, replace(own, expert=1)) or reason)
-    estimates = sorted((estimate(config, layout, cluster) for layout in possible), key=lambda one: (one.step.seconds, one.memory.total))
+    estimates = sorted(
+        (estimate(config, layout, cluster) for layout in possible), key=lambda one: (one.step.seconds, one.memory.total)
+    )
     found = next((one for one in estimates if one.layout == own), None)
-    return ClusterPlan(config, cluster, tuple(estimates), found, reason, samples or config.train.steps * config.train.global_batch)
+    return ClusterPlan(
+        config, cluster, tuple(estimates), found, reason, samples or config.train.steps * config.train.global_batch
+    )
 
 
 def estimate(config: Config, layout: Layout, cluster: Cluster) -> Estimate:
@@ -42,7 +49,9 @@ def estimate(config: Config, layout: Layout, cluster: Cluster) -> Estimate:
 
 
 def layouts(config: Config, world: int) -> list[Layout]:
-    """Every expert-parallel degree that divides experts and ranks, with every ZeRO stage, keeping activations or computing them again."""
+    """Every expert-parallel degree that divides experts and ranks, with every ZeRO stage, keeping activations or
+    computing them again.
+    """
     experts = config.model.num_experts if has_experts(config.model) and moe_blocks(config.model) else 1
     degrees = [degree for degree in range(1, world + 1) if world % degree == 0 and experts % degree == 0]
     return [Layout(world, degree, zero, again) for degree in degrees for zero in (0, 1, 2) for again in RECOMPUTES]

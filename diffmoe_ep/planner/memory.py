@@ -1,15 +1,15 @@
 """Bytes that one rank holds in a training step, by part and by moment, from a config and a layout alone.
 
-Legend: P parameters of a rank, S tokens of its micro-step, D hidden size, F width of an expert, N experts, R rows that its experts get,
-A (token, expert) pairs of its tokens, T tokens of a sample, M places of a caption, H heads, c bytes of the compute type (4, or 2 under
-bf16).
+Legend: P parameters of a rank, S tokens of its micro-step, D hidden size, F width of an expert, N experts, R rows that
+its experts get, A (token, expert) pairs of its tokens, T tokens of a sample, M places of a caption, H heads, c bytes of
+the compute type (4, or 2 under bf16).
 
-Weights are float32 at every stage and are the master weights; bf16 is a compute type, by autocast. ZeRO 1 and 2 keep the weights whole
-on every rank (as views of flat groups) and hold beside them a float32 copy of this rank's part, which the optimiser moves, and that
-part's moments. So ZeRO saves moments, and at stage 2 gradients; it adds the part's copy.
+Weights are float32 at every stage and are the master weights; bf16 is a compute type, by autocast. ZeRO 1 and 2 keep
+the weights whole on every rank (as views of flat groups) and hold beside them a float32 copy of this rank's part, which
+the optimiser moves, and that part's moments. So ZeRO saves moments, and at stage 2 gradients; it adds the part's copy.
 
-A step's memory peaks at one of four moments, and what is held at each is listed in `_moments`. Not counted: the data loader's batches,
-what libraries take for themselves (a cluster file's reserve_gb), fragmentation.
+A step's memory peaks at one of four moments, and what is held at each is listed in `_moments`. Not counted: the data
+loader's batches, what libraries take for themselves (a cluster file's reserve_gb), fragmentation.
 """
 
 import json
@@ -63,7 +63,9 @@ class Memory:
 
 
 def memory(config: Config, layout: Layout, kind: Literal["cuda", "cpu"] = "cuda", most: bool = False) -> Memory:
-    """A rank's memory. most: with the most rows that the experts' choice can send here, else with the mean over ranks."""
+    """A rank's memory. most: with the most rows that the experts' choice can send here, else with the mean over
+    ranks.
+    """
     part = share(config, layout)
     rows, pairs = (part.most_rows, part.most_pairs) if most else (part.rows, part.pairs)
     saved = activations(config, layout, part, rows, pairs, kind)
@@ -145,10 +147,14 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     moe += whole  # output, for its gate
 
     patches = tokens * model.in_channels * model.patch**2 * compute
-    condition = part.samples * (256 * compute + 2 * hidden * compute + LONG + hidden * (FLOAT + compute) + 2 * hidden * compute)
+    condition = part.samples * (
+        256 * compute + 2 * hidden * compute + LONG + hidden * (FLOAT + compute) + 2 * hidden * compute
+    )
     if model.condition == "text":
         condition -= part.samples * LONG  # no labels
-        condition += caption * (model.text_width * compute + 3 * hidden * compute)  # features, before and after GELU, output
+        condition += caption * (
+            model.text_width * compute + 3 * hidden * compute
+        )  # features, before and after GELU, output
         condition += 2 * caption + part.samples  # masks
     prediction = part.samples * model.in_channels * model.input_size**2 * FLOAT  # the difference that the loss squares
     outside = patches + condition + modulated + prediction
@@ -157,8 +163,8 @@ def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: i
     return Activations(outside, attention, dense, moe, whole, choice, kinds)
 
 
-# What each expert kernel keeps for the backward: (R, F) tensors (before GELU, and after it), and whether cast copies of the weights.
-# `fused` keeps two where they are small (`keeps_all`).
+# What each expert kernel keeps for the backward: (R, F) tensors (before GELU, and after it), and whether cast copies of
+# the weights. `fused` keeps two where they are small (`keeps_all`).
 KERNELS = {"loop": (2, True), "batched": (2, True), "grouped": (2, True), "fused": (1, False)}
 
 
@@ -173,7 +179,9 @@ def kernel_of(config: Config, layout: Layout, kind: str) -> str:
     return "batched" if even else "grouped" if config.train.precision == "bf16" else "fused"
 
 
-def _moments(config: Config, layout: Layout, saved: Activations, rows: int, pairs: int, kernel: str) -> dict[str, dict[str, int]]:
+def _moments(
+    config: Config, layout: Layout, saved: Activations, rows: int, pairs: int, kernel: str
+) -> dict[str, dict[str, int]]:
     held, compute = weights(config.model, layout.expert), _width(config)
     groups, total = partitions(held, layout), sum(weight.numel for weight in held)
     flat = bool(layout.zero)
@@ -190,7 +198,9 @@ def _moments(config: Config, layout: Layout, saved: Activations, rows: int, pair
     reduced = FLOAT * touched  # reduced gradients of the parameters that this rank's part touches
     largest = max(weight.numel for weight in held)
     buckets = FLOAT * _buckets(held, layout, reduce_bucket(config))
-    before = (reduced if layout.zero == 2 else FLOAT * total) if config.train.grad_accumulation > 1 else 0  # of earlier micro-steps
+    before = (
+        (reduced if layout.zero == 2 else FLOAT * total) if config.train.grad_accumulation > 1 else 0
+    )  # of earlier micro-steps
     before_name = "reduced gradients" if layout.zero == 2 else "gradients"
     all_copies = sum(copies(config, "none", held, kernel))
     kept_copies, copies_of_again = copies(config, layout.recompute, held, kernel)
@@ -211,7 +221,8 @@ def _moments(config: Config, layout: Layout, saved: Activations, rows: int, pair
     whole = {"gradients": FLOAT * total} if layout.zero < 2 else {}
     ready = {"reduced gradients": (before * (layout.zero == 2) + reduced) * flat}
     return {
-        "end of the forward": always | {before_name: before, "activations": kept, "bf16 copies": all_copies, "dispatch buffers": buffers},
+        "end of the forward": always
+        | {before_name: before, "activations": kept, "bf16 copies": all_copies, "dispatch buffers": buffers},
         "start of the backward": always | backward,
         "reduction of gradients": always | whole | ready | {"gradient buckets": buckets},
         "optimiser's step": always | ({"reduced gradients": reduced + FLOAT * mine} if flat else whole),
@@ -219,7 +230,8 @@ def _moments(config: Config, layout: Layout, saved: Activations, rows: int, pair
 
 
 def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kernel: str) -> tuple[int, int]:
-    """Bytes of the cast copies of weights from the forward to the backward, and of those that one block makes again there.
+    """Bytes of the cast copies of weights from the forward to the backward, and of those that one block makes again
+    there.
 
     While the forward runs all copies are held in any case: autocast keeps them to its end.
     """
@@ -232,15 +244,19 @@ def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kerne
     again = [weight for weight in copied if weight.block and (recompute == "block" or weight.ffn)]
     kept = sum(weight.numel for weight in copied) - sum(weight.numel for weight in again)
     layers = {moe: sum(weight.numel for weight in again if weight.moe is moe) for moe in (False, True)}
-    counts = {moe: sum(is_moe(config.model, block) is moe for block in range(config.model.num_blocks)) for moe in (False, True)}
+    counts = {
+        moe: sum(is_moe(config.model, block) is moe for block in range(config.model.num_blocks))
+        for moe in (False, True)
+    }
     return compute * kept, compute * max(layers[moe] // counts[moe] for moe in (False, True) if counts[moe])
 
 
 def _buckets(held: tuple[Weight, ...], layout: Layout, size: int) -> int:
-    """Elements of what gradients are collected in: ZeRO's bucket, and the one piece that is made of a bucket to be reduced.
+    """Elements of what gradients are collected in: ZeRO's bucket, and the one piece that is made of a bucket to be
+    reduced.
 
-    Gradients fill a bucket in the order of the parameters (stages 0 and 1) or as the backward makes them (2); dense ones and experts
-    are reduced apart.
+    Gradients fill a bucket in the order of the parameters (stages 0 and 1) or as the backward makes them (2); dense
+    ones and experts are reduced apart.
     """
     limit = size if layout.zero else STAGE_0_BUCKET
     order = sorted(held, key=lambda weight: weight.expert) if layout.zero < 2 else held[::-1]

@@ -109,9 +109,7 @@ def lines(plan: ClusterPlan) -> list[str]:
     """The whole plan."""
     best, own = plan.best, plan.own
     shown = own or best or plan.closest
-    title = (
-        f"{'The config' if shown is own else 'The best layout' if shown is best else 'The layout that needs least'}: {shown.layout.name}"
-    )
+    title = f"{'The config' if shown is own else 'The best layout' if shown is best else 'The layout that needs least'}: {shown.layout.name}"
     return [*_head(plan), "", *_layouts(plan), "", *_details(plan, shown, title), "", *_verdict(plan)]
 
 
@@ -137,7 +135,9 @@ def _head(plan: ClusterPlan) -> list[str]:
 
 
 def _layouts(plan: ClusterPlan) -> list[str]:
-    """One row for each expert parallelism and ZeRO stage, by the quickest; memory and time for each way to recompute."""
+    """One row for each expert parallelism and ZeRO stage, by the quickest; memory and time for each way to
+    recompute.
+    """
     grouped: dict[tuple[int, int], dict[str, Estimate]] = {}
     for one in plan.estimates:
         grouped.setdefault((one.layout.expert, one.layout.zero), {})[one.layout.recompute] = one
@@ -148,8 +148,13 @@ def _layouts(plan: ClusterPlan) -> list[str]:
         *("step" if kind == "none" else kind for kind in RECOMPUTES),
     ]
     rows = [[*head, "overlap", "MFU", "samples/s", "samples/day", "days", ""]]
-    chosen = {key: next((one for one in group.values() if one.verdict != "no"), group[RECOMPUTES[0]]) for key, group in grouped.items()}
-    for (expert, zero), first in sorted(chosen.items(), key=lambda item: (item[1].verdict == "no", item[1].step.seconds)):
+    chosen = {
+        key: next((one for one in group.values() if one.verdict != "no"), group[RECOMPUTES[0]])
+        for key, group in grouped.items()
+    }
+    for (expert, zero), first in sorted(
+        chosen.items(), key=lambda item: (item[1].verdict == "no", item[1].step.seconds)
+    ):
         group = grouped[expert, zero]
         marks = [f"<- {word}" for word, which in (("best", plan.best), ("config", plan.own)) if which in group.values()]
         rate = first.step.rate()
@@ -167,7 +172,11 @@ def _layouts(plan: ClusterPlan) -> list[str]:
         f"overlap, rates and days: by the quickest of the three that fits; overlap: rows travel while experts compute; days: "
         f"{plan.samples:,} samples",
         *(["  !  does not fit"] if "no" in signs else []),
-        *(["  ~  fits with the rows that experts get in the mean, not if all choices fell on one rank"] if "in the mean" in signs else []),
+        *(
+            ["  ~  fits with the rows that experts get in the mean, not if all choices fell on one rank"]
+            if "in the mean" in signs
+            else []
+        ),
     ]
     width = max(len(row[-1]) for row in rows)
     return [*table([row if width else row[:-1] for row in rows], left=0), *notes]
@@ -175,10 +184,15 @@ def _layouts(plan: ClusterPlan) -> list[str]:
 
 def _details(plan: ClusterPlan, one: Estimate, title: str) -> list[str]:
     peak, total = one.memory.peak, one.memory.total
-    held = [("memory of a rank", "bytes", "share"), *((name, size(held), f"{held / total:.1%}") for name, held in peak.items() if held)]
+    held = [
+        ("memory of a rank", "bytes", "share"),
+        *((name, size(held), f"{held / total:.1%}") for name, held in peak.items() if held),
+    ]
     held.append(("total", size(total), f"of {size(one.room)}"))
     seconds = [("time of a step", "time", "share")]
-    seconds += [(name, span(taken), f"{taken / one.step.seconds:.1%}") for name, taken in one.step.parts.items() if taken]
+    seconds += [
+        (name, span(taken), f"{taken / one.step.seconds:.1%}") for name, taken in one.step.parts.items() if taken
+    ]
     seconds.append(("total", span(one.step.seconds), f"{one.step.utilisation:.1%} MFU"))
     return [title, "", *beside(table(held), table(seconds)), f"peak: {one.memory.moment}", "", *_traffic(plan, one)]
 
@@ -192,10 +206,28 @@ def _traffic(plan: ClusterPlan, one: Estimate) -> list[str]:
     for name, flow in flows(moved).items():
         word = f"{name} ({moved.algorithm})" if flow is moved.selection and moved.algorithm else name
         if flow.rounds:
-            rows.append((word, size(flow.inside), size(flow.across), str(flow.rounds), span(flow.seconds(plan.cluster)), str(times[name])))
+            rows.append(
+                (
+                    word,
+                    size(flow.inside),
+                    size(flow.across),
+                    str(flow.rounds),
+                    span(flow.seconds(plan.cluster)),
+                    str(times[name]),
+                )
+            )
     for name, flow in moved.selections.items():
         if name != moved.algorithm:
-            rows.append((f"  (by {name})", size(flow.inside), size(flow.across), str(flow.rounds), span(flow.seconds(plan.cluster)), ""))
+            rows.append(
+                (
+                    f"  (by {name})",
+                    size(flow.inside),
+                    size(flow.across),
+                    str(flow.rounds),
+                    span(flow.seconds(plan.cluster)),
+                    "",
+                )
+            )
     return table(rows) if len(rows) > 1 else ["nothing crosses ranks"]
 
 
@@ -210,13 +242,22 @@ def _verdict(plan: ClusterPlan) -> list[str]:
             f"The config's layout fits in the mean; should all choices fall on one rank, {size(own.most.total - own.room)} are missing."
         )
     if best is None:
-        found.append(f"No layout fits. The one that needs least is {plan.closest.layout.name}: {_excess(plan.closest)}.")
-        found.append("More ranks, a smaller train.global_batch, or more of train.grad_accumulation would shrink what a rank holds.")
+        found.append(
+            f"No layout fits. The one that needs least is {plan.closest.layout.name}: {_excess(plan.closest)}."
+        )
+        found.append(
+            "More ranks, a smaller train.global_batch, or more of train.grad_accumulation would shrink what a rank "
+            "holds."
+        )
     elif best is own:
         found.append(f"The config's layout is the fastest that fits{'' if best.verdict == 'yes' else ' in the mean'}.")
     else:
         again = f" compute.recompute={best.layout.recompute}"
-        faster = f", {own.step.seconds / best.step.seconds:.2f} times the config's speed" if own is not None and own.over <= 0 else ""
+        faster = (
+            f", {own.step.seconds / best.step.seconds:.2f} times the config's speed"
+            if own is not None and own.over <= 0
+            else ""
+        )
         least = "" if best.verdict == "yes" else " in the mean"
         found.append(
             f"The fastest layout that fits{least}: parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero}{again} "

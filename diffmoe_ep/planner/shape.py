@@ -1,7 +1,8 @@
-"""What one rank holds and handles in a layout: its parameters, its share of a micro-step, and the rows that its experts get.
+"""What one rank holds and handles in a layout: its parameters, its share of a micro-step, and the rows that its experts
+get.
 
-Legend: W ranks, EP of them share a copy of the experts, EDP = W / EP copies; S tokens of a rank's micro-step, N experts, P tokens and k
-choices of a pool.
+Legend: W ranks, EP of them share a copy of the experts, EDP = W / EP copies; S tokens of a rank's micro-step, N
+experts, P tokens and k choices of a pool.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,15 @@ from itertools import accumulate
 from math import prod
 from typing import Literal, get_args
 
-from diffmoe_ep.config import Config, ModelConfig, has_experts, has_predictor, num_tokens, pool_samples, tokens_per_expert
+from diffmoe_ep.config import (
+    Config,
+    ModelConfig,
+    has_experts,
+    has_predictor,
+    num_tokens,
+    pool_samples,
+    tokens_per_expert,
+)
 from diffmoe_ep.model.count import expert_width
 from diffmoe_ep.model.dit import is_moe
 
@@ -120,7 +129,9 @@ class Partition:
 
 @lru_cache
 def partitions(held: tuple[Weight, ...], layout: Layout) -> tuple[Partition, ...]:
-    """The flat groups of a rank's parameters: dense ones over all ranks, sharded experts, in groups of a most size, over their copies."""
+    """The flat groups of a rank's parameters: dense ones over all ranks, sharded experts, in groups of a most size,
+    over their copies.
+    """
     groups = [([weight.numel for weight in held if not weight.expert], layout.world)]
     run: list[int] = []
     for numel in [weight.numel for weight in held if weight.expert]:
@@ -156,9 +167,13 @@ def share(config: Config, layout: Layout) -> Share:
         return Share(samples, tokens, pairs, pairs, pairs, layout.expert * tokens * min(model.top_k, here), 1)
     span = pool_samples(config)
     ranks = max(1, span // samples)  # of a pool
-    k = tokens_per_expert(span * num_tokens(model), config.pool.capacity, model.num_experts, "pool.capacity", model.granularity)
+    k = tokens_per_expert(
+        span * num_tokens(model), config.pool.capacity, model.num_experts, "pool.capacity", model.granularity
+    )
     pairs = samples * model.num_experts * k // span
     most_pairs = pairs if ranks == 1 else model.num_experts * min(k, tokens)
-    inside = ranks <= layout.expert and layout.expert % ranks == 0  # whole pools in an expert group: every expert gets its k rows of each
+    inside = (
+        ranks <= layout.expert and layout.expert % ranks == 0
+    )  # whole pools in an expert group: every expert gets its k rows of each
     most_rows = pairs if inside else here * min(-(-layout.expert // ranks) * k, layout.expert * tokens)
     return Share(samples, tokens, pairs, max(pairs, most_pairs), pairs, max(pairs, most_rows), ranks)

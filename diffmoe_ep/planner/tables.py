@@ -29,7 +29,8 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     made = []
     for row in rows:
         cells = [
-            cell.ljust(wide) if column < left else cell.rjust(wide) for column, (cell, wide) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(wide) if column < left else cell.rjust(wide)
+            for column, (cell, wide) in enumerate(zip(row, widths, strict=True))
         ]
         made.append(GAP.join(cells).rstrip())
     return [made[0], "-" * max(map(len, made)), *made[1:]]

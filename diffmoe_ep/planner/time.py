@@ -1,11 +1,12 @@
 """Seconds of a training step by part, from counts of FLOPs, bytes and operations and the rates of a device.
 
-Legend: B samples, S tokens and R rows of a rank's micro-step, D hidden size, F width of an expert, N experts, P parameters of a rank,
-c bytes of the compute type.
+Legend: B samples, S tokens and R rows of a rank's micro-step, D hidden size, F width of an expert, N experts, P
+parameters of a rank, c bytes of the compute type.
 
-An operation takes as long as the slower of its FLOPs at the rate of a large matmul and its bytes at the rate of a copy, and what starting
-it costs. The backward of a matmul is two matmuls, of any other operation twice its bytes. What a program could fuse is counted as the code
-does it today. Where communication hides behind nothing, as DeepSpeed's reductions here, it is added.
+An operation takes as long as the slower of its FLOPs at the rate of a large matmul and its bytes at the rate of a copy,
+and what starting it costs. The backward of a matmul is two matmuls, of any other operation twice its bytes. What a
+program could fuse is counted as the code does it today. Where communication hides behind nothing, as DeepSpeed's
+reductions here, it is added.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from diffmoe_ep.planner.flops import plan
 from diffmoe_ep.planner.shape import Layout, partitions, share, weights
 from diffmoe_ep.planner.traffic import Traffic, traffic
 
-CHUNKS = 2  # parts of an overlapped dispatch where the config has one; of the shorter of travel and compute one part cannot hide
+# parts of an overlapped dispatch where the config has one; of the shorter of travel and compute one part cannot hide
+CHUNKS = 2
 PARTS = ("attention", "feed-forward", "experts", "router and predictor", "weight copies", "selection", "dispatch", "gradient reduction",
          "optimiser", "weight gather", "EMA")  # fmt: skip
 
@@ -65,13 +67,21 @@ def step_time(config: Config, layout: Layout, cluster: Cluster, moved: Traffic |
     forward = {name: sum(_seconds(one, rate, cluster) for one in works) for name, works in work.items()}
     backward = {name: sum(_seconds(one, rate, cluster, back=True) for one in works) for name, works in work.items()}
     again = 0 if layout.recompute == "none" else 1
-    twice = {"none": (), "ffn": ("feed-forward", "experts", "router and predictor"), "block": tuple(work)}[layout.recompute]
+    twice = {"none": (), "ffn": ("feed-forward", "experts", "router and predictor"), "block": tuple(work)}[
+        layout.recompute
+    ]
     compute = {name: accumulation * ((1 + (name in twice)) * forward[name] + backward[name]) for name in work}
     held = weights(model, layout.expert)
-    copied = sum(weight.numel for weight in held if weight.copied or weight.block) if config.train.precision == "bf16" else 0
+    copied = (
+        sum(weight.numel for weight in held if weight.copied or weight.block) if config.train.precision == "bf16" else 0
+    )
     bandwidth = 1e9 * cluster.bandwidth_gbs
-    compute["weight copies"] = accumulation * (6 * (1 + again) + 6) * copied / bandwidth  # read 4, write 2, and gradients the other way
-    compute["weight copies"] += accumulation * 4 * (3 if accumulation > 1 else 0) * sum(weight.numel for weight in held) / bandwidth
+    compute["weight copies"] = (
+        accumulation * (6 * (1 + again) + 6) * copied / bandwidth
+    )  # read 4, write 2, and gradients the other way
+    compute["weight copies"] += (
+        accumulation * 4 * (3 if accumulation > 1 else 0) * sum(weight.numel for weight in held) / bandwidth
+    )
 
     directions = 4 + 2 * again  # there and back, in the forward and in the backward
     one_way = moved.dispatch.seconds(cluster)
@@ -85,7 +95,8 @@ def step_time(config: Config, layout: Layout, cluster: Cluster, moved: Traffic |
         "selection": selection,
         "dispatch": dispatch,
         "gradient reduction": reduction + reductions * _collecting(layout, total, mine, cluster),
-        "optimiser": (32 * mine + 8 * mine * bool(layout.zero)) / bandwidth,  # norm; weights, gradients, moments in; three of them out
+        "optimiser": (32 * mine + 8 * mine * bool(layout.zero))
+        / bandwidth,  # norm; weights, gradients, moments in; three of them out
         "weight gather": moved.gather.seconds(cluster),
         "EMA": 12 * total / bandwidth,
     }
@@ -101,7 +112,8 @@ def _exchange(moved: Traffic, cluster: Cluster) -> float:
 
 
 def _collecting(layout: Layout, total: int, mine: int, cluster: Cluster) -> float:
-    """Seconds in memory: gradients are copied into a bucket (ZeRO) and into one piece, reduced there, scaled and copied back.
+    """Seconds in memory: gradients are copied into a bucket (ZeRO) and into one piece, reduced there, scaled and copied
+    back.
 
     The bucket, the piece and this rank's part are taken anew each time.
     """
@@ -119,7 +131,12 @@ def _seconds(work: Work, rate: float, cluster: Cluster, back: bool = False) -> f
 def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
     """The operations of one micro-step's forward on one rank: (what it is) -> works."""
     model, part = config.model, share(config, layout)
-    size, tokens, hidden, width = 2 if config.train.precision == "bf16" else 4, part.tokens, model.hidden_size, expert_width(model)
+    size, tokens, hidden, width = (
+        2 if config.train.precision == "bf16" else 4,
+        part.tokens,
+        model.hidden_size,
+        expert_width(model),
+    )
     moe, experts, here = moe_blocks(model), model.num_experts, model.num_experts // layout.expert
 
     def linear(rows: float, ins: int, outs: int, copies: int = 1) -> Work:
@@ -144,14 +161,28 @@ def _forward(config: Config, layout: Layout) -> dict[str, list[Work]]:
     if model.condition == "text":
         places = part.samples * model.text_length
         looking = Work(4.0 * tokens * model.text_length * hidden, size * (2.0 * tokens + 2.0 * places) * hidden, 1)
-        attention += [passes(2), linear(tokens, hidden, hidden), linear(places, hidden, hidden), linear(places, hidden, hidden)]
+        attention += [
+            passes(2),
+            linear(tokens, hidden, hidden),
+            linear(places, hidden, hidden),
+            linear(places, hidden, hidden),
+        ]
         attention += [looking, linear(tokens, hidden, hidden), passes(3)]
         caption = [linear(places, model.text_width, hidden), passes(2, places), linear(places, hidden, hidden)]
-    ends = [linear(tokens, model.in_channels * pixels, hidden), *modulated, linear(tokens, hidden, pixels * model.out_channels)]
+    ends = [
+        linear(tokens, model.in_channels * pixels, hidden),
+        *modulated,
+        linear(tokens, hidden, pixels * model.out_channels),
+    ]
     dense = [*modulated, *gated] * model.num_blocks + ffn(tokens, 4 * hidden) * (model.num_blocks - moe)
 
     expert = ffn(part.rows, width, here)
-    rows = [passes(2, part.pairs), passes(2, part.rows, calls=8), passes(4, part.pairs, bytes_=4), passes(3, part.pairs, bytes_=4, calls=2)]
+    rows = [
+        passes(2, part.pairs),
+        passes(2, part.rows, calls=8),
+        passes(4, part.pairs, bytes_=4),
+        passes(3, part.pairs, bytes_=4, calls=2),
+    ]
     if model.shared_experts:
         expert += ffn(tokens, model.shared_experts * width)
     routing = [

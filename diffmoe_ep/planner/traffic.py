@@ -1,11 +1,13 @@
 """Bytes that one rank receives from others in a training step, by purpose and by link, and the rounds that it takes.
 
-Legend: W ranks, EP of them share a copy of the experts, EDP = W / EP copies; S tokens of a rank, D hidden size, N experts, R rows,
-c bytes of the compute type. Expert groups are runs of EP neighbouring ranks; a rank's copies are EP ranks apart.
+Legend: W ranks, EP of them share a copy of the experts, EDP = W / EP copies; S tokens of a rank, D hidden size, N
+experts, R rows, c bytes of the compute type. Expert groups are runs of EP neighbouring ranks; a rank's copies are EP
+ranks apart.
 
-A row crosses ranks only within its expert group, there and back, and so do the gradients. Dense gradients are reduced over all ranks,
-experts' over their copies, in float32: an all-reduce also at ZeRO 1 and 2 (a ring: each byte is received twice but for one rank's share),
-once a step, at ZeRO 2 once a micro-step. After the step ZeRO 1 and 2 gather the parts of the weights.
+A row crosses ranks only within its expert group, there and back, and so do the gradients. Dense gradients are reduced
+over all ranks, experts' over their copies, in float32: an all-reduce also at ZeRO 1 and 2 (a ring: each byte is
+received twice but for one rank's share), once a step, at ZeRO 2 once a micro-step. After the step ZeRO 1 and 2 gather
+the parts of the weights.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ class Flow:
     def seconds(self, cluster: Cluster) -> float:
         """Both links work at once; a round costs the latency of the widest."""
         latency = cluster.network_us if self.over_nodes else cluster.node_us
-        return max(self.inside / (1e9 * cluster.node_gbs), self.across / (1e9 * cluster.network_gbs)) + self.rounds * latency * 1e-6
+        return (
+            max(self.inside / (1e9 * cluster.node_gbs), self.across / (1e9 * cluster.network_gbs))
+            + self.rounds * latency * 1e-6
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def traffic(config: Config, layout: Layout, cluster: Cluster) -> Traffic:
     )  # fmt: skip
 
 
-def _selection(config: Config, tokens: int, ranks: int, cluster: Cluster) -> tuple[Algorithm | None, dict[Algorithm, Flow], float]:
+def _selection(
+    config: Config, tokens: int, ranks: int, cluster: Cluster
+) -> tuple[Algorithm | None, dict[Algorithm, Flow], float]:
     model = config.model
     if ranks == 1 or not has_experts(model) or model.family == "tc":
         return None, {}, 0.0
@@ -97,7 +104,8 @@ def _selection(config: Config, tokens: int, ranks: int, cluster: Cluster) -> tup
 def _ring(size: float, ranks: int, stride: int, cluster: Cluster, times: int) -> Flow:
     """All-reduce (times 2) or all-gather (times 1) of `size` bytes over ranks that stand `stride` apart.
 
-    Every rank's own link carries a ring of its share, so what crosses nodes is divided by the ranks that a node has in the group.
+    Every rank's own link carries a ring of its share, so what crosses nodes is divided by the ranks that a node has in
+    the group.
     """
     if ranks == 1 or not size:
         return Flow()
@@ -109,4 +117,9 @@ def _ring(size: float, ranks: int, stride: int, cluster: Cluster, times: int) ->
 
 
 def _plus(one: Flow, other: Flow) -> Flow:
-    return Flow(one.inside + other.inside, one.across + other.across, one.rounds + other.rounds, one.over_nodes or other.over_nodes)
+    return Flow(
+        one.inside + other.inside,
+        one.across + other.across,
+        one.rounds + other.rounds,
+        one.over_nodes or other.over_nodes,
+    )

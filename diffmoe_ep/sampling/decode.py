@@ -14,10 +14,11 @@ Decode = Callable[[Tensor], Tensor]  # final latents (n, C, h, w) to pixels (n, 
 
 
 def load_decoder(sample: SampleConfig, facts: Mapping[str, Any], mesh: Mesh) -> Decode | None:
-    """The decoder of sample.vae, on every rank's device; None where it is not set, or the data are pixels, which need none.
+    """The decoder of sample.vae, on every rank's device; None where it is not set, or the data are pixels, which need
+    none.
 
-    Each picture is decoded by itself, so that it does not depend on how samples are laid over ranks. ConfigError, on all ranks, for a
-    VAE other than the one that made the data's latents.
+    Each picture is decoded by itself, so that it does not depend on how samples are laid over ranks. ConfigError, on
+    all ranks, for a VAE other than the one that made the data's latents.
     """
     if sample.vae is None or facts["kind"] != "moments":
         return None
@@ -36,17 +37,30 @@ def _load(sample: SampleConfig, facts: Mapping[str, Any], device: torch.device) 
     vae = load_image_encoder(Path(str(sample.vae)), device)
     remedy = f"set sample.vae to the folder of the VAE that made the latents of {facts['name']}"
     if (vae.scale, vae.shift) != (facts["scale"], facts["shift"]):
-        here, there = (f"(scale {scale:g}, shift {shift:g})" for scale, shift in ((vae.scale, vae.shift), (facts["scale"], facts["shift"])))
-        raise ConfigError(f"sample.vae {sample.vae} scales its latents otherwise {here} than the model's are {there}; {remedy}")
+        here, there = (
+            f"(scale {scale:g}, shift {shift:g})"
+            for scale, shift in ((vae.scale, vae.shift), (facts["scale"], facts["shift"]))
+        )
+        raise ConfigError(
+            f"sample.vae {sample.vae} scales its latents otherwise {here} than the model's are {there}; {remedy}"
+        )
     if vae.channels != facts["shape"][0]:
-        raise ConfigError(f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {facts['shape'][0]}; {remedy}")
+        raise ConfigError(
+            f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {facts['shape'][0]}; {remedy}"
+        )
     if facts.get("encoder") and vae.fingerprint != facts["encoder"]:
         prints = f"fingerprint {vae.fingerprint[:12]}..., not {facts['encoder'][:12]}..."
-        raise ConfigError(f"sample.vae {sample.vae} is another VAE than the one that made the model's latents ({prints}); {remedy}")
+        raise ConfigError(
+            f"sample.vae {sample.vae} is another VAE than the one that made the model's latents ({prints}); {remedy}"
+        )
 
     def decode(latents: Tensor) -> Tensor:
         pictures = [vae.images(latent[None]).cpu() for latent in latents]
-        shown = torch.cat(pictures) if pictures else torch.zeros(0, 3, vae.factor * latents.shape[2], vae.factor * latents.shape[3])
+        shown = (
+            torch.cat(pictures)
+            if pictures
+            else torch.zeros(0, 3, vae.factor * latents.shape[2], vae.factor * latents.shape[3])
+        )
         return ((shown.double() + 1) * 127.5).round().to(torch.uint8)
 
     return decode

@@ -21,11 +21,15 @@ from diffmoe_ep.model.dit import Output
 
 Model = Callable[[Tensor, Tensor, Condition], Output]  # (x (B, C, H, W), t (B,), B conditions) -> Output
 Seed = int | Sequence[int]  # of the samples' noise: one that goes with each sample's number, or one of its own for each
-Busy = Callable[[int], int]  # (1 while this rank has work, else 0) -> the sum over all ranks, which wait for each other in it
+Busy = Callable[
+    [int], int
+]  # (1 while this rank has work, else 0) -> the sum over all ranks, which wait for each other in it
 
 
 class Conditions(Protocol):
-    """What samples are conditioned on, asked for slice by slice: labels, captions, or prompts that are laid out only then."""
+    """What samples are conditioned on, asked for slice by slice: labels, captions, or prompts that are laid out only
+    then.
+    """
 
     def __len__(self) -> int: ...
 
@@ -36,11 +40,13 @@ class Conditions(Protocol):
 class CapacityRecord:
     """How many tokens the experts processed while sampling, by step, MoE layer and expert; exact counts in float64.
 
-    A step is a solver's step with all its evaluations. For dopri5, whose steps differ between chunks, it is an evaluation: number i
-    of every chunk together, as many as the longest chunk has.
+    A step is a solver's step with all its evaluations. For dopri5, whose steps differ between chunks, it is an
+    evaluation: number i of every chunk together, as many as the longest chunk has.
     """
 
-    processed: Tensor  # (steps, layers, N) float64: rows that each expert took, conditional and unconditional halves together
+    processed: (
+        Tensor  # (steps, layers, N) float64: rows that each expert took, conditional and unconditional halves together
+    )
     tokens: Tensor  # (steps, layers) float64: tokens that were offered to each layer
 
     @classmethod
@@ -70,7 +76,9 @@ class CapacityRecord:
         if self.is_empty or other.is_empty:
             return other if self.is_empty else self
         if self.processed.shape[1:] != other.processed.shape[1:]:
-            raise ValueError(f"capacity records of shapes {tuple(self.processed.shape)} and {tuple(other.processed.shape)} do not add up")
+            raise ValueError(
+                f"capacity records of shapes {tuple(self.processed.shape)} and {tuple(other.processed.shape)} do not add up"
+            )
         steps = max(len(self.tokens), len(other.tokens))
         return CapacityRecord(
             _lengthen(self.processed, steps) + _lengthen(other.processed, steps),
@@ -118,11 +126,14 @@ class _Counter:
         if not self.processed:
             return CapacityRecord.empty(self.step)
         processed = torch.stack(self.processed).cpu()  # (steps, layers, N)
-        return CapacityRecord(processed, torch.tensor(self.tokens, dtype=torch.float64)[:, None].repeat(1, processed.shape[1]))
+        return CapacityRecord(
+            processed, torch.tensor(self.tokens, dtype=torch.float64)[:, None].repeat(1, processed.shape[1])
+        )
 
 
 def start_noise(seed: Seed, samples: range, shape: tuple[int, int, int], part: int = 0) -> Tensor:
-    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone, or on its own seed.
+    """The first noise of these samples, (B, C, H, W) float32 on the CPU; each depends on (seed, its number) alone, or
+    on its own seed.
 
     Part n > 0 is the noise of the n-th step of a sampler that draws some.
     """
@@ -172,25 +183,31 @@ def generate(
 ) -> Generated:
     """Draw this rank's part of the samples 0..n-1, by guided steps of a sampler.
 
-    conditions are the n classes or captions asked for, null is the one that guidance leads away from (the null class or caption, or a
-    negative prompt); seed may be one for each sample. The model must be in eval mode. Samples are cut into chunks of `chunk` (the last
-    may be smaller); rank c mod world computes chunk c whole, so the shapes of all computations and the pools of an inference rule do
-    not depend on the world. All ranks take part in every round, with zero samples where no chunk is left, so that collectives between
-    experts agree. Under flow the two halves of guidance are two forward passes: two pools; under ddpm they are one pass over twice the
-    samples, the conditional ones first: one pool.
-    objective: what the model predicts. sampler: euler, heun and dopri5 sample from both objectives, ddpm and ddim from ddpm alone
-    (`steps` of its trained ones; dopri5 has no use for `steps`, rtol and atol are its; eta is ddim's).
-    guidance_interval: lowest and highest t in [0, 1] at which there is guidance, 1 being pure noise; a ddpm step counts as the
-    share of the chain up to it, (t + 1) / 1000. guidance_channels: guide only the first so many channels of the latent.
-    busy: needed by dopri5 where forward passes of ranks wait for each other (parallel experts). Chunks differ in their number of
-    passes; it is asked before each, and a rank that has finished passes zero samples along until all have.
+    conditions are the n classes or captions asked for, null is the one that guidance leads away from (the null class or
+    caption, or a negative prompt); seed may be one for each sample. The model must be in eval mode. Samples are cut
+    into chunks of `chunk` (the last may be smaller); rank c mod world computes chunk c whole, so the shapes of all
+    computations and the pools of an inference rule do not depend on the world. All ranks take part in every round, with
+    zero samples where no chunk is left, so that collectives between experts agree. Under flow the two halves of
+    guidance are two forward passes: two pools; under ddpm they are one pass over twice the samples, the conditional
+    ones first: one pool.
+    objective: what the model predicts. sampler: euler, heun and dopri5 sample from both objectives, ddpm and ddim from
+    ddpm alone (`steps` of its trained ones; dopri5 has no use for `steps`, rtol and atol are its; eta is ddim's).
+    guidance_interval: lowest and highest t in [0, 1] at which there is guidance, 1 being pure noise; a ddpm step counts
+    as the share of the chain up to it, (t + 1) / 1000. guidance_channels: guide only the first so many channels of the
+    latent.
+    busy: needed by dopri5 where forward passes of ranks wait for each other (parallel experts). Chunks differ in their
+    number of passes; it is asked before each, and a rank that has finished passes zero samples along until all have.
     progress(done, total) is called after every solver step, or with dopri5 hundredths of a round.
     Raises ValueError when n or chunk is not positive, ConfigError for a sampler that does not fit.
     """
     num_samples = len(conditions)
     if num_samples < 1 or chunk < 1:
-        raise ValueError(f"{num_samples} samples in chunks of {chunk}: sampling needs at least 1 sample and chunks of at least 1")
-    protocol = _Protocol(objective, sampler, steps, Guidance(guidance, guidance_interval, guidance_channels), eta, rtol, atol)
+        raise ValueError(
+            f"{num_samples} samples in chunks of {chunk}: sampling needs at least 1 sample and chunks of at least 1"
+        )
+    protocol = _Protocol(
+        objective, sampler, steps, Guidance(guidance, guidance_interval, guidance_channels), eta, rtol, atol
+    )
     check_sampler(objective, sampler)
     num_chunks = -(-num_samples // chunk)
     rounds = -(-num_chunks // world)
@@ -222,7 +239,9 @@ def generate(
         def noise(step: int, samples: range = samples) -> Tensor:
             return start_noise(seed, samples, shape, part=step + 1)
 
-        x = _solve(field, start_noise(seed, samples, shape).to(device), noise, counter, after_step, protocol)  # (B, C, H, W)
+        x = _solve(
+            field, start_noise(seed, samples, shape).to(device), noise, counter, after_step, protocol
+        )  # (B, C, H, W)
         while adaptive and busy is not None and busy(0):
             idle = x[:0]
             model(idle, idle.new_zeros(0), condition[:0])
@@ -249,7 +268,11 @@ def _repeated(one: Condition, count: int) -> Condition:
 
 
 def _field(
-    forward: Callable[[Tensor, float, Condition], Tensor], condition: Condition, null: Condition, channels: int, protocol: _Protocol
+    forward: Callable[[Tensor, float, Condition], Tensor],
+    condition: Condition,
+    null: Condition,
+    channels: int,
+    protocol: _Protocol,
 ) -> Field:
     """The guided prediction of a chunk: a velocity (B, C, H, W), or [eps; v] (B, 2C, H, W) under ddpm."""
 
@@ -313,7 +336,9 @@ def _solve(
 
 
 def join(parts: Sequence[Generated]) -> tuple[Tensor, CapacityRecord]:
-    """Put the parts of all ranks together: latents (n, C, H, W) in the order of the samples, and the capacity over all."""
+    """Put the parts of all ranks together: latents (n, C, H, W) in the order of the samples, and the capacity over
+    all.
+    """
     index = torch.cat([part.index for part in parts])  # (n,)
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(index))):
@@ -327,10 +352,12 @@ def join(parts: Sequence[Generated]) -> tuple[Tensor, CapacityRecord]:
 def to_pixels(latents: Tensor, scale: float, shift: float, highest: int | None = None) -> Tensor:
     """Undo `final = stored * scale + shift` for data of kind pixels: uint8 (n, C, H, W) in 0..highest.
 
-    highest is the largest stored value; without it, the one that the data's scaling puts at 1 (pixels trained in [-1, 1]:
-    16 for the digits, 255 for photographs).
+    highest is the largest stored value; without it, the one that the data's scaling puts at 1 (pixels trained in [-1,
+    1]: 16 for the digits, 255 for photographs).
     """
     top = round((1 - shift) / scale) if highest is None else highest
     if not 1 <= top <= 255:
-        raise ValueError(f"scale {scale} and shift {shift} put stored value {top} at 1: give the largest stored value, from 1 to 255")
+        raise ValueError(
+            f"scale {scale} and shift {shift} put stored value {top} at 1: give the largest stored value, from 1 to 255"
+        )
     return ((latents.double() - shift) / scale).round().clamp(0, top).to(torch.uint8)

@@ -38,17 +38,21 @@ def grid(
 ) -> None:
     """Write images uint8 (n, C, H, W) with values 0..highest and 1 or 3 channels as one PNG, row by row.
 
-    Each pixel becomes a square of `enlarge` (default: so that a cell has about 48 pixels, with captions 112). row_labels are written at
-    the left of the rows, captions under the images; `right` frames each image green or red. Raises ConfigError without Pillow and
-    ValueError for other channels or too few labels.
+    Each pixel becomes a square of `enlarge` (default: so that a cell has about 48 pixels, with captions 112).
+    row_labels are written at the left of the rows, captions under the images; `right` frames each image green or red.
+    Raises ConfigError without Pillow and ValueError for other channels or too few labels.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ConfigError("sample grids need Pillow, which is not installed: pip install 'diffmoe_ep[sample]'") from error
+        raise ConfigError(
+            "sample grids need Pillow, which is not installed: pip install 'diffmoe_ep[sample]'"
+        ) from error
     num_images, channels, height, width = pixels.shape
     if num_images < 1 or channels not in (1, 3) or columns < 1:
-        raise ValueError(f"a grid shows 1 or more images of 1 or 3 channels in 1 or more columns, not {tuple(pixels.shape)} in {columns}")
+        raise ValueError(
+            f"a grid shows 1 or more images of 1 or 3 channels in 1 or more columns, not {tuple(pixels.shape)} in {columns}"
+        )
     rows = math.ceil(num_images / columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows")
@@ -56,7 +60,12 @@ def grid(
         raise ValueError(f"a grid of {num_images} images needs a caption and a verdict for each, or none at all")
     enlarge = max(1, round((CAPTIONED if captions else CELL) / max(height, width))) if enlarge is None else enlarge
     cell_height, cell_width = height * enlarge, width * enlarge
-    shades = (pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.float64) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
+    shades = (
+        (pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.float64) * (255 / highest))
+        .round()
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     cells = shades.repeat(enlarge, axis=1).repeat(enlarge, axis=2)  # (n, cell height, cell width, C), nearest neighbour
 
     font = ImageFont.load_default(size=18)
@@ -64,7 +73,9 @@ def grid(
     wrapped = [wrap(text, small, cell_width) for text in captions or ()]
     below = max(map(len, wrapped), default=0) * LINE
     gutter = math.ceil(max((font.getlength(text) for text in row_labels), default=0)) + 16 if row_labels else 0
-    canvas = np.zeros((rows * (cell_height + below + GAP) + GAP, gutter + columns * (cell_width + GAP) + GAP, 3), dtype=np.uint8)
+    canvas = np.zeros(
+        (rows * (cell_height + below + GAP) + GAP, gutter + columns * (cell_width + GAP) + GAP, 3), dtype=np.uint8
+    )
     canvas[:, gutter:] = GREY
     for place in range(rows * columns):
         top = GAP + place // columns * (cell_height + below + GAP)
@@ -88,7 +99,9 @@ def grid(
 
 
 def wrap(text: str, font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
-    """The lines of a text that are no wider than `width` pixels, broken at blanks or, for a long word, anywhere; at most `LINES`."""
+    """The lines of a text that are no wider than `width` pixels, broken at blanks or, for a long word, anywhere; at
+    most `LINES`.
+    """
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -177,7 +190,8 @@ def _series(records: list[Record], key: str) -> tuple[NDArray[np.float64], NDArr
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """A centred mean over a thirtieth of the points, (m,) or (m, layers).
 
-    At the start, where curves are steep, the window shrinks evenly; at the end it loses its right half only, to stay calm.
+    At the start, where curves are steep, the window shrinks evenly; at the end it loses its right half only, to stay
+    calm.
     """
     half = max(1, len(values) // 60)
     place = np.arange(len(values))
@@ -211,7 +225,9 @@ def _draw_capacity(axes: "Axes", records: list[Record]) -> None:
     samples, layers = _series(records, "capacity_per_layer")
     if layers.ndim == 2:
         for number, values in enumerate(_smoothed(layers).T):
-            axes.plot(samples, values, color=GREEN, alpha=0.45, linewidth=0.9, label="each MoE layer" if number == 0 else None)
+            axes.plot(
+                samples, values, color=GREEN, alpha=0.45, linewidth=0.9, label="each MoE layer" if number == 0 else None
+            )
     _draw(axes, records, "capacity", GREEN, "mean of layers")
     if axes.has_data():
         axes.axhline(1.0, color=PALE, linewidth=1.0, linestyle="--", label="dense model")

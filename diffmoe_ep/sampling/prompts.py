@@ -1,7 +1,7 @@
 """Prompts: from words to what a model sees of them.
 
-Every prompt is encoded by itself, so that its features do not depend on the others, and kept as float16, as features are stored. Equal
-words share one encoding.
+Every prompt is encoded by itself, so that its features do not depend on the others, and kept as float16, as features
+are stored. Equal words share one encoding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,9 +50,13 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error.strerror}); give a text file with a prompt on each line") from error
+        raise ConfigError(
+            f"--prompts {path} cannot be read ({error.strerror}); give a text file with a prompt on each line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such") from error
+        raise ConfigError(
+            f"--prompts {path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such"
+        ) from error
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise ConfigError(f"--prompts {path} holds no prompt; give a text file with a prompt on each line")
@@ -60,15 +64,21 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def load_encoder(config: Config, facts: Mapping[str, Any], device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder whose features the model was trained on; ConfigError where it is not to be had, or `text.folder` is another.
+    """The encoder whose features the model was trained on; ConfigError where it is not to be had, or `text.folder` is
+    another.
 
-    facts: of the data that the model was trained on. Where they hold features, their encoder's fingerprint, length and precision count.
+    facts: of the data that the model was trained on. Where they hold features, their encoder's fingerprint, length and
+    precision count.
     """
     name, folder = config.text.encoder, config.text.folder
-    stored = None if config.text.online else next((each for each in facts.get("text", ()) if each["name"] == name), None)
+    stored = (
+        None if config.text.online else next((each for each in facts.get("text", ()) if each["name"] == name), None)
+    )
     if folder is None:
         made = f" (fingerprint {stored['fingerprint'][:12]})" if stored else ""
-        raise ConfigError(f"text.folder is not set, so prompts cannot be encoded; set it to the run's {name}{made}: {SOURCES[name]}")
+        raise ConfigError(
+            f"text.folder is not set, so prompts cannot be encoded; set it to the run's {name}{made}: {SOURCES[name]}"
+        )
     length = stored["max_length"] if stored else config.model.text_length
     precision = stored["precision"] if stored else config.text.precision
     encoder = load_text_encoder(name, Path(folder), max_length=length, precision=precision, device=device)
@@ -86,7 +96,9 @@ def load_encoder(config: Config, facts: Mapping[str, Any], device: torch.device 
 
 
 def encode(encoder: TextEncoder, words: Sequence[str], places: int) -> tuple[Prompts, list[str]]:
-    """Encode prompts for a model that sees `places` tokens; gives besides what is to be said of them: that some are empty, or cut."""
+    """Encode prompts for a model that sees `places` tokens; gives besides what is to be said of them: that some are
+    empty, or cut.
+    """
     done: dict[str, Tensor] = {}
     said = []
     for text in words:
@@ -110,12 +122,16 @@ def first_captions(dataset: Mixture, text: TextFields, count: int, encoder: Text
     Their stored features are used; `encoder` is for captions that are encoded while training.
     """
     part = dataset.parts[0]
-    places = [(shard, sample) for shard, size in enumerate(part.sizes[:count]) for sample in range(min(size, count))][:count]
+    places = [(shard, sample) for shard, size in enumerate(part.sizes[:count]) for sample in range(min(size, count))][
+        :count
+    ]
     captions = [read_chosen(part, shard, sample, text, 0.0)[1] for shard, sample in places]
     words = [captions[number % len(captions)].text for number in range(count)]
     if text.stored(part.manifest) is None:
         if encoder is None:
-            raise ConfigError(f"{dataset.names[0]} holds no features of its captions; set text.folder, or sample.grid_every=0")
+            raise ConfigError(
+                f"{dataset.names[0]} holds no features of its captions; set text.folder, or sample.grid_every=0"
+            )
         return encode(encoder, words, text.places)[0]
     rows = [torch.from_numpy(caption.features[0][: text.places].copy()) for caption in captions]
     return Prompts(tuple(words), tuple(rows[number % len(rows)] for number in range(count)), text.places, text.width)

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.config import Config, ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
+from diffmoe_ep.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    SampleConfig,
+    has_predictor,
+    num_tokens,
+    tokens_per_expert,
+)
 from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.diffusion.objective import ObjectiveKind
 from diffmoe_ep.model.dit import DiT
@@ -53,8 +61,9 @@ def draw(
 ) -> Drawn | None:
     """Draw one sample for each label or prompt; the first rank gets them all, the others None.
 
-    negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was trained to predict.
-    `weights` runs the module with other weights (the averaged ones); the module's mode is restored. decode: each rank decodes its own.
+    negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was
+    trained to predict. `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
+    decode: each rank decodes its own.
     """
     was_training = module.training
     module.eval()
@@ -68,7 +77,9 @@ def draw(
         rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
     )  # fmt: skip
     module.train(was_training)
-    parts: list[tuple[Generated, Tensor | None]] | None = collect_objects((part, decode and decode(part.latents)), mesh.world)
+    parts: list[tuple[Generated, Tensor | None]] | None = collect_objects(
+        (part, decode and decode(part.latents)), mesh.world
+    )
     if parts is None:
         return None
     latents, capacity = join([part for part, _ in parts])
@@ -87,7 +98,9 @@ def _null(model: ModelConfig) -> Condition:
 
 
 def _busy(mesh: Mesh) -> Callable[[int], int] | None:
-    """How many ranks of this expert group still work, for a solver that chooses its own steps; its passes meet there alone."""
+    """How many ranks of this expert group still work, for a solver that chooses its own steps; its passes meet there
+    alone.
+    """
     if mesh.expert.size == 1:
         return None
     return lambda working: int(all_sum(torch.tensor(working, device=mesh.device), mesh.expert))
@@ -103,7 +116,9 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
 
 
 def check_sampling(config: Config, num: int) -> None:
-    """Raise ConfigError if `num` samples cannot be drawn: `topk` needs whole pools in each chunk, and dopri5 its package."""
+    """Raise ConfigError if `num` samples cannot be drawn: `topk` needs whole pools in each chunk, and dopri5 its
+    package.
+    """
     sample, model = config.sample, config.model
     if sample.sampler == "dopri5" and find_spec("torchdiffeq") is None:
         raise ConfigError("sample.sampler dopri5 needs torchdiffeq: pip install 'diffmoe_ep[sample]', or choose heun")
@@ -118,7 +133,9 @@ def check_sampling(config: Config, num: int) -> None:
                 f"sample.chunk {sample.chunk}); make both multiples of {pool}, or choose sample.selection=threshold or count"
             )
         span = size if pool == "all" else pool
-        tokens_per_expert(span * num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity)
+        tokens_per_expert(
+            span * num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity
+        )
 
 
 def check_pictures(facts: Mapping[str, Any], vae: str | None) -> None:
@@ -149,7 +166,9 @@ def check_pixels(facts: Mapping[str, Any]) -> None:
 
 
 def highest(facts: Mapping[str, Any]) -> int:
-    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE decodes."""
+    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE
+    decodes.
+    """
     if facts["kind"] == "moments":
         return 255
     return round((1 - facts["shift"]) / facts["scale"])
@@ -163,7 +182,12 @@ def pixels_of(drawn: Drawn, facts: Mapping[str, Any]) -> Tensor:
 
 
 def write_grid(
-    drawn: Drawn, facts: Mapping[str, Any], path: Path, most: int = 200, columns: int = 10, right: Sequence[bool] | None = None
+    drawn: Drawn,
+    facts: Mapping[str, Any],
+    path: Path,
+    most: int = 200,
+    columns: int = 10,
+    right: Sequence[bool] | None = None,
 ) -> None:
     """Write the first `most` samples as a PNG, in rows of up to `columns`, prompts under their pictures.
 

@@ -1,4 +1,6 @@
-"""What a run makes of its samples' captions: conditions for the model, encoded here if they come as words, and prompts for its grids."""
+"""What a run makes of its samples' captions: conditions for the model, encoded here if they come as words, and prompts
+for its grids.
+"""
 
 from dataclasses import asdict
 
@@ -41,7 +43,9 @@ class Conditions:
         words = [caption for caption in batch.captions if caption]
         found = iter(self.encoder.features(words)[0] if words else ())
         none = torch.zeros(0, self.text.width)
-        rows = [torch.from_numpy(next(found)).float() if caption else none for caption in batch.captions]  # through float16, as stored
+        rows = [
+            torch.from_numpy(next(found)).float() if caption else none for caption in batch.captions
+        ]  # through float16, as stored
         return padded(rows, self.text.places, self.text.width).to(self.device)
 
     def for_grid(self, count: int) -> Tensor | Prompts:

@@ -16,8 +16,12 @@ def open_data(config: Config) -> Mixture | Tars:
     data, plain = config.data, config.data.plain
     dataset: Mixture | Tars
     if data.mode == "resampled":
-        access = Access(cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries)
-        says = Foreign(plain.kind, plain.label, plain.array, plain.scale, plain.shift, config.model.num_classes, name="plain")
+        access = Access(
+            cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
+        )
+        says = Foreign(
+            plain.kind, plain.label, plain.array, plain.scale, plain.shift, config.model.num_classes, name="plain"
+        )
         dataset = Tars.open(data.folder, says, access, config.model.condition, plain.shuffle)
     else:
         dataset = Mixture.open(data)

@@ -10,19 +10,25 @@ from diffmoe_ep.model.dit import DiT, Output
 
 
 class Ema:
-    """Moving average of a model's parameters in float32. Thresholds stay the live ones unless the config asks for averaged ones."""
+    """Moving average of a model's parameters in float32. Thresholds stay the live ones unless the config asks for
+    averaged ones.
+    """
 
     def __init__(self, model: DiT, config: EmaConfig) -> None:
         self.model, self.config = model, config
         self.live: dict[str, Tensor] = dict(model.named_parameters())
         if config.thresholds == "averaged":
-            self.live |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("predictor.threshold")}
+            self.live |= {
+                name: buffer for name, buffer in model.named_buffers() if name.endswith("predictor.threshold")
+            }
         self.tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in self.live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights after optimiser step `step` (from 1)."""
-        torch._foreach_lerp_(list(self.tensors.values()), [tensor.detach() for tensor in self.live.values()], 1 - self.decay(step))
+        torch._foreach_lerp_(
+            list(self.tensors.values()), [tensor.detach() for tensor in self.live.values()], 1 - self.decay(step)
+        )
 
     def decay(self, step: int) -> float:
         """The decay at a step, with the ramp if it is on."""

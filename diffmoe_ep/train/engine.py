@@ -1,7 +1,8 @@
 """DeepSpeed's engine behind four verbs: forward, backward, step, and the state as fragments of logical tensors.
 
-Weights are float32 at every ZeRO stage (bf16 is a compute type, by autocast inside the model), so they are the master weights, gradients
-are reduced in float32, and the stages differ only in who holds the optimiser's state: everyone (0) or each replica its share (1, 2).
+Weights are float32 at every ZeRO stage (bf16 is a compute type, by autocast inside the model), so they are the master
+weights, gradients are reduced in float32, and the stages differ only in who holds the optimiser's state: everyone (0)
+or each replica its share (1, 2).
 """
 
 import json
@@ -47,12 +48,17 @@ class Engine:
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)  # DeepSpeed calls it
-        # On CPU, DeepSpeed would compile a shared-memory operator at first use (minutes, and a stale lock hangs every later start).
+        warnings.filterwarnings(
+            "ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning
+        )  # DeepSpeed calls it
+        # On CPU, DeepSpeed would compile a shared-memory operator at first use (minutes, and a stale lock hangs every
+        # later start).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.mesh = config, mesh
         self.module = mark_for_deepspeed(model.to(mesh.device), mesh)
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # the trained ones
+        self.named = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }  # the trained ones
         if not any(is_expert(name) for name in self.named):
             _hide_layers(self.module)
         self._clip = config.train.max_grad_norm or math.inf
@@ -68,7 +74,7 @@ class Engine:
         self._held = self._find_held()
         self._prove_complete()
 
-    # -- training -----------------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
         """Run the model in training mode."""
@@ -80,7 +86,9 @@ class Engine:
         self.engine.backward(loss)
 
     def step(self, rate: float) -> None:
-        """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at `rate`."""
+        """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at
+        `rate`.
+        """
         for group in self.basic.param_groups:
             group["lr"] = rate * group["factor"]
         self.engine.step()
@@ -88,9 +96,15 @@ class Engine:
             self._norm = self.optimizer._global_grad_norm
 
     def tell(self, values: dict[str, Any]) -> None:
-        """Hand measurements to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples seen."""
+        """Hand measurements to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples
+        seen.
+        """
         if self.mesh.is_first and self.engine.monitor.enabled:
-            events = [(f"train/{name}", value, values["samples"]) for name, value in values.items() if isinstance(value, float)]
+            events = [
+                (f"train/{name}", value, values["samples"])
+                for name, value in values.items()
+                if isinstance(value, float)
+            ]
             self.engine.monitor.write_events(events)
 
     @property
@@ -100,19 +114,25 @@ class Engine:
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradients over all parameters and ranks, before clipping; synchronises with the device."""
+        """Global norm of the last step's gradients over all parameters and ranks, before clipping; synchronises with
+        the device.
+        """
         return float(self._norm)
 
     def _clip_gradients(self) -> None:
-        """The exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the expert group."""
+        """The exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the expert
+        group.
+        """
         dense = [p.grad for name, p in self.named.items() if p.grad is not None and not is_expert(name)]
         experts = [p.grad for name, p in self.named.items() if p.grad is not None and is_expert(name)]
         square = all_sum(_square(experts, self.mesh.device), self.mesh.expert) + _square(dense, self.mesh.device)
         self._norm = square.sqrt()
-        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)  # the same formula as DeepSpeed's at stages 1 and 2
+        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(
+            min=1.0
+        )  # the same formula as DeepSpeed's at stages 1 and 2
         torch._foreach_mul_(dense + experts, scale.float())
 
-    # -- state --------------------------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape of a parameter, over all experts."""
@@ -120,7 +140,9 @@ class Engine:
         return (shape[0] * self.mesh.expert.size, *shape[1:]) if is_expert(name) else shape
 
     def moments(self) -> list[Fragment]:
-        """This rank's share of the optimiser's moments, in the parameters' logical shapes; views, so that loading writes into them."""
+        """This rank's share of the optimiser's moments, in the parameters' logical shapes; views, so that loading
+        writes into them.
+        """
         fragments = []
         for held in self._held:
             first = self.named[held.name].numel() * self.mesh.expert.rank if is_expert(held.name) else 0
@@ -179,14 +201,18 @@ class Engine:
         return held
 
     def _prove_complete(self) -> None:
-        """Every trainable element must be held by exactly one replica (all of them at stage 0); checked once, at the start."""
+        """Every trainable element must be held by exactly one replica (all of them at stage 0); checked once, at the
+        start.
+        """
         numel = torch.zeros(len(self.named), dtype=torch.int64, device=self.mesh.device)
         order = {name: index for index, name in enumerate(self.named)}
         for held in self._held:
             numel[order[held.name]] += held.numel
         if self.config.parallel.zero_stage:
             over_world, over_replicas = all_sum(numel, self.mesh.world), all_sum(numel, self.mesh.replicas)
-            numel = torch.stack([(over_replicas if is_expert(name) else over_world)[index] for name, index in order.items()])
+            numel = torch.stack(
+                [(over_replicas if is_expert(name) else over_world)[index] for name, index in order.items()]
+            )
         for (name, parameter), found in zip(self.named.items(), numel.tolist(), strict=True):
             if found != parameter.numel():
                 raise RuntimeError(
@@ -195,19 +221,27 @@ class Engine:
 
 
 def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's settings for a config, with the user's own JSON file merged in; raises ConfigError where that contradicts the config."""
+    """DeepSpeed's settings for a config, with the user's own JSON file merged in; raises ConfigError where that
+    contradicts the config.
+    """
     micro = config.train.global_batch // config.train.grad_accumulation // mesh.size
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.grad_accumulation,
-        "gradient_clipping": config.train.max_grad_norm if config.parallel.zero_stage else (config.train.max_grad_norm or 1e30),  # at stage 0 it calls our norm
+        "gradient_clipping": config.train.max_grad_norm
+        if config.parallel.zero_stage
+        else (config.train.max_grad_norm or 1e30),  # at stage 0 it calls our norm
         "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
     if config.log.tensorboard:
-        ours["tensorboard"] = {"enabled": True, "output_path": str(Path(config.folder) / "tensorboard"), "job_name": "run"}
+        ours["tensorboard"] = {
+            "enabled": True,
+            "output_path": str(Path(config.folder) / "tensorboard"),
+            "job_name": "run",
+        }
     return _merged(ours, _user_settings(config.parallel.deepspeed), config)
 
 
@@ -217,7 +251,9 @@ def _user_settings(path: str | None) -> dict[str, Any]:
     try:
         user = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"parallel.deepspeed {path} cannot be read as JSON ({error}); give a DeepSpeed settings file or null") from error
+        raise ConfigError(
+            f"parallel.deepspeed {path} cannot be read as JSON ({error}); give a DeepSpeed settings file or null"
+        ) from error
     if not isinstance(user, dict):
         raise ConfigError(f"parallel.deepspeed {path} holds a {type(user).__name__}, not an object of settings")
     return user
@@ -230,7 +266,9 @@ def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[
         raise ConfigError(
             f"{where} sets zero_optimization to {zero!r}, but parallel.zero_stage is {config.parallel.zero_stage}; set the stage with parallel.zero_stage"
         )
-    closed = [key for key in user if key not in OPEN] + [f"zero_optimization.{key}" for key in zero if key not in OPEN_ZERO]
+    closed = [key for key in user if key not in OPEN] + [
+        f"zero_optimization.{key}" for key in zero if key not in OPEN_ZERO
+    ]
     if closed:
         raise ConfigError(
             f"{where} sets {closed[0]}, which this config decides or checkpoints cannot follow; remove it there. "
@@ -240,9 +278,11 @@ def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[
 
 
 def _hide_layers(model: DiT) -> None:
-    """Take the marks from the MoE layers where all experts are frozen: ZeRO asks of layers that it sees for experts to train.
+    """Take the marks from the MoE layers where all experts are frozen: ZeRO asks of layers that it sees for experts to
+    train.
 
-    Parameters keep theirs, and DeepSpeed is told the groups here instead, so that frozen experts are still those of their own ranks.
+    Parameters keep theirs, and DeepSpeed is told the groups here instead, so that frozen experts are still those of
+    their own ranks.
     """
     for layer in model.moe_layers():
         mark = layer._modules.pop("deepspeed_mark", None)
@@ -268,11 +308,16 @@ def _optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch
     for name, parameter in named.items():
         by_factor.setdefault(rate_factor(name, config), []).append(parameter)
     groups = split_params_into_different_moe_groups_for_optimizer(
-        [{"params": parameters, "name": f"{factor} of the rate", "factor": factor} for factor, parameters in by_factor.items()]
+        [
+            {"params": parameters, "name": f"{factor} of the rate", "factor": factor}
+            for factor, parameters in by_factor.items()
+        ]
     )
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 

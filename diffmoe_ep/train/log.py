@@ -59,7 +59,9 @@ class RunFolder:
         return None
 
     def describe(self, config: Config, mesh: Mesh, ancestry: Sequence[dict[str, Any]] = ()) -> None:
-        """Write the resolved config, the environment report and what the weights descend from (rank 0); every rank takes part."""
+        """Write the resolved config, the environment report and what the weights descend from (rank 0); every rank
+        takes part.
+        """
         where = gather_objects((mesh.host, str(mesh.device)), mesh.world)
         if not mesh.is_first:
             return
@@ -122,7 +124,9 @@ class Progress:
     def __init__(self, greeting: str, step: int, steps: int) -> None:
         print(greeting, file=sys.stderr, flush=True)
         width = shutil.get_terminal_size((110, 24)).columns  # some terminals say 0, which would draw nothing
-        self.bar = tqdm(total=steps, initial=step, unit="step", ncols=width, disable=not sys.stderr.isatty(), smoothing=0.1)
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", ncols=width, disable=not sys.stderr.isatty(), smoothing=0.1
+        )
         self.steps, self.first = steps, step
         self.loss: float | None = None
         self.started = self.spoken = time.monotonic()
@@ -174,7 +178,11 @@ class Clock:
         """Speed since the last lap, and start anew."""
         now = time.monotonic()
         spent = max(now - self.mark - self.paused, 1e-9)
-        result = {"samples_per_second": (step - self.step) * batch / spent, "data_wait": self.waited / spent, "seconds": now - self.started}
+        result = {
+            "samples_per_second": (step - self.step) * batch / spent,
+            "data_wait": self.waited / spent,
+            "seconds": now - self.started,
+        }
         self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
         return result
 
@@ -200,7 +208,9 @@ class Meter:
         self.steps += 1
 
     def lap(self) -> dict[str, float]:
-        """Bytes received, collectives and host synchronisations per step since the last lap, and start anew; empty on one rank."""
+        """Bytes received, collectives and host synchronisations per step since the last lap, and start anew; empty on
+        one rank.
+        """
         found = {
             f"{name}_{what}": count / max(1, self.steps)
             for name, counts in self.totals.items()
@@ -211,7 +221,9 @@ class Meter:
 
 
 def greeting(config: Config, mesh: Mesh, step: int, begun: str = "") -> str:
-    """Two lines on what is about to happen: what is trained, and how it is laid out; between them, if given, what it began with."""
+    """Two lines on what is about to happen: what is trained, and how it is laid out; between them, if given, what it
+    began with.
+    """
     sizes, span = count(config.model), pool_samples(config)
     what = (
         f"{config.folder} {f'continues at step {step}' if step else 'starts'}: {config.train.steps} steps of {config.train.global_batch} samples, "

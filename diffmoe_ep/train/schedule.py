@@ -6,7 +6,9 @@ from diffmoe_ep.config import TrainConfig
 
 
 def rate(train: TrainConfig, step: int) -> float:
-    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or falling to `final` times the peak at the last step."""
+    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or falling to `final` times the peak at the
+    last step.
+    """
     peak, schedule = train.optimizer.lr, train.schedule
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup

@@ -1,7 +1,8 @@
 """What a run begins with: the weights of another run, and which parameters stay as they are.
 
-`init_from` is for the first start only. A run that has a checkpoint of its own continues it, and keeps the ancestry that it began with.
-Freezing is of parameters: thresholds go on following what the predictors say, frozen or not, for they describe the tokens that come.
+`init_from` is for the first start only. A run that has a checkpoint of its own continues it, and keeps the ancestry
+that it began with. Freezing is of parameters: thresholds go on following what the predictors say, frozen or not, for
+they describe the tokens that come.
 """
 
 import difflib
@@ -24,7 +25,9 @@ from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
 
-Ancestor = dict[str, Any]  # path, step (None: not known), weights (ema or model), fingerprint: sha256 of the file that vouches for it
+Ancestor = dict[
+    str, Any
+]  # path, step (None: not known), weights (ema or model), fingerprint: sha256 of the file that vouches for it
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Start:
     """What a run begins with."""
 
     source: Path | None = None
-    """Checkpoint, or folder in the single-file form, that is loaded; None: weights are drawn, or taken up from the run's own checkpoint."""
+    """Checkpoint, or folder in the single-file form, that is loaded; None: weights are drawn, or taken up from the
+    run's own checkpoint.
+    """
     ancestry: tuple[Ancestor, ...] = ()
     """Where its first weights came from, and where those had come from, and so on."""
     frozen: frozenset[str] = frozenset()
@@ -42,7 +47,9 @@ class Start:
 
     def told(self) -> str:
         """A line on what it begins with; empty where there is nothing to say."""
-        facts = ["begun with the " + " <- ".join(_told(ancestor) for ancestor in self.ancestry)] if self.ancestry else []
+        facts = (
+            ["begun with the " + " <- ".join(_told(ancestor) for ancestor in self.ancestry)] if self.ancestry else []
+        )
         facts += [f"{len(self.frozen)} of {self.num_parameters} parameter tensors are frozen"] if self.frozen else []
         return ", ".join(facts)
 
@@ -82,7 +89,9 @@ def find_start(config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, ch
 
 
 def begin(model: DiT, start: Start, config: Config, mesh: Mesh) -> DiT:
-    """Give a freshly built model, its experts sharded over the mesh, its first weights and thresholds, and freeze what is to stay."""
+    """Give a freshly built model, its experts sharded over the mesh, its first weights and thresholds, and freeze what
+    is to stay.
+    """
     if start.source is not None:
         load_into(model, start.source, config.init_weights, mesh)
         _keep_bounds(model, config_of(start.source).model.threshold_decay)
@@ -93,7 +102,9 @@ def begin(model: DiT, start: Start, config: Config, mesh: Mesh) -> DiT:
 
 
 def _keep_bounds(model: DiT, decay: float) -> None:
-    """Let thresholds that were averaged with another decay mean what they meant, once corrected for their start at 0."""
+    """Let thresholds that were averaged with another decay mean what they meant, once corrected for their start at
+    0.
+    """
     for layer in model.moe_layers():
         predictor = layer.predictor
         if predictor is not None and predictor.decay != decay and predictor.updates > 0:
@@ -101,7 +112,7 @@ def _keep_bounds(model: DiT, decay: float) -> None:
             predictor.threshold.mul_((1 - predictor.decay**moved) / (1 - decay**moved))
 
 
-# -- what stays as it is ----------------------------------------------------------------------------------------------------------------
+# -- what stays as it is -----------------------------------------------------------------------------------------------
 
 
 def parameter_names(config: Config) -> list[str]:
@@ -113,21 +124,26 @@ def parameter_names(config: Config) -> list[str]:
 def match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     """The names that any of the patterns (*, ?, [abc]) matches.
 
-    Raises ConfigError for a pattern that matches none, with the nearest names, and for patterns that leave nothing to train.
+    Raises ConfigError for a pattern that matches none, with the nearest names, and for patterns that leave nothing to
+    train.
     """
     found: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-            raise ConfigError(f"train.freeze: {pattern} matches none of the {len(names)} parameters; near are {', '.join(near)}")
+            raise ConfigError(
+                f"train.freeze: {pattern} matches none of the {len(names)} parameters; near are {', '.join(near)}"
+            )
         found |= matched
     if len(found) == len(names):
-        raise ConfigError(f"train.freeze {list(patterns)} matches all {len(names)} parameters, so that nothing is trained; freeze fewer")
+        raise ConfigError(
+            f"train.freeze {list(patterns)} matches all {len(names)} parameters, so that nothing is trained; freeze fewer"
+        )
     return found
 
 
-# -- where weights come from ------------------------------------------------------------------------------------------------------------
+# -- where weights come from -------------------------------------------------------------------------------------------
 
 
 def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...]:
@@ -154,4 +170,6 @@ def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...
 
 def _told(ancestor: Ancestor) -> str:
     step = ancestor.get("step")
-    return f"{ancestor.get('weights')} weights of {ancestor.get('path')}" + (f" (step {step})" if step is not None else "")
+    return f"{ancestor.get('weights')} weights of {ancestor.get('path')}" + (
+        f" (step {step})" if step is not None else ""
+    )

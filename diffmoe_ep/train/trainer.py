@@ -1,7 +1,8 @@
 """A training run from config to checkpoint: what a newcomer reads first.
 
-A run is a function of its config. Which samples a step sees, their noise, times and dropped conditions depend on their positions; which
-tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO stage and workers change how it is computed, never what.
+A run is a function of its config. Which samples a step sees, their noise, times and dropped conditions depend on their
+positions; which tokens an expert takes depends on the pool; so ranks, expert parallelism, ZeRO stage and workers change
+how it is computed, never what.
 """
 
 import math
@@ -46,7 +47,8 @@ from diffmoe_ep.train.start import begin, find_start
 def train(config: Config) -> None:
     """Train, or continue, the run that the config describes; returns when its last step is saved.
 
-    Raises ConfigError, DataError or CheckpointError, the same on every rank, before anything is built if something does not fit.
+    Raises ConfigError, DataError or CheckpointError, the same on every rank, before anything is built if something does
+    not fit.
     """
     check_world(config, meshes.launched_world())
     mesh = start_mesh(config)
@@ -98,12 +100,16 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | Tars, Path | None]:
 class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
-    def __init__(self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None = None
+    ) -> None:
         self.config, self.mesh = config, mesh
         self.dataset = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
         self.folder = RunFolder(Path(config.folder))
         self.conditions = Conditions(config, self.dataset, mesh)
-        self.decode = load_decoder(config.sample, asdict(self.dataset.manifest), mesh) if config.sample.grid_every else None
+        self.decode = (
+            load_decoder(config.sample, asdict(self.dataset.manifest), mesh) if config.sample.grid_every else None
+        )
         self.start = find_start(config, mesh, dataset, checkpoint)
         self.model = begin(self.build_model(), self.start, config, mesh)
         self.engine = Engine(self.model, config, mesh)
@@ -125,13 +131,15 @@ class Trainer:
     def build_model(self) -> DiT:
         """This rank's part of the model, with its initial weights."""
         config = self.config
-        channels = config.model.in_channels if config.train.objective == "flow" else None  # flow has no use for the variance half
+        channels = (
+            config.model.in_channels if config.train.objective == "flow" else None
+        )  # flow has no use for the variance half
         model = build_sharded(config, self.mesh, channels)
         if config.compute.compile:
             model.compile_parts()
         return initialize(widen_pools(model, self.mesh), config.seed)
 
-    # -- the loop -----------------------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train to the last step, telling, sampling and saving on the way."""
@@ -144,7 +152,9 @@ class Trainer:
         while self.step < config.train.steps:
             with self.meter.step():
                 told = self.train_step(clock)
-            if self.due(config.log.every) or self.due(config.checkpoint.every):  # what is saved was measured: no diverged run is kept
+            if self.due(config.log.every) or self.due(
+                config.checkpoint.every
+            ):  # what is saved was measured: no diverged run is kept
                 values = self.measure(told)
             if self.due(config.log.every):
                 values |= self.measure_data() | clock.lap(self.step, config.train.global_batch) | self.meter.lap()
@@ -180,11 +190,15 @@ class Trainer:
         return {"losses": torch.stack(losses).mean(0), **wanted_capacity(reports)}
 
     def move_thresholds(self, reports: list[tuple[LayerReport, ...]]) -> None:
-        """Move each expert's threshold once, towards the mean k-th largest prediction of all the step's pools (ranks, micro-steps)."""
+        """Move each expert's threshold once, towards the mean k-th largest prediction of all the step's pools (ranks,
+        micro-steps).
+        """
         predictors = self.predictors()
         if not predictors:
             return
-        quantiles = torch.stack([torch.stack([report.quantile for report in step if report.quantile is not None]) for step in reports])
+        quantiles = torch.stack(
+            [torch.stack([report.quantile for report in step if report.quantile is not None]) for step in reports]
+        )
         mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size  # (layers, N)
         for predictor, quantile in zip(predictors, mean, strict=True):
             predictor.move(quantile)
@@ -197,10 +211,12 @@ class Trainer:
         """Whether something that happens every so many steps happens now; the last step always counts."""
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    # -- telling ------------------------------------------------------------------------------------------------------------------
+    # -- telling -------------------------------------------------------------------------------------------------------
 
     def measure(self, told: dict[str, Tensor]) -> dict[str, Any]:
-        """Bring a step's measurements to the host, over all ranks; stops the run when the loss is no number any more."""
+        """Bring a step's measurements to the host, over all ranks; stops the run when the loss is no number any
+        more.
+        """
         losses = (all_sum(told["losses"], self.mesh.world) / self.mesh.size).tolist()
         norm = self.engine.gradient_norm
         skipped = self.engine.skipped  # ZeRO 1 and 2 pass over a step whose gradients are no numbers
@@ -223,11 +239,14 @@ class Trainer:
                 "capacity_per_expert": experts.tolist(),
             }
         if predictors := self.predictors():
-            values["threshold"] = float(torch.stack([predictor.bound(InferenceRule()).mean() for predictor in predictors]).mean())
+            values["threshold"] = float(
+                torch.stack([predictor.bound(InferenceRule()).mean() for predictor in predictors]).mean()
+            )
         return values
 
     def measure_data(self) -> dict[str, Any]:
-        """Bring to the host how often the data were gone through and how many samples had to be replaced since the run (re)started.
+        """Bring to the host how often the data were gone through and how many samples had to be replaced since the run
+        (re)started.
 
         DataError on all ranks alike when these are too many.
         """
@@ -250,16 +269,20 @@ class Trainer:
             decode=self.decode,
         )  # fmt: skip
         if drawn is not None:
-            self.folder.picture(f"samples/step-{self.step:07d}.png", lambda path: write_grid(drawn, asdict(self.dataset.manifest), path))
+            self.folder.picture(
+                f"samples/step-{self.step:07d}.png", lambda path: write_grid(drawn, asdict(self.dataset.manifest), path)
+            )
             self.folder.draw_curves()
 
-    # -- state --------------------------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank."""
         config, mesh = self.config, self.mesh
         replicated = self.weights()
-        pieces = [self.engine.my_share(fragment, is_expert(fragment.name)) for fragment in replicated] + self.engine.moments_to_save()
+        pieces = [
+            self.engine.my_share(fragment, is_expert(fragment.name)) for fragment in replicated
+        ] + self.engine.moments_to_save()
         facts = asdict(self.dataset.manifest)
         facts.pop("shards")
         meta = {
@@ -291,12 +314,18 @@ class Trainer:
     def weights(self) -> list[Fragment]:
         """What this rank holds of weights, thresholds and averaged weights."""
         named = dict(self.model.named_parameters()) | persistent_buffers(self.model)
-        return fragments(named, "model", self.model, self.mesh) + fragments(self.ema.tensors, "ema", self.model, self.mesh)
+        return fragments(named, "model", self.model, self.mesh) + fragments(
+            self.ema.tensors, "ema", self.model, self.mesh
+        )
 
 
 def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]:
-    """Capacity (layers, N) that the dynamic thresholds would spend on this step's tokens (Eq. 8); empty for a dense model."""
+    """Capacity (layers, N) that the dynamic thresholds would spend on this step's tokens (Eq. 8); empty for a dense
+    model.
+    """
     if not reports[0]:
         return {}
-    wanted = torch.stack([torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]).mean(0)
+    wanted = torch.stack(
+        [torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]
+    ).mean(0)
     return {"capacity": wanted * wanted.shape[1] / reports[0][0].num_tokens}

@@ -19,8 +19,12 @@ class Difference:
     where: str = ""  # the place, with both values
 
 
-def compare(name: str, found: Tensor, wanted: Tensor, *, first: int | None = None, relative: bool = False) -> Difference:
-    """The element that differs most. first: dimension 0 counts experts from this number; relative: to the largest element wanted."""
+def compare(
+    name: str, found: Tensor, wanted: Tensor, *, first: int | None = None, relative: bool = False
+) -> Difference:
+    """The element that differs most. first: dimension 0 counts experts from this number; relative: to the largest
+    element wanted.
+    """
     found, wanted = found.detach().cpu(), wanted.detach().cpu()
     if found.shape != wanted.shape:
         return Difference(math.inf, f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")

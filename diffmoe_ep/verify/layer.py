@@ -1,6 +1,8 @@
-"""Laws 1 and 2: choice, layer, dispatch and kernels against a sort and a few lines of tensor algebra that know of no ranks.
+"""Laws 1 and 2: choice, layer, dispatch and kernels against a sort and a few lines of tensor algebra that know of no
+ranks.
 
-Legend: S tokens on this rank, T of a sample, N experts, D hidden size, P tokens of a pool, k tokens that an expert takes of one.
+Legend: S tokens on this rank, T of a sample, N experts, D hidden size, P tokens of a pool, k tokens that an expert
+takes of one.
 """
 
 import itertools
@@ -43,11 +45,13 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -- law 1: the choice ------------------------------------------------------------------------------------------------------------------
+# -- law 1: the choice -------------------------------------------------------------------------------------------------
 
 
 def sorted_choice(scores: Tensor, k: int, pool: int) -> tuple[Tensor, Tensor]:
-    """The first k of each pool and expert by (score descending, token ascending), and the k-th values: (S, N) bool, (pools, N)."""
+    """The first k of each pool and expert by (score descending, token ascending), and the k-th values: (S, N) bool,
+    (pools, N).
+    """
     pooled = scores.view(-1, pool, scores.shape[1])  # (pools, P, N)
     ordered = pooled.sort(dim=1, descending=True, stable=True)
     chosen = torch.zeros_like(pooled, dtype=torch.bool).scatter_(1, ordered.indices[:, :k], True)
@@ -79,7 +83,7 @@ def check_choice(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
         yield algorithm, over_ranks(largest(found), mesh)
 
 
-# -- law 1: the layer -------------------------------------------------------------------------------------------------------------------
+# -- law 1: the layer --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class Computed:
 
 
 def plain_layer(weights: dict[str, Tensor], x: Tensor, span: int, k: int, probe: Tensor) -> Computed:
-    """Algorithm 3 on all tokens of all ranks x (S, D): every expert computes every token, and what it did not choose counts nothing."""
+    """Algorithm 3 on all tokens of all ranks x (S, D): every expert computes every token, and what it did not choose
+    counts nothing.
+    """
     w = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     x = x.clone().requires_grad_()
     scores = torch.softmax(x @ w["router.weight"].T, dim=1)
@@ -104,7 +110,9 @@ def plain_layer(weights: dict[str, Tensor], x: Tensor, span: int, k: int, probe:
     output = torch.zeros_like(x)
     for e in range(scores.shape[1]):
         inner = F.gelu(x @ w["experts.fc1_weight"][e] + w["experts.fc1_bias"][e], approximate="tanh")
-        output = output + (scores * chosen)[:, e, None] * (inner @ w["experts.fc2_weight"][e] + w["experts.fc2_bias"][e])
+        output = output + (scores * chosen)[:, e, None] * (
+            inner @ w["experts.fc2_weight"][e] + w["experts.fc2_bias"][e]
+        )
     loss = F.binary_cross_entropy(torch.sigmoid(logits), chosen.double())
     gradients = torch.autograd.grad((output * probe).sum() + loss, [x, *w.values()])
     return Computed(output.detach(), kth.mean(0), loss.detach(), dict(zip(["input", *w], gradients, strict=True)))
@@ -166,13 +174,17 @@ def _model(experts: int) -> ModelConfig:
     )  # fmt: skip
 
 
-# -- law 2 ------------------------------------------------------------------------------------------------------------------------------
+# -- law 2 -------------------------------------------------------------------------------------------------------------
 
 
 def check_dispatch(mesh: Mesh) -> Difference:
-    """Experts that give back what they get: the mixture is the token times the sum of its gates, and so are the gradients."""
+    """Experts that give back what they get: the mixture is the token times the sum of its gates, and so are the
+    gradients.
+    """
     experts, found = num_experts(mesh.size), []
-    dispatchers: dict[str, Any] = {f"{chunks} part{'s' * (chunks > 1)}": AllToAllDispatch(mesh.expert, chunks) for chunks in (1, 2)}
+    dispatchers: dict[str, Any] = {
+        f"{chunks} part{'s' * (chunks > 1)}": AllToAllDispatch(mesh.expert, chunks) for chunks in (1, 2)
+    }
     if mesh.expert.size == 1:
         dispatchers = {"local": LocalDispatch()}
     patterns = {"some": 0.3, "all": 1.0, "none": 0.0, "one expert takes all": 0.0, "a rank without tokens": 0.5}
@@ -216,7 +228,9 @@ def check_kernels(mesh: Mesh) -> Iterator[tuple[str, Difference, float]]:
             found.append(compare(f"rows {counts}: output at row, column", output, wanted, relative=True))
             for name, one, other in zip(names, gradients, plain, strict=True):
                 first = None if name == "rows" else 0
-                found.append(compare(f"rows {counts}: gradient of {name}", one, other, first=first, relative=bool(other.any())))
+                found.append(
+                    compare(f"rows {counts}: gradient of {name}", one, other, first=first, relative=bool(other.any()))
+                )
         yield kernel, over_ranks(largest(found), mesh), 1e-5
 
 

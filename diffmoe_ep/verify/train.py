@@ -1,7 +1,8 @@
-"""Law 3: a few steps of real training over the launched ranks, against a plain loop in one process over the same samples.
+"""Law 3: a few steps of real training over the launched ranks, against a plain loop in one process over the same
+samples.
 
-The trainer is the one that trains; only its data are drawn here. The plain loop knows neither DeepSpeed nor ranks: one model, autograd,
-torch's own optimiser, and the global norm as the norm of all gradients.
+The trainer is the one that trains; only its data are drawn here. The plain loop knows neither DeepSpeed nor ranks: one
+model, autograd, torch's own optimiser, and the global norm as the norm of all gradients.
 """
 
 import math
@@ -34,7 +35,8 @@ BATCH = 8  # samples of a step on each rank
 SHAPE = (1, 8, 8)
 CLASSES = 10
 
-# SGD without clipping moves each weight by its gradient, so a wrong scale shows by itself; AdamW with clipping is what people train with.
+# SGD without clipping moves each weight by its gradient, so a wrong scale shows by itself; AdamW with clipping is what
+# people train with.
 KINDS = {
     "sgd": ["train.optimizer.kind=sgd", "train.optimizer.lr=0.05", "train.max_grad_norm=0"],
     "adamw": ["train.optimizer.kind=adamw", "train.optimizer.lr=1e-3", "train.max_grad_norm=0.3"],
@@ -71,7 +73,9 @@ class Digitless:
 
 
 def config_of(kind: str, mesh: Mesh, expert: int, zero: int, timeout_minutes: float = 1.0) -> Config:
-    """A tiny DiffMoE, four or eight samples of a micro-step to each rank, with pools over the ranks of the mesh's pool group."""
+    """A tiny DiffMoE, four or eight samples of a micro-step to each rank, with pools over the ranks of the mesh's pool
+    group.
+    """
     pools = BATCH // ACCUMULATION[kind] * mesh.pool.size
     tree = {
         "folder": "verify writes nothing",
@@ -89,7 +93,9 @@ def config_of(kind: str, mesh: Mesh, expert: int, zero: int, timeout_minutes: fl
 
 @torch.no_grad()
 def wake(model: DiT) -> DiT:
-    """Give what starts at zero, and the routers, weights at which everything shows; the same whatever part of the model this is."""
+    """Give what starts at zero, and the routers, weights at which everything shows; the same whatever part of the model
+    this is.
+    """
     for name, parameter in model.named_parameters():
         std = 0.3 if "router" in name else 0.1 if "modulation" in name or name.startswith("head.") else 0.0
         if std:
@@ -113,7 +119,12 @@ def _plain_loop(config: Config, device: torch.device) -> Trace:
         optimizer = torch.optim.SGD(named.values(), lr=settings.lr)
     else:
         optimizer = torch.optim.AdamW(
-            named.values(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False
+            named.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            foreach=False,
         )
     stream, losses, norms, thresholds = _stream(config), list[float](), list[float](), list[Tensor]()
     moved = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -179,14 +190,21 @@ def check_training(
     """Every ZeRO stage on the mesh's layout, with both optimisers: name, difference to the plain loop, tolerance."""
     looser = 1.0 if mesh.device.type == "cpu" else 10.0  # a GPU's sums come in other orders for other shapes
     for zero in stages:
-        found: dict[str, list[Difference]] = {"losses": [], "norms and thresholds": [], "moves of experts": [], "moves of the rest": []}
+        found: dict[str, list[Difference]] = {
+            "losses": [],
+            "norms and thresholds": [],
+            "moves of experts": [],
+            "moves of the rest": [],
+        }
         for kind, wanted in alone.items():
             config = config_of(kind, mesh, mesh.expert.size, zero, timeout_minutes)
             trace = train_over_ranks(config, mesh)
             found["losses"].append(compare(f"{kind}: loss of step", trace.losses, wanted.losses, relative=True))
             found["norms and thresholds"] += [
                 compare(f"{kind}: gradient norm of step", trace.norms, wanted.norms, relative=True),
-                compare(f"{kind}: threshold of step, layer, expert", trace.thresholds, wanted.thresholds, relative=True),
+                compare(
+                    f"{kind}: threshold of step, layer, expert", trace.thresholds, wanted.thresholds, relative=True
+                ),
             ]
             if kind == "sgd":
                 found["moves of experts"] += _moves(trace, wanted, mesh, experts=True)
@@ -197,9 +215,11 @@ def check_training(
 
 
 def _moves(trace: Trace, wanted: Trace, mesh: Mesh, experts: bool) -> Iterator[Difference]:
-    """How far the first step moved each expert's, or each other, tensor, along the way that it should: off by 1 - factor.
+    """How far the first step moved each expert's, or each other, tensor, along the way that it should: off by 1 -
+    factor.
 
-    Under SGD without clipping that factor is the gradient's. Single elements move too little against their rounding to be compared.
+    Under SGD without clipping that factor is the gradient's. Single elements move too little against their rounding to
+    be compared.
     """
     for name, moved in trace.moved.items():
         if is_expert(name) != experts:
@@ -214,4 +234,6 @@ def _moves(trace: Trace, wanted: Trace, mesh: Mesh, experts: bool) -> Iterator[D
             factor = float((one.double() * other.double()).sum()) / square if square else math.nan
             apart = abs(factor - 1) if math.isfinite(factor) else math.inf
             place = compare(f"{label}: move", one, other).where
-            yield Difference(apart, f"{label} moves {factor:.4g} times as far as on one rank; {place.removeprefix(label + ': ')}")
+            yield Difference(
+                apart, f"{label} moves {factor:.4g} times as far as on one rank; {place.removeprefix(label + ': ')}"
+            )

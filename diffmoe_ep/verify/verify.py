@@ -1,8 +1,10 @@
-"""Does a run on these ranks compute what a run on one rank computes? The checks that answer it, on the ranks that were launched.
+"""Does a run on these ranks compute what a run on one rank computes? The checks that answer it, on the ranks that were
+launched.
 
-1. The choice over ranks is that of the joined batch, bit for bit; the layer's outputs and all its gradients agree in float64.
-2. Dispatch and combine with experts that do nothing give the sum of the gates; every expert kernel is the plain loop over experts.
-3. Training is the same for every expert parallelism and ZeRO stage that the ranks allow: losses, gradient norms, thresholds, and how far
+1. The choice over ranks is that of the joined batch, bit for bit; the layer's outputs and all its gradients agree in
+float64. 2. Dispatch and combine with experts that do nothing give the sum of the gates; every expert kernel is the
+plain loop over experts. 3. Training is the same for every expert parallelism and ZeRO stage that the ranks allow:
+losses, gradient norms, thresholds, and how far
    each expert and each shared weight moves.
 
 Each check compares with something that knows of no ranks: a sort, a few lines of tensor algebra, a plain training loop.
@@ -76,10 +78,14 @@ class Layout:
 
 
 def layouts(world: int) -> list[Layout]:
-    """Experts whole on each rank, sharded over groups, and over all ranks; pools wider than, as wide as and narrower than those groups."""
+    """Experts whole on each rank, sharded over groups, and over all ranks; pools wider than, as wide as and narrower
+    than those groups.
+    """
     divisors = [number for number in range(2, world) if world % number == 0]
     some = [] if not divisors else [divisors[len(divisors) // 2]]
-    chosen = [Layout(1, world)] + [Layout(number, number) for number in some] + ([Layout(world, world)] if world > 1 else [])
+    chosen = (
+        [Layout(1, world)] + [Layout(number, number) for number in some] + ([Layout(world, world)] if world > 1 else [])
+    )
     return chosen + ([Layout(world, some[0])] if some else [])
 
 
@@ -118,17 +124,28 @@ def _checks(
     for algorithm, difference in check_choice(mesh):
         yield Check(f"1 choice, {pools}, {algorithm}", "a sort of the joined batch, bit for bit", difference, 0.0)
     for name, difference in check_layer(mesh):
-        yield Check(f"1 {name}, EP {layout.expert}, {pools}", "Algorithm 3 in float64 on the joined batch", difference, exact)
-    yield Check(f"2 dispatch and combine, EP {layout.expert}", "the sum of the gates, forward and backward", check_dispatch(mesh), exact)
+        yield Check(
+            f"1 {name}, EP {layout.expert}, {pools}", "Algorithm 3 in float64 on the joined batch", difference, exact
+        )
+    yield Check(
+        f"2 dispatch and combine, EP {layout.expert}",
+        "the sum of the gates, forward and backward",
+        check_dispatch(mesh),
+        exact,
+    )
     if first:
         for kernel, difference, tolerance in check_kernels(mesh):
-            yield Check(f"2 expert kernel {kernel}", "one expert after the other, with gradients", difference, tolerance)
+            yield Check(
+                f"2 expert kernel {kernel}", "one expert after the other, with gradients", difference, tolerance
+            )
     for name, difference, tolerance in check_training(mesh, alone, timeout_minutes, stages):
         yield Check(f"3 {name}, {pools}", "a plain loop in one process", difference, tolerance)
 
 
 def run(options: argparse.Namespace) -> None:
-    """The verb, with options device and timeout_minutes: print the checks on the first rank; exit code 1 on every rank if one failed."""
+    """The verb, with options device and timeout_minutes: print the checks on the first rank; exit code 1 on every rank
+    if one failed.
+    """
     first = meshes.launched_rank() == 0
 
     def show(check: Check) -> None:

@@ -1,4 +1,6 @@
-"""The benches compare equal work: contenders are held to each other in float64, numbers to their own table, never to a clock."""
+"""The benches compare equal work: contenders are held to each other in float64, numbers to their own table, never to a
+clock.
+"""
 
 import json
 import statistics
@@ -34,13 +36,18 @@ def test_ours_and_the_plain_loop_do_the_same_work() -> None:
                 theirs[f"experts.{expert}.{part}.weight"].copy_(getattr(mine.experts, f"{part}_weight")[expert].T)
                 theirs[f"experts.{expert}.{part}.bias"].copy_(getattr(mine.experts, f"{part}_bias")[expert])
     generator = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(1, CASE.tokens, CASE.hidden, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    inputs = [
+        torch.randn(1, CASE.tokens, CASE.hidden, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    ]
     inputs[1].data.copy_(inputs[0].data)
     probe = torch.randn(1, CASE.tokens, CASE.hidden, generator=generator, dtype=torch.float64)
     for module, x in zip((ours, loop), inputs, strict=True):
         mixed, loss = module(x)
         ((mixed * probe).sum() + loss).backward()
-    torch.testing.assert_close(ours(inputs[0])[0], loop(inputs[1])[0], rtol=0, atol=1e-6)  # the loop's softmax is float32
+    torch.testing.assert_close(
+        ours(inputs[0])[0], loop(inputs[1])[0], rtol=0, atol=1e-6
+    )  # the loop's softmax is float32
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-5)
     fc1 = torch.stack([theirs[f"experts.{expert}.fc1.weight"].grad.T for expert in range(CASE.experts)])  # type: ignore[union-attr]
     torch.testing.assert_close(mine.experts.fc1_weight.grad, fc1, rtol=0, atol=1e-5)
@@ -53,7 +60,9 @@ def measured(rank: int, world: int) -> list[str]:
     alone = {"loop", "matmuls", "batched"} if world == 1 else set()  # what one rank can be measured against
     assert set(row.timings) == {"dense", "ours", "deepspeed"} | alone
     assert row.limit == pytest.approx(1 + 1 / 12 + CASE.experts / (4 * CASE.hidden))
-    assert json.loads(json.dumps(found.as_dict()))["rows"][0]["timings"]["ours"]["seconds"] == list(row.timings["ours"].seconds)
+    assert json.loads(json.dumps(found.as_dict()))["rows"][0]["timings"]["ours"]["seconds"] == list(
+        row.timings["ours"].seconds
+    )
     lines = found.lines()
     meshes.stop()
     return lines
@@ -91,9 +100,13 @@ def test_costs_are_told_per_token() -> None:
 
 def test_contenders_take_turns() -> None:
     done: list[str] = []
-    found = interleaved({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 3, torch.device("cpu"), lambda: None)
+    found = interleaved(
+        {"a": lambda: done.append("a"), "b": lambda: done.append("b")}, 3, torch.device("cpu"), lambda: None
+    )
     assert done == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert all(len(timing.seconds) == 3 for timing in found.values())
     timing, other = Timing((3.0, 1.0, 2.0, 4.0)), Timing((1.0, 2.0, 3.0, 2.0))
     assert timing.over(other) == (2.5 / 2.0, 1.0)
-    assert timing.spread == pytest.approx((statistics.quantiles(timing.seconds)[2] - statistics.quantiles(timing.seconds)[0]) / 2.5)
+    assert timing.spread == pytest.approx(
+        (statistics.quantiles(timing.seconds)[2] - statistics.quantiles(timing.seconds)[0]) / 2.5
+    )

@@ -42,7 +42,9 @@ def test_the_raw_reader_reads_the_stream_s_bytes(synthetic: Path) -> None:
         descriptor, begin, size, label = bench_stream._place(dataset, *place)
         array, expected = read_sample(dataset, *place)
         assert label == expected
-        np.testing.assert_array_equal(np.frombuffer(os.pread(descriptor, size, begin), np.float16).reshape(2, 8, 4, 4), array)
+        np.testing.assert_array_equal(
+            np.frombuffer(os.pread(descriptor, size, begin), np.float16).reshape(2, 8, 4, 4), array
+        )
 
 
 def test_the_stream_that_draws_nothing_makes_the_same_samples_with_noise_1(synthetic: Path) -> None:

@@ -1,4 +1,6 @@
-"""The selection's bench: it tells the bytes that were sent, sees when algorithms differ, and tabulates the cost model."""
+"""The selection's bench: it tells the bytes that were sent, sees when algorithms differ, and tabulates the cost
+model.
+"""
 
 import json
 from typing import Any
@@ -40,7 +42,9 @@ def test_measures_every_algorithm_and_the_dispatch(world: int) -> None:
     for name in ("gather", "owner", "radix"):
         assert rows[name]["received"] == rows[name]["predicted"]["received"]
         assert rows[name]["rounds"] == rows[name]["predicted"]["rounds"]
-    assert rows["dispatch"]["received"] == pytest.approx(2 * 4 * 512 * 16 * (world - 1) / world, rel=0.2)  # the busiest rank
+    assert rows["dispatch"]["received"] == pytest.approx(
+        2 * 4 * 512 * 16 * (world - 1) / world, rel=0.2
+    )  # the busiest rank
     assert rows["dispatch"]["rounds"] == 2
     assert all(0 < row["minimum"] <= row["median"] <= row["largest"] for row in found["rows"])
     assert found["identical"]
@@ -90,5 +94,7 @@ def test_predicts_to_4096_ranks() -> None:
 
 def test_scores_are_of_each_rank() -> None:
     """Ranks draw different scores, or every search would be of copies."""
-    first, second = (bench_select._drawn(WORK, meshes.Mesh(world=meshes.Group(size=2, rank=rank)))[0] for rank in (0, 1))
+    first, second = (
+        bench_select._drawn(WORK, meshes.Mesh(world=meshes.Group(size=2, rank=rank)))[0] for rank in (0, 1)
+    )
     assert not torch.equal(first, second)

@@ -1,4 +1,6 @@
-"""A reference checkpoint made of shapes, and what the reference computes, written here again from its formulas in float64."""
+"""A reference checkpoint made of shapes, and what the reference computes, written here again from its formulas in
+float64.
+"""
 
 import argparse
 import math
@@ -74,7 +76,9 @@ def state(
             made |= linear(f"{name}.mlp.fc1", 4 * hidden, hidden) | linear(f"{name}.mlp.fc2", hidden, 4 * hidden)
         made |= linear(f"{name}.adaLN_modulation.1", 6 * hidden, hidden)
     return (
-        made | linear("final_layer.linear", patch**2 * 2 * channels, hidden) | linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
+        made
+        | linear("final_layer.linear", patch**2 * 2 * channels, hidden)
+        | linear("final_layer.adaLN_modulation.1", 2 * hidden, hidden)
     )
 
 
@@ -84,7 +88,12 @@ ARGS = argparse.Namespace(image_size=256, lr=1e-4, ema=None, model="a name", bet
 def saved(path: Path, ema: State | None = None, model: State | None = None, **more: Any) -> Path:
     file = path / "reference.pt"
     ema = state() if ema is None else ema
-    content = {"model": model if model is not None else state(seed=1), "ema": ema, "opt": {"state": {0: {"step": 3}}}, "args": ARGS} | more
+    content = {
+        "model": model if model is not None else state(seed=1),
+        "ema": ema,
+        "opt": {"state": {0: {"step": 3}}},
+        "args": ARGS,
+    } | more
     torch.save({key: value for key, value in content.items() if value is not None}, file)
     return file
 
@@ -108,14 +117,18 @@ def silu(x: Tensor) -> Tensor:
 
 def feed_forward(w: State, name: str, x: Tensor) -> Tensor:
     inner = linear(w, f"{name}.fc1", x)
-    return linear(w, f"{name}.fc2", 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))))
+    return linear(
+        w, f"{name}.fc2", 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    )
 
 
 def mixture(w: State, name: str, x: Tensor, training: bool, mutation: str) -> tuple[Tensor, Tensor]:
     """Tokens of the whole batch (P, D) -> mixed tokens, and the predictor's loss."""
     experts = len(w[f"{name}.gate_weight"])
     p = torch.softmax(x @ w[f"{name}.gate_weight"].T, dim=0 if mutation == "softmax axis" else 1)
-    likely = torch.sigmoid(linear(w, f"{name}.capacity_predictor.2", silu(linear(w, f"{name}.capacity_predictor.0", x.detach()))))
+    likely = torch.sigmoid(
+        linear(w, f"{name}.capacity_predictor.2", silu(linear(w, f"{name}.capacity_predictor.0", x.detach())))
+    )
     threshold = w[f"{name}.expert_threshold"]
     over = likely >= threshold if mutation == "strict >" else likely > threshold
     mixed, loss = torch.zeros_like(x), torch.zeros((), dtype=x.dtype)
@@ -131,7 +144,9 @@ def mixture(w: State, name: str, x: Tensor, training: bool, mutation: str) -> tu
     return mixed, loss
 
 
-def reference(w: State, heads: int, x: Tensor, t: Tensor, y: Tensor, training: bool, mutation: str = "") -> tuple[Tensor, Tensor]:
+def reference(
+    w: State, heads: int, x: Tensor, t: Tensor, y: Tensor, training: bool, mutation: str = ""
+) -> tuple[Tensor, Tensor]:
     """What the reference predicts at its own clock t, and the sum of its predictors' losses."""
     weight, patch = w["x_embedder.proj.weight"], w["x_embedder.proj.weight"].shape[-1]
     d, side = len(weight), x.shape[-1] // patch
@@ -139,13 +154,19 @@ def reference(w: State, heads: int, x: Tensor, t: Tensor, y: Tensor, training: b
     h = torch.stack([torch.einsum("bcij,dcij->bd", cut, weight) for cut in cuts], dim=1) + w["x_embedder.proj.bias"]
     table = w["pos_embed"]
     h = h + (torch.cat(table.split(d // 2, dim=2)[::-1], dim=2) if mutation == "position halves" else table)
-    angles = (t * 1000 if mutation == "scale of t" else t)[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=t.dtype) / 128)
-    c = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+    angles = (t * 1000 if mutation == "scale of t" else t)[:, None] * torch.exp(
+        -math.log(10000) * torch.arange(128, dtype=t.dtype) / 128
+    )
+    c = linear(
+        w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1)))
+    )
     c = silu(c + w["y_embedder.embedding_table.weight"][y])
     total = torch.zeros((), dtype=x.dtype)
     for block in range(sum(name.endswith("attn.proj.bias") for name in w)):
         name = f"blocks.{block}"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(w, f"{name}.adaLN_modulation.1", c)[:, None].split(d, dim=2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(w, f"{name}.adaLN_modulation.1", c)[:, None].split(
+            d, dim=2
+        )
         parts = linear(w, f"{name}.attn.qkv", norm(h) * (1 + scale_a) + shift_a).split(d, dim=2)
         q, k, v = (parts[1], parts[2], parts[0]) if mutation == "qkv order" else parts
         mixed = []
@@ -168,7 +189,11 @@ def reference(w: State, heads: int, x: Tensor, t: Tensor, y: Tensor, training: b
     for i in range(patch):
         for j in range(patch):
             for channel in range(channels):
-                number = (channel * patch + i) * patch + j if mutation == "unpatchify order" else (i * patch + j) * channels + channel
+                number = (
+                    (channel * patch + i) * patch + j
+                    if mutation == "unpatchify order"
+                    else (i * patch + j) * channels + channel
+                )
                 image[:, channel, i::patch, j::patch] = out[:, :, number].view(len(x), side, side)
     return image, total
 
@@ -186,7 +211,9 @@ def inputs(size: int, channels: int, batch: int = 5) -> dict[str, Tensor]:
 
 def close(ours: Tensor, theirs: Tensor) -> None:
     """To float32 rounding: of the largest value, through a few layers."""
-    torch.testing.assert_close(ours.double(), theirs.detach(), rtol=0, atol=5e-6 * max(1.0, float(theirs.detach().abs().max())))
+    torch.testing.assert_close(
+        ours.double(), theirs.detach(), rtol=0, atol=5e-6 * max(1.0, float(theirs.detach().abs().max()))
+    )
 
 
 def compare_training(model: DiT, w: State, heads: int, mutation: str = "") -> None:
@@ -202,7 +229,13 @@ def compare_training(model: DiT, w: State, heads: int, mutation: str = "") -> No
     latent, noise, clock = given["latent"].double(), given["noise"].double(), 1 - given["u"].double()
     at = clock[:, None, None, None]
     prediction, predictors = reference(
-        w, heads, at * latent + (1 - at) * noise, 1 - clock if mutation == "clock" else clock, given["y"], True, mutation
+        w,
+        heads,
+        at * latent + (1 - at) * noise,
+        1 - clock if mutation == "clock" else clock,
+        given["y"],
+        True,
+        mutation,
     )
     channels = latent.shape[1]
     (((prediction[:, :channels] - (latent - noise)) ** 2).mean() + predictors).backward()
@@ -227,7 +260,9 @@ def compare_count(model: DiT, w: State, heads: int, mutation: str = "") -> None:
     given = inputs(model.config.input_size, model.config.in_channels)
     clock = 1 - given["u"].double()
     w = {name: tensor.double() for name, tensor in w.items()}
-    prediction, _ = reference(w, heads, given["latent"].double(), 1 - clock if mutation == "clock" else clock, given["y"], False, mutation)
+    prediction, _ = reference(
+        w, heads, given["latent"].double(), 1 - clock if mutation == "clock" else clock, given["y"], False, mutation
+    )
     channels = model.config.in_channels
     for threshold in ("raw", "dynamic"):
         model.eval().set_inference(InferenceRule("count", threshold))  # type: ignore[arg-type]

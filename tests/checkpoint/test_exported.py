@@ -1,4 +1,6 @@
-"""The single-file form: what is saved is loaded, to the bit, in our convention; what does not fit is refused by name."""
+"""The single-file form: what is saved is loaded, to the bit, in our convention; what does not fit is refused by
+name.
+"""
 
 import dataclasses
 import json
@@ -20,12 +22,23 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 
-MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 3, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_classes": 3, "num_experts": 4}
+MODEL = {
+    "input_size": 4,
+    "in_channels": 2,
+    "out_channels": 3,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_blocks": 2,
+    "num_classes": 3,
+    "num_experts": 4,
+}
 FACTS = {"kind": "pixels", "shape": [2, 4, 4], "scale": 0.5, "shift": -1.0, "class_names": ["a", "b", "c"]}
 
 
 def config_of(family: str = "diffmoe") -> Config:
-    return from_tree({"seed": 5, "model": MODEL | {"family": family}, "train": {"precision": "float32", "global_batch": 8}})
+    return from_tree(
+        {"seed": 5, "model": MODEL | {"family": family}, "train": {"precision": "float32", "global_batch": 8}}
+    )
 
 
 def busy(config: Config, seed: int = 0) -> DiT:
@@ -33,7 +46,9 @@ def busy(config: Config, seed: int = 0) -> DiT:
     model = DiT(config.model, config.pool).eval()
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 if tensor.is_floating_point() else torch.tensor(7))
+        tensor.copy_(
+            torch.randn(tensor.shape, generator=generator) * 0.3 if tensor.is_floating_point() else torch.tensor(7)
+        )
     return model
 
 
@@ -83,7 +98,9 @@ def test_tensors_by_name_are_a_model_too(tmp_path: Path) -> None:
 
 
 def test_paths_and_ranks_stay_at_home(tmp_path: Path) -> None:
-    config = dataclasses.replace(config_of(), folder="/home/somebody/run", data=dataclasses.replace(config_of().data, folder="/secret"))
+    config = dataclasses.replace(
+        config_of(), folder="/home/somebody/run", data=dataclasses.replace(config_of().data, folder="/secret")
+    )
     text = (save_single(busy(config), config, {}, tmp_path / "single") / "config.json").read_text()
     assert "somebody" not in text and "secret" not in text
 
@@ -173,7 +190,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
-def test_other_tensors_are_refused_by_name(tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
+def test_other_tensors_are_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
     config = config_of()
     folder = save_single(busy(config), config, {}, tmp_path / "single")
     tensors = load_file(folder / "model.safetensors")
@@ -208,7 +227,10 @@ CONTENT: dict[str, tuple[dict[str, Any], str]] = {
     "clock": ({"clock": "backwards"}, "clock is 'backwards'; it is forward or reversed"),
     "section": ({"data": None}, "lacks data"),
     "key": ({"config": {"model": {"hiden": 8}}}, "unknown key model.hiden; did you mean model.hidden_size"),
-    "numbers": ({"config": {"model": {"hidden_size": 8, "num_heads": 3}}}, "model.hidden_size 8 must be a multiple of model.num_heads"),
+    "numbers": (
+        {"config": {"model": {"hidden_size": 8, "num_heads": 3}}},
+        "model.hidden_size 8 must be a multiple of model.num_heads",
+    ),
 }
 
 

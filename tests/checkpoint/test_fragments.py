@@ -32,7 +32,9 @@ def test_boxes_join_to_the_interval_in_order(case: tuple[tuple[int, ...], int, i
     seen: list[int] = []
     found = boxes(shape, start, stop)
     for box in found:
-        block = numbers[tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))]
+        block = numbers[
+            tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
+        ]
         assert box.first == len(seen)
         np.testing.assert_array_equal(box.view(data).numpy(), block)
         seen += block.reshape(-1).tolist()
@@ -47,7 +49,9 @@ def test_shares_join_to_the_fragment(case: tuple[tuple[int, ...], int, int], cou
     fragment = Fragment("x", shape, start, torch.arange(start, stop))
     parts = [share(fragment, index, count, smallest=smallest) for index in range(count)]
     assert torch.cat([part.data for part in parts]).tolist() == list(range(start, stop))
-    assert all(part.start == fragment.start + sum(before.data.numel() for before in parts[:i]) for i, part in enumerate(parts))
+    assert all(
+        part.start == fragment.start + sum(before.data.numel() for before in parts[:i]) for i, part in enumerate(parts)
+    )
     sizes = [part.data.numel() for part in parts if part.data.numel()]
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
     assert len(sizes) == 1 or all(size >= smallest for size in sizes)

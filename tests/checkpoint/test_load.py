@@ -1,4 +1,6 @@
-"""Weights of another run into a model to be trained: which fit, which are named as not fitting, and what a reversed clock becomes."""
+"""Weights of another run into a model to be trained: which fit, which are named as not fitting, and what a reversed
+clock becomes.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +18,16 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.parallel.mesh import Mesh
 from train.runs import busy
 
-MODEL = {"input_size": 4, "in_channels": 2, "out_channels": 4, "hidden_size": 16, "num_heads": 2, "num_blocks": 2, "num_classes": 3, "num_experts": 4}
+MODEL = {
+    "input_size": 4,
+    "in_channels": 2,
+    "out_channels": 4,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "num_blocks": 2,
+    "num_classes": 3,
+    "num_experts": 4,
+}
 FACTS = {"kind": "moments", "shape": [2, 4, 4], "scale": 0.18, "shift": 0.0, "encoder": "", "text": []}
 
 
@@ -24,7 +35,9 @@ def config(*overrides: str, **model: Any) -> Config:
     return from_tree({"model": MODEL | model, "train": {"precision": "float32"}}, overrides)
 
 
-def saved(folder: Path, given: Config, facts: dict[str, Any] | None = None) -> tuple[Path, DiT, dict[str, torch.Tensor]]:
+def saved(
+    folder: Path, given: Config, facts: dict[str, Any] | None = None
+) -> tuple[Path, DiT, dict[str, torch.Tensor]]:
     """A checkpoint as a run writes it, with averaged thresholds too; the live model and the averaged tensors."""
     model = busy(0.1)(DiT(given.model), 1)
     for layer in model.moe_layers():
@@ -40,7 +53,9 @@ def saved(folder: Path, given: Config, facts: dict[str, Any] | None = None) -> t
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 @pytest.mark.parametrize("weights", ["ema", "model"])
-def test_a_checkpoint_fills_a_model_and_thresholds_are_the_live_ones(tmp_path: Path, weights: str, condition: str) -> None:
+def test_a_checkpoint_fills_a_model_and_thresholds_are_the_live_ones(
+    tmp_path: Path, weights: str, condition: str
+) -> None:
     given = config(condition=condition, text_width=8)
     folder, source, averaged = saved(tmp_path, given)
     model = initialize(DiT(given.model), 2)
@@ -56,7 +71,9 @@ def test_a_checkpoint_fills_a_model_and_thresholds_are_the_live_ones(tmp_path: P
 
 @pytest.mark.parametrize("family", ["diffmoe", "dense"])
 def test_a_reversed_clock_is_rewritten_to_ours(tmp_path: Path, family: str) -> None:
-    """The model to be trained answers without hooks what the loaded one answers with them, in the channels that are velocity."""
+    """The model to be trained answers without hooks what the loaded one answers with them, in the channels that are
+    velocity.
+    """
     given = config(f"model.family={family}")
     source = busy(0.3)(DiT(given.model), 1)
     folder = save_single(source.state_dict(), given, {}, tmp_path / "single", clock="reversed")
@@ -71,7 +88,9 @@ def test_a_reversed_clock_is_rewritten_to_ours(tmp_path: Path, family: str) -> N
         found, there, unturned = (each.eval()(x, t, y).prediction for each in (model, wanted, plain))
     torch.testing.assert_close(found, there, rtol=0, atol=1e-5)
     assert (found - unturned)[:, :2].abs().max() > 0.1
-    rewritten = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, source.state_dict()[name])}
+    rewritten = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, source.state_dict()[name])
+    }
     assert rewritten == {"time.fc1.weight", "head.projection.weight", "head.projection.bias"}
 
 
@@ -97,7 +116,11 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "here", "message"),
     [
-        ([], ["model.hidden_size=32"], r"another model: model\.hidden_size is 16 there and 32 here; set model\.hidden_size=16"),
+        (
+            [],
+            ["model.hidden_size=32"],
+            r"another model: model\.hidden_size is 16 there and 32 here; set model\.hidden_size=16",
+        ),
         ([], ["model.family=dense"], r"model\.family is diffmoe there and dense here"),
         ([], ["model.condition=text"], r"model\.condition is class there and text here"),
         ([], ["model.num_experts=2"], r"model\.num_experts is 4 there and 2 here"),
@@ -110,11 +133,21 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
         ),
         (["model.family=tc", "model.top_k=2"], ["model.family=tc"], r"model\.top_k is 2 there and 1 here"),
         (["train.objective=ddpm"], [], r"train\.objective is ddpm there and flow here"),
-        (["model.condition=text"], ["model.condition=text", "model.text_width=512"], r"model\.text_width is 4096 there and 512 here"),
-        (["model.condition=text"], ["model.condition=text", "text.encoder=clip"], r"text\.encoder is t5 there and clip here"),
+        (
+            ["model.condition=text"],
+            ["model.condition=text", "model.text_width=512"],
+            r"model\.text_width is 4096 there and 512 here",
+        ),
+        (
+            ["model.condition=text"],
+            ["model.condition=text", "text.encoder=clip"],
+            r"text\.encoder is t5 there and clip here",
+        ),
     ],
 )
-def test_another_architecture_is_named_by_its_first_differing_key(tmp_path: Path, source: list[str], here: list[str], message: str) -> None:
+def test_another_architecture_is_named_by_its_first_differing_key(
+    tmp_path: Path, source: list[str], here: list[str], message: str
+) -> None:
     folder, _, _ = saved(tmp_path, config(*source))
     with pytest.raises(CheckpointError, match=message):
         check_starts(folder, config(*here), FACTS)
@@ -123,8 +156,26 @@ def test_another_architecture_is_named_by_its_first_differing_key(tmp_path: Path
 @pytest.mark.parametrize(
     ("source", "here"),
     [
-        ([], ["compute.kernel=loop", "model.threshold_decay=0.99", "model.predictor_weight=0.1", "model.predictor_reduction=mean"]),
-        ([], ["seed=9", "train.global_batch=64", "pool.span=8", "pool.capacity=2", "train.optimizer.kind=sgd", "train.precision=bf16"]),
+        (
+            [],
+            [
+                "compute.kernel=loop",
+                "model.threshold_decay=0.99",
+                "model.predictor_weight=0.1",
+                "model.predictor_reduction=mean",
+            ],
+        ),
+        (
+            [],
+            [
+                "seed=9",
+                "train.global_batch=64",
+                "pool.span=8",
+                "pool.capacity=2",
+                "train.optimizer.kind=sgd",
+                "train.precision=bf16",
+            ],
+        ),
         ([], ["model.predictor=true", "model.balance_weight=1", "model.top_k=3", "model.text_width=7"]),
         (["model.family=dense"], ["model.family=dense", "model.num_experts=2", "model.interleave=false"]),
         (["model.condition=text"], ["model.condition=text", "model.num_classes=77", "model.text_length=60"]),

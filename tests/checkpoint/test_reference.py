@@ -1,4 +1,6 @@
-"""Reference checkpoints: what is imported computes what the reference computes, written here again from its formulas, and comes back."""
+"""Reference checkpoints: what is imported computes what the reference computes, written here again from its formulas,
+and comes back.
+"""
 
 import argparse
 import math
@@ -70,19 +72,41 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int, weights: Any) -> None:
     w = state(**shape)
     file = saved(
-        tmp_path, **({"ema": state(**shape, seed=1)} | {weights: w} | ({"model": state(**shape, seed=1)} if weights == "ema" else {}))
+        tmp_path,
+        **(
+            {"ema": state(**shape, seed=1)}
+            | {weights: w}
+            | ({"model": state(**shape, seed=1)} if weights == "ema" else {})
+        ),
     )
     single = read_single(import_reference(file, tmp_path / "out", heads=heads, weights=weights))
     config = single.config.model
-    full: dict[str, Any] = {"hidden": 24, "blocks": 2, "experts": 4, "patch": 2, "channels": 4, "side": 3, "every": False} | shape
-    assert (config.hidden_size, config.num_blocks, config.patch, config.num_heads) == (full["hidden"], full["blocks"], full["patch"], heads)
+    full: dict[str, Any] = {
+        "hidden": 24,
+        "blocks": 2,
+        "experts": 4,
+        "patch": 2,
+        "channels": 4,
+        "side": 3,
+        "every": False,
+    } | shape
+    assert (config.hidden_size, config.num_blocks, config.patch, config.num_heads) == (
+        full["hidden"],
+        full["blocks"],
+        full["patch"],
+        heads,
+    )
     assert (config.in_channels, config.out_channels, config.num_classes) == (full["channels"], 2 * full["channels"], 5)
     assert config.input_size == full["side"] * full["patch"]
     assert config.family == ("diffmoe" if full["experts"] else "dense")
     if full["experts"]:
         assert (config.num_experts, config.interleave) == (full["experts"], not full["every"])
         assert (single.config.sample.selection, single.config.sample.threshold) == ("count", "raw")
-    assert (single.clock, single.config.sample.weights, single.provenance["file"]) == ("reversed", weights, "reference.pt")
+    assert (single.clock, single.config.sample.weights, single.provenance["file"]) == (
+        "reversed",
+        weights,
+        "reference.pt",
+    )
     model = load_single(tmp_path / "out")
     compare_training(model, w, heads)
     compare_count(model, w, heads)
@@ -170,8 +194,12 @@ def test_thresholds_need_no_correction(imported: tuple[DiT, State]) -> None:
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) -> None:
-    """Sign and clock differ: the head's velocity rows are negated, and the first map of the time takes the reflected features."""
-    folder = import_reference(saved(tmp_path, state(experts=experts), state(experts=experts)), tmp_path / "out", heads=3)
+    """Sign and clock differ: the head's velocity rows are negated, and the first map of the time takes the reflected
+    features.
+    """
+    folder = import_reference(
+        saved(tmp_path, state(experts=experts), state(experts=experts)), tmp_path / "out", heads=3
+    )
     inner = {name: tensor.clone() for name, tensor in load_single(folder).state_dict().items()}
     if experts:
         inner["blocks.1.ffn.predictor.updates"] = torch.tensor(3)
@@ -206,14 +234,19 @@ def test_a_ddpm_model_has_the_same_convention(tmp_path: Path) -> None:
     given, w = inputs(6, 4), {name: tensor.double() for name, tensor in state().items()}
     t = torch.tensor([0.0, 5.0, 10.0, 31.0, 7.0])
     model = load_single(folder).train()
-    close(model(given["latent"], t, given["y"]).prediction, reference(w, 3, given["latent"].double(), t.double(), given["y"], True)[0])
+    close(
+        model(given["latent"], t, given["y"]).prediction,
+        reference(w, 3, given["latent"].double(), t.double(), given["y"], True)[0],
+    )
     export_reference(folder, tmp_path / "back.pt")
     same_bits(state(), open_reference(tmp_path / "back.pt")["ema"])
 
 
 def test_other_families_are_not_the_references(tmp_path: Path) -> None:
     for key, value in (("family", "tc"), ("granularity", 2), ("shared_experts", 1)):
-        tree = {"model": {"input_size": 4, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_experts": 4, key: value}}
+        tree = {
+            "model": {"input_size": 4, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_experts": 4, key: value}
+        }
         config = from_tree(tree)
         folder = save_single(DiT(config.model), config, {}, tmp_path / key)
         with pytest.raises(CheckpointError, match=f"model.{key} {value}, which the reference"):

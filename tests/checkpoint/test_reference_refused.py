@@ -43,7 +43,9 @@ def test_a_file_that_would_run_something_is_refused(tmp_path: Path, place: str, 
         (getattr, (argparse.Namespace, "__init__"), "getattr"),
     ):
         attack = Attack(function, *arguments)
-        value = {"args": attack, "ema": {"a": attack}, "opt": [attack], "inside args": argparse.Namespace(lr=attack)}[place]
+        value = {"args": attack, "ema": {"a": attack}, "opt": [attack], "inside args": argparse.Namespace(lr=attack)}[
+            place
+        ]
         content = {"model": {}, "ema": state(), "args": ARGS} | {place.removeprefix("inside "): value}
         torch.save(content, tmp_path / "forged.pt", _use_new_zipfile_serialization=not old)
         with pytest.raises(
@@ -78,7 +80,9 @@ def shift_blocks(w: State) -> None:
 
 def swap_blocks(w: State) -> None:
     for name in [name for name in w if name.startswith("blocks.")]:
-        w[name.replace("blocks.0.", "blocks.x.").replace("blocks.1.", "blocks.0.").replace("blocks.x.", "blocks.1.")] = w.pop(name)
+        w[
+            name.replace("blocks.0.", "blocks.x.").replace("blocks.1.", "blocks.0.").replace("blocks.x.", "blocks.1.")
+        ] = w.pop(name)
 
 
 BAD: dict[str, tuple[Callable[[State], Any], str]] = {
@@ -104,7 +108,8 @@ BAD: dict[str, tuple[Callable[[State], Any], str]] = {
     "decay": (put("blocks.1.mlp.ema_decay", torch.tensor(1.5)), "blocks.1.mlp.ema_decay is 1.5; it is one number between 0 and 1"),
     "no predictor": (
         without(*(name for name in state() if "capacity_predictor" in name)),
-        "has no blocks.1.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's .*DiffMoE and Dense can be imported",
+        "has no blocks.1.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's .*DiffMoE and Dense can "
+        "be imported",
     ),
     "gap": (shift_blocks, "blocks are not numbered 0, 1, 2"),
     "other blocks": (swap_blocks, "blocks 0 are MoE; only every odd block, every block or none"),
@@ -126,7 +131,9 @@ def test_other_tensors_are_refused_by_name(tmp_path: Path, change: Callable[[Sta
 
 def test_the_other_set_is_checked_as_well(tmp_path: Path) -> None:
     file = saved(tmp_path, state(), state(experts=2))
-    with pytest.raises(CheckpointError, match=r"model: blocks.1.mlp.gate_weight has shape \(2, 24\) there and \(4, 24\)"):
+    with pytest.raises(
+        CheckpointError, match=r"model: blocks.1.mlp.gate_weight has shape \(2, 24\) there and \(4, 24\)"
+    ):
         import_reference(file, tmp_path / "out", heads=3)
 
 
@@ -143,7 +150,9 @@ def test_what_is_asked_for_is_checked(tmp_path: Path) -> None:
 
 def test_a_published_width_comes_with_a_hint(tmp_path: Path) -> None:
     file = saved(tmp_path, state(hidden=384, blocks=1, experts=0, side=1))
-    with pytest.raises(CheckpointError, match=r"give --heads \(of the published models, the one of hidden size 384 has 6 heads\)"):
+    with pytest.raises(
+        CheckpointError, match=r"give --heads \(of the published models, the one of hidden size 384 has 6 heads\)"
+    ):
         import_reference(file, tmp_path / "out")
 
 
@@ -163,7 +172,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     refused(saved(tmp_path).read_bytes()[:5000], "cannot be read|holds more than tensors")
     refused(state(), "is no dictionary with model, ema and args")
     refused([state()], "is no dictionary with model, ema and args")
-    refused({"model": state(), "args": ARGS}, r"holds no ema \(it holds model, args\); ask for what it has with --weights")
+    refused(
+        {"model": state(), "args": ARGS}, r"holds no ema \(it holds model, args\); ask for what it has with --weights"
+    )
     refused({"ema": {}}, "ema is no state of a model")
     refused({"ema": state()["pos_embed"]}, "ema is no state of a model")
 

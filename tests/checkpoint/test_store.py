@@ -112,11 +112,15 @@ def test_the_folder_names_neither_paths_nor_machines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
-@pytest.mark.parametrize("pieces", [[(0, 5)], [(1, 6)], [(0, 4), (3, 6)], [(0, 6), (0, 6)], [(0, 6), (2, 4)], []], ids=str)
+@pytest.mark.parametrize(
+    "pieces", [[(0, 5)], [(1, 6)], [(0, 4), (3, 6)], [(0, 6), (0, 6)], [(0, 6), (2, 4)], []], ids=str
+)
 def test_every_element_is_given_once(tmp_path: Path, pieces: list[tuple[int, int]], dtype: torch.dtype) -> None:
     kept = store.save(tmp_path, 1, fragments(values()), {})
     parts = [Fragment("x", (2, 3), start, torch.zeros(stop - start, dtype=dtype)) for start, stop in pieces or [(0, 0)]]
-    with pytest.raises(CheckpointError, match=r"cannot save the checkpoint .*step-0000002: of x, torch.\w+ of shape \(2, 3\), elements"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save the checkpoint .*step-0000002: of x, torch.\w+ of shape \(2, 3\), elements"
+    ):
         store.save(tmp_path, 2, parts, {})
     assert store.latest(tmp_path) == kept
     assert not (tmp_path / "step-0000002").exists()
@@ -129,7 +133,9 @@ def test_scalars_are_given_once(tmp_path: Path) -> None:
 
 def test_one_tensor_has_one_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x is torch.float64 of shape .* on rank 0 and torch.float32"):
-        store.save(tmp_path, 2, [Fragment("x", (2,), 0, torch.zeros(1)), Fragment("x", (2,), 1, torch.zeros(1).double())], {})
+        store.save(
+            tmp_path, 2, [Fragment("x", (2,), 0, torch.zeros(1)), Fragment("x", (2,), 1, torch.zeros(1).double())], {}
+        )
 
 
 def test_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
@@ -224,7 +230,9 @@ def test_resolve(tmp_path: Path) -> None:
     assert store.resolve(run) == store.resolve(run / "checkpoints") == store.resolve(folder) == folder
     elsewhere = Path(shutil.copytree(folder, tmp_path / "best"))
     assert store.resolve(elsewhere) == elsewhere
-    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint \(looked for .metadata, .*: name a run folder"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no complete checkpoint \(looked for .metadata, .*: name a run folder"
+    ):
         store.resolve(tmp_path)
     with pytest.raises(CheckpointError, match="runs is not a folder"):
         store.resolve(tmp_path / "runs")
@@ -238,13 +246,21 @@ def test_resolve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.weight": torch.zeros(7, 5)}, r"model.weight has shape \(5, 7\) there and \(7, 5\) here. Use the configuration"),
-        ({"model.weight": torch.zeros(5, 7).bfloat16()}, "model.weight has type torch.float32 there and torch.bfloat16 here. Use the"),
+        (
+            {"model.weight": torch.zeros(7, 5)},
+            r"model.weight has shape \(5, 7\) there and \(7, 5\) here. Use the configuration",
+        ),
+        (
+            {"model.weight": torch.zeros(5, 7).bfloat16()},
+            "model.weight has type torch.float32 there and torch.bfloat16 here. Use the",
+        ),
         ({"model.more": torch.zeros(2)}, r"it has no tensor model.more, here of shape \(2,\). Use the configuration"),
         ({"step": None}, "it holds step, which this run does not have. Use the configuration"),
     ],
 )
-def test_another_model_is_refused_before_anything_is_written(tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
+def test_another_model_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, torch.Tensor], message: str
+) -> None:
     folder = store.save(tmp_path, 1, fragments(values()), {})
     state = {name: torch.zeros_like(tensor) for name, tensor in values().items()} | change
     with pytest.raises(CheckpointError, match=f"step-0000001 is a checkpoint of another model or optimizer: {message}"):
@@ -272,7 +288,9 @@ def test_damage_is_noticed(tmp_path: Path, name: str, fault: str) -> None:
         path.unlink()
     else:
         path.write_bytes(content if fault == "flipped" else content[: len(content) // 2])
-    expected = "is not a complete checkpoint" if fault == "missing" and name != "__0_0.distcp" else "is damaged: its file"
+    expected = (
+        "is not a complete checkpoint" if fault == "missing" and name != "__0_0.distcp" else "is damaged: its file"
+    )
     with pytest.raises(CheckpointError, match=f"step-0000001 {expected}"):
         store.load(folder, [whole(key, torch.zeros_like(tensor)) for key, tensor in values().items()])
 
@@ -358,7 +376,9 @@ def test_a_description_with_gaps_is_refused(tmp_path: Path) -> None:
     metadata = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     metadata.state_dict_metadata["model.weight"].chunks.pop()
     rewrite(folder, ".metadata", pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"cannot load the checkpoint .*: it has \d+ of the 35 elements of model.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load the checkpoint .*: it has \d+ of the 35 elements of model.weight"
+    ):
         store.read(folder, ["model.weight"])
 
 
@@ -393,5 +413,7 @@ def test_other_formats_are_refused(tmp_path: Path, content: str, message: str) -
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot save the checkpoint .*/file/checkpoints/step-0000001: .*Not a directory"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save the checkpoint .*/file/checkpoints/step-0000001: .*Not a directory"
+    ):
         store.save(tmp_path / "file" / "checkpoints", 1, fragments(values()), {})

@@ -19,15 +19,22 @@ EXPERTS = 8
 def logical() -> dict[str, torch.Tensor]:
     """What a run holds, whole."""
     generator = torch.Generator().manual_seed(0)
-    weights = {"experts.fc1": torch.randn(EXPERTS, 5, 7, generator=generator), "experts.fc2": torch.randn(EXPERTS, 7, generator=generator)}
+    weights = {
+        "experts.fc1": torch.randn(EXPERTS, 5, 7, generator=generator),
+        "experts.fc2": torch.randn(EXPERTS, 7, generator=generator),
+    }
     weights |= {"embed": torch.randn(11, 3, 2, generator=generator), "head": torch.randn(13, generator=generator)}
-    moments = {f"optimizer.exp_avg.{name}": torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    moments = {
+        f"optimizer.exp_avg.{name}": torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()
+    }
     others = {"threshold.0": torch.randn(EXPERTS, generator=generator).bfloat16(), "step": torch.tensor(2**60 + 1)}
     return {f"model.{name}": tensor for name, tensor in weights.items()} | moments | others
 
 
 def holding(tensors: dict[str, torch.Tensor], rank: int, world: int, expert: int) -> list[Fragment]:
-    """A rank's own copies: its experts, all of the other weights, and its part of moments that were flattened and cut into equal parts."""
+    """A rank's own copies: its experts, all of the other weights, and its part of moments that were flattened and cut
+    into equal parts.
+    """
     flat = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     total = sum(tensor.numel() for tensor in flat.values())
     begin, end = total * rank // world, total * (rank + 1) // world
@@ -60,7 +67,12 @@ def reshard(rank: int, world: int, expert: int, source: Path | None, root: Path)
     """Load what `source` has (or make it) in this layout, save it from this layout, and return what this rank held."""
     if world > 1:
         dist.init_process_group("gloo")
-    held = holding(logical() if source is None else {name: torch.zeros_like(t) for name, t in logical().items()}, rank, world, expert)
+    held = holding(
+        logical() if source is None else {name: torch.zeros_like(t) for name, t in logical().items()},
+        rank,
+        world,
+        expert,
+    )
     if source is not None:
         store.load(source, held, world=world)
     store.save(root, 5, given(held, rank, world, expert), {"world": world}, rank=rank, world=world)
@@ -75,10 +87,15 @@ def test_resharding_is_bitwise_identity(tmp_path: Path) -> None:
         args = (world, expert, source, root)
         held = run(world, reshard, *args) if world > 1 else [reshard(0, *args)]
         for fragment in (fragment for rank in held for fragment in rank):
-            assert torch.equal(fragment.data, expected[fragment.name].view(-1)[fragment.start : fragment.stop]), fragment.name
+            assert torch.equal(fragment.data, expected[fragment.name].view(-1)[fragment.start : fragment.stop]), (
+                fragment.name
+            )
         source = root / "step-0000005"
         loaded = store.read(source, list(expected))
-        assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in expected.items())
+        assert all(
+            torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+            for name, tensor in expected.items()
+        )
         assert store.tensors(source).keys() == expected.keys()
         assert store.read_meta(source)["meta"] == {"world": world}
         assert {f"__{rank}_0.distcp" for rank in range(world)} <= {path.name for path in source.iterdir()}
@@ -136,8 +153,13 @@ def test_what_fails_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
     saving, folder = f"cannot save the checkpoint {tmp_path / 'step-0000002'}: ", tmp_path / "step-0000002"
     assert first["overlap"] == f"{saving}of x, torch.float32 of shape (3,), elements 0 to 2 are given twice"
     assert first["scalar overlap"] == f"{saving}of x, torch.float32 of shape (), elements 0 to 0 are given twice"
-    assert first["gap"] == f"{saving}of x, torch.float32 of shape (4, 50000), elements 100000 to 100000 are given by no rank"
-    assert first["shapes"].startswith(f"{saving}x is torch.float32 of shape (2, 100000) on rank 1 and torch.float32 of shape (4, 50000)")
+    assert (
+        first["gap"]
+        == f"{saving}of x, torch.float32 of shape (4, 50000), elements 100000 to 100000 are given by no rank"
+    )
+    assert first["shapes"].startswith(
+        f"{saving}x is torch.float32 of shape (2, 100000) on rank 1 and torch.float32 of shape (4, 50000)"
+    )
     assert first["meta"] == f"{saving}TypeError: Object of type object is not JSON serializable"
     assert first["disk"].startswith(saving)
     assert "File too large" in first["disk"]

@@ -55,8 +55,14 @@ def test_every_key_is_printed() -> None:
 MISTAKES = {
     "unknown key": (["train.stps=1"], "unknown key train.stps; did you mean train.steps?"),
     "wrong type": (["train.steps=lots"], "train.steps: expected int"),
-    "experts over ranks": (["parallel.expert_parallel=3"], "model.num_experts 8 is not a multiple of parallel.expert_parallel 3"),
-    "ranks over experts": (["parallel.expert_parallel=4"], "parallel.expert_parallel is 4 but only 2 processes were started"),
+    "experts over ranks": (
+        ["parallel.expert_parallel=3"],
+        "model.num_experts 8 is not a multiple of parallel.expert_parallel 3",
+    ),
+    "ranks over experts": (
+        ["parallel.expert_parallel=4"],
+        "parallel.expert_parallel is 4 but only 2 processes were started",
+    ),
     "batch": (["train.global_batch=9"], "do not divide over 2 ranks"),
     "capacity": (["pool.capacity=0.001"], "= 0 tokens; it must be at least 1"),
     "zero": (["parallel.zero_stage=3"], "DeepSpeed refuses ZeRO-3"),
@@ -135,7 +141,9 @@ def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
 
 
 def train_busy(rank: int, *arguments: str) -> tuple[int, str, str]:
-    """Train from weights that all take part at once: from the zero start two steps would leave the experts without a say."""
+    """Train from weights that all take part at once: from the zero start two steps would leave the experts without a
+    say.
+    """
     with mock.patch.object(training, "initialize", busy(0.3)):
         return call(rank, *arguments)
 
@@ -149,18 +157,26 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
         for selection in ("threshold", "count", "topk"):
             out = tmp_path / f"{world}{expert}{selection}"
             chosen = (f"sample.selection={selection}", f"parallel.expert_parallel={expert}")
-            code, printed, err = run(world, call, "sample", str(tmp_path / "run"), "--out", str(out), "--samples", "18", *chosen)[0]
+            code, printed, err = run(
+                world, call, "sample", str(tmp_path / "run"), "--out", str(out), "--samples", "18", *chosen
+            )[0]
             assert code == 0, err
             assert "C_infer^avg" in printed
             with np.load(out / "samples.npz") as arrays:
                 drawn[world, expert, selection] = arrays["latents"]
             assert (out / "grid.png").stat().st_size > 0
-    assert np.abs(drawn[1, 1, "threshold"] - drawn[1, 1, "count"]).max() > 1e-2  # the experts' choice is seen in the samples
+    assert (
+        np.abs(drawn[1, 1, "threshold"] - drawn[1, 1, "count"]).max() > 1e-2
+    )  # the experts' choice is seen in the samples
     assert np.abs(drawn[1, 1, "topk"] - drawn[1, 1, "count"]).max() > 1e-2
     for (world, expert, selection), latents in drawn.items():
         single = drawn[1, 1, selection]
         assert latents.shape == (18, 1, 8, 8)
-        assert np.array_equal(latents, single) if expert == 1 else np.abs(latents - single).max() < 1e-4, (world, expert, selection)
+        assert np.array_equal(latents, single) if expert == 1 else np.abs(latents - single).max() < 1e-4, (
+            world,
+            expert,
+            selection,
+        )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +190,9 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
         (("parallel.expert_parallel=2",), "parallel.expert_parallel is 2 and 1 process was started"),
     ],
 )
-def test_mistakes_in_sampling_are_named(trained: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes_in_sampling_are_named(
+    trained: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     code, _, err = call(0, "sample", str(trained), "--out", str(tmp_path / "out"), *arguments)
     assert code == 2
     assert message in err
@@ -204,7 +222,9 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "nowhere.yaml"), "config file nowhere.yaml does not exist"),
     ],
 )
-def test_missing_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
+def test_missing_paths_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = call(0, *arguments)
     assert code == 2

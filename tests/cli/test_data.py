@@ -38,7 +38,10 @@ def write(folder: Path, manifest: Manifest, count: int = 10) -> Path:
     for number in range(count):
         array = drawn.normal(3.0, 2.0, manifest.stored_shape).clip(0, 16).astype(manifest.dtype)
         if manifest.condition == "text":
-            condition = tuple(Caption(f"picture {number} of a very long story {n}", 1.0, (np.ones((2, 3), np.float16),)) for n in range(2))
+            condition = tuple(
+                Caption(f"picture {number} of a very long story {n}", 1.0, (np.ones((2, 3), np.float16),))
+                for n in range(2)
+            )
         else:
             condition = number % min(3, manifest.num_classes)  # type: ignore[assignment]
         samples.append((f"k{number:03d}", encode(array, condition, manifest)))
@@ -60,13 +63,22 @@ def test_check_passes_what_is_sound(tmp_path: Path, facts: Manifest, capsys: pyt
 def test_check_knows_what_else_lies_in_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a preparation and a run note beside the shards is theirs; what looks like a shard and is none is told."""
     (folder / "journal").mkdir()
-    for name in ("journal/tiny-000000.json", "bad.jsonl", "bad.jsonl.7.partial", "quarantine.jsonl", "quarantine-rank0.jsonl", "README"):
+    for name in (
+        "journal/tiny-000000.json",
+        "bad.jsonl",
+        "bad.jsonl.7.partial",
+        "quarantine.jsonl",
+        "quarantine-rank0.jsonl",
+        "README",
+    ):
         (folder / name).write_text("{}\n")
     call("check", folder)
     assert capsys.readouterr().out.endswith(", 0 problems\n")
     for name in ("tiny-000009.tar", "tiny-000009.index.npy", "tiny-000009.tar.partial"):
         (folder / name).write_text("")
-    assert problems(folder, capsys) == [f"tiny-000009.{ending} is not in the manifest" for ending in ("index.npy", "tar", "tar.partial")]
+    assert problems(folder, capsys) == [
+        f"tiny-000009.{ending} is not in the manifest" for ending in ("index.npy", "tar", "tar.partial")
+    ]
 
 
 def flip(path: Path, offset: int) -> None:
@@ -90,7 +102,10 @@ def test_check_tells_every_problem_and_ends_with_1(folder: Path, capsys: pytest.
     index = load_index(folder / "tiny-000000.index.npy", FACTS.fields)
     flip(folder / "tiny-000000.tar", int(index[1]["pixels.npy"]["offset"]) + 140)
     (folder / "tiny-000001.tar").unlink()
-    os.truncate(folder / "tiny-000002.tar", int(load_index(folder / "tiny-000002.index.npy", FACTS.fields)[1]["pixels.npy"]["offset"]) + 20)
+    os.truncate(
+        folder / "tiny-000002.tar",
+        int(load_index(folder / "tiny-000002.index.npy", FACTS.fields)[1]["pixels.npy"]["offset"]) + 20,
+    )
     (folder / "stray.tar").write_bytes(b"")
     found = problems(folder, capsys)
     for text in (
@@ -194,7 +209,10 @@ def test_peek_draws(tmp_path: Path, facts: Manifest) -> None:
 def test_colours_are_the_stored_values() -> None:
     arrays = [np.full((1, 6, 6), value, np.uint8) for value in (0, 8, 16)]
     assert colours(arrays, FACTS)[:, 0, 0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
-    moments = [np.stack([np.concatenate([np.full((4, 4, 4), value), np.zeros((4, 4, 4))])] * 2).astype(np.float16) for value in (-2, 2)]
+    moments = [
+        np.stack([np.concatenate([np.full((4, 4, 4), value), np.zeros((4, 4, 4))])] * 2).astype(np.float16)
+        for value in (-2, 2)
+    ]
     assert colours(moments, MOMENTS)[:, 0, 0].tolist() == [[0] * 3, [255] * 3]
 
 
@@ -212,12 +230,27 @@ def test_stats_and_peek_read_a_url(folder: Path, tmp_path: Path, capsys: pytest.
         call("stats", url, "--cache", tmp_path / "cache")
 
 
-def test_index_makes_a_folder_of_tars_a_dataset(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_makes_a_folder_of_tars_a_dataset(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in folder.glob("*.tar"):
         shutil.copy(path, bare)
-    words = ("index", bare, "--out", tmp_path / "out", "--kind", "pixels", "--array", "pixels.npy", "--scale", "0.125", "--shift", "-1")
+    words = (
+        "index",
+        bare,
+        "--out",
+        tmp_path / "out",
+        "--kind",
+        "pixels",
+        "--array",
+        "pixels.npy",
+        "--scale",
+        "0.125",
+        "--shift",
+        "-1",
+    )
     call(*words)
     assert capsys.readouterr().out.endswith("10 samples in 3 shards, pixels uint8 (1, 6, 6), 3 classes; 0 problems\n")
     call("check", tmp_path / "out")

@@ -9,7 +9,9 @@ from diffmoe_ep.config import Config, ConfigError, check_world, dump, from_tree,
 
 
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
-    config = from_tree({"train": {"optimizer": {"lr": "1e-3", "betas": [0.8, 0.9]}}, "pool": {"span": 4}, "sample": {"threshold": 0.4}})
+    config = from_tree(
+        {"train": {"optimizer": {"lr": "1e-3", "betas": [0.8, 0.9]}}, "pool": {"span": 4}, "sample": {"threshold": 0.4}}
+    )
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     assert load(path) == config
@@ -21,7 +23,12 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("train: {steps: 7, global_batch: 32}\n")
     config = load(path, ["train.steps=9", "parallel.deepspeed=null", "train.schedule={kind: cosine, warmup: 2}"])
-    assert (config.train.steps, config.train.global_batch, config.train.schedule.kind, config.train.schedule.warmup) == (9, 32, "cosine", 2)
+    assert (
+        config.train.steps,
+        config.train.global_batch,
+        config.train.schedule.kind,
+        config.train.schedule.warmup,
+    ) == (9, 32, "cosine", 2)
     assert override(config, ["train.steps=3"]).train.schedule == config.train.schedule
 
 
@@ -54,8 +61,14 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (["train.steps.more=1"], "train.steps: expected int, got {'more': 1}"),
         (["train.steps=1", "train.steps.more=1"], "steps is a value, not a section"),
         (["train.steps"], "is not of the form key=value"),
-        (["model.num_experts=16", "parallel.expert_parallel=3"], "model.num_experts 16 is not a multiple of parallel.expert_parallel 3; .* 1, 2, 4, 8, 16"),
-        (["train.global_batch=10", "train.grad_accumulation=4"], "train.global_batch 10 is not a multiple of train.grad_accumulation 4; .* 1, 2, 5, 10"),
+        (
+            ["model.num_experts=16", "parallel.expert_parallel=3"],
+            "model.num_experts 16 is not a multiple of parallel.expert_parallel 3; .* 1, 2, 4, 8, 16",
+        ),
+        (
+            ["train.global_batch=10", "train.grad_accumulation=4"],
+            "train.global_batch 10 is not a multiple of train.grad_accumulation 4; .* 1, 2, 5, 10",
+        ),
         (["parallel.zero_stage=3"], "parallel.zero_stage is 3: DeepSpeed refuses ZeRO-3 with native MoE"),
         (["parallel.zero_stage=7"], "parallel.zero_stage is 7: the stages are 0, 1 and 2"),
         (["pool.capacity=0.0001"], r"floor\(65536 \* 0.0001 / 16\) = 0 tokens"),
@@ -63,7 +76,10 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (["pool.span=3", "train.global_batch=16"], "pool.span 3 does not divide the 16 samples .* 1, 2, 4, 8, 16"),
         (["model.hidden_size=30", "model.num_heads=4"], "model.hidden_size 30 must be a multiple of model.num_heads"),
         (["model.input_size=31"], "model.input_size 31 is not a multiple of model.patch 2"),
-        (["model.family=dense", "parallel.expert_parallel=2"], "model.family dense has no experts to shard; set parallel.expert_parallel=1"),
+        (
+            ["model.family=dense", "parallel.expert_parallel=2"],
+            "model.family dense has no experts to shard; set parallel.expert_parallel=1",
+        ),
         (["train.global_batch=0"], "train.global_batch is 0; it must be greater than 0"),
         (["train.objective=ddpm", "model.out_channels=4"], "model.out_channels is 4, set it to 8"),
         (["sample.sampler=ddim"], "sample.sampler ddim needs a model of train.objective ddpm, this one is of flow"),
@@ -84,14 +100,24 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
         (
             {"parallel": {"expert_parallel": 4}},
             2,
-            "parallel.expert_parallel is 4 but only 2 processes were started; start at least 4 .* or set parallel.expert_parallel=2",
+            "parallel.expert_parallel is 4 but only 2 processes were started; start at least 4 .* or set "
+            "parallel.expert_parallel=2",
         ),
-        ({"parallel": {"expert_parallel": 4}}, 6, "number of ranks 6 is not a multiple of parallel.expert_parallel 4; .* 1, 2, 3, 6"),
-        ({"train": {"global_batch": 10}}, 4, "= 10 samples of a micro-step do not divide over 4 ranks; make train.global_batch a multiple of 4"),
+        (
+            {"parallel": {"expert_parallel": 4}},
+            6,
+            "number of ranks 6 is not a multiple of parallel.expert_parallel 4; .* 1, 2, 3, 6",
+        ),
+        (
+            {"train": {"global_batch": 10}},
+            4,
+            "= 10 samples of a micro-step do not divide over 4 ranks; make train.global_batch a multiple of 4",
+        ),
         (
             {"train": {"global_batch": 24}, "pool": {"span": 8}},
             2,
-            "neither lies inside a rank's 12 samples nor covers whole ranks; spans that fit: 1, 2, 3, 4, 6, 12, 24, all",
+            "neither lies inside a rank's 12 samples nor covers whole ranks; spans that fit: 1, 2, 3, 4, 6, 12, 24, "
+            "all",
         ),
     ],
 )
@@ -106,7 +132,11 @@ def test_worked_identity_of_the_capacity() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1, 2]", "a config is a mapping of keys"), ("a: [", "is not YAML"), ("a: !!python/object:os.system {}", "is not YAML")],
+    [
+        ("[1, 2]", "a config is a mapping of keys"),
+        ("a: [", "is not YAML"),
+        ("a: !!python/object:os.system {}", "is not YAML"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"

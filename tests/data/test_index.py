@@ -1,4 +1,6 @@
-"""Tars that others made: found by their members, read as plain webdataset reads them, never changed, and every oddity told."""
+"""Tars that others made: found by their members, read as plain webdataset reads them, never changed, and every oddity
+told.
+"""
 
 import hashlib
 import io
@@ -40,14 +42,20 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 def sample(number: int, folder: str = "train/") -> list[tuple[str, bytes]]:
     key = f"{folder}img{number}"
-    return [(f"{key}.jpg", b"\xff\xd8" * 300), (f"{key}.cls", f"{number % 7}\n".encode()), (f"{key}.vae.npy", npy(array_of(number)))]
+    return [
+        (f"{key}.jpg", b"\xff\xd8" * 300),
+        (f"{key}.cls", f"{number % 7}\n".encode()),
+        (f"{key}.vae.npy", npy(array_of(number))),
+    ]
 
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
     folder = tmp_path / "theirs"
     for shard in range(2):
-        write_tar(folder / f"part-{shard}.tar", [member for number in range(5) for member in sample(5 * shard + number)])
+        write_tar(
+            folder / f"part-{shard}.tar", [member for number in range(5) for member in sample(5 * shard + number)]
+        )
     return folder
 
 
@@ -64,12 +72,23 @@ def test_foreign_tars_read_as_webdataset_reads_them(theirs: Path, tmp_path: Path
     assert {path.name for path in theirs.iterdir()} == set(before) if aside else len(list(theirs.iterdir())) == 5
     dataset = Dataset.open(out)
     dataset.verify()
-    assert (dataset.sizes, dataset.manifest.num_classes, dataset.manifest.shape, dataset.manifest.flips) == ((5, 5), 7, (2, 3, 2), 2)
-    ours = [(dataset.key(shard, number), *read_sample(dataset, shard, number)) for shard in range(2) for number in range(5)]
-    plain = list(webdataset.WebDataset([str(theirs / f"part-{shard}.tar") for shard in range(2)], shardshuffle=False).decode())
+    assert (dataset.sizes, dataset.manifest.num_classes, dataset.manifest.shape, dataset.manifest.flips) == (
+        (5, 5),
+        7,
+        (2, 3, 2),
+        2,
+    )
+    ours = [
+        (dataset.key(shard, number), *read_sample(dataset, shard, number)) for shard in range(2) for number in range(5)
+    ]
+    plain = list(
+        webdataset.WebDataset([str(theirs / f"part-{shard}.tar") for shard in range(2)], shardshuffle=False).decode()
+    )
     assert [key for key, _, _ in ours] == [entry["__key__"] for entry in plain]
     assert [label for _, _, label in ours] == [entry["cls"] for entry in plain]
-    np.testing.assert_array_equal(np.stack([array for _, array, _ in ours]), np.stack([entry["vae.npy"] for entry in plain]))
+    np.testing.assert_array_equal(
+        np.stack([array for _, array, _ in ours]), np.stack([entry["vae.npy"] for entry in plain])
+    )
     assert check_folder(out).problems == ()
     with pytest.raises(DataError, match="exists; remove it to index anew"):
         index_folder(theirs, out, MOMENTS)
@@ -110,7 +129,11 @@ def test_what_is_wrong_is_left_out_and_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "kind", "message"),
     [
-        (array_of(1, 4, 3, 2), "moments", r"its array is float16 \(4, 3, 2\); moments are float16 or float32 \(flips, 2C, H, W\)"),
+        (
+            array_of(1, 4, 3, 2),
+            "moments",
+            r"its array is float16 \(4, 3, 2\); moments are float16 or float32 \(flips, 2C, H, W\)",
+        ),
         (array_of(1, 3, 4, 3, 2), "moments", r"\(flips, 2C, H, W\)"),
         (array_of(1, 1, 3, 3, 2), "moments", r"\(flips, 2C, H, W\)"),
         (np.zeros((3, 4, 4)), "pixels", r"its array is float64 \(3, 4, 4\)"),

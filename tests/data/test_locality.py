@@ -11,7 +11,9 @@ from diffmoe_ep.data.order import Lanes
 SIZES = [[20 + number % 5 for number in range(400)]]  # 8,800 samples, a byte each
 
 
-def shares(order: MixedOrder, sizes: list[list[int]], nodes: int, micro_step: int = 64, epochs: int = 3, kept: int = 32) -> list[float]:
+def shares(
+    order: MixedOrder, sizes: list[list[int]], nodes: int, micro_step: int = 64, epochs: int = 3, kept: int = 32
+) -> list[float]:
     """Bytes that each node fetches in some epochs, over its share of the stored bytes."""
     total = sum(map(sum, sizes))
     count = epochs * total // micro_step

@@ -1,4 +1,6 @@
-"""Manifests of both formats: what is written comes back, format 1 stays readable, and nothing that makes no sense is accepted."""
+"""Manifests of both formats: what is written comes back, format 1 stays readable, and nothing that makes no sense is
+accepted.
+"""
 
 import json
 from dataclasses import replace
@@ -9,7 +11,20 @@ import pytest
 from diffmoe_ep.data.manifest import DataError, Manifest, Shard, TextFeatures, parse_manifest
 
 SHARD = Shard("tiny-000000.tar", 10240, 3, "0" * 64, "1" * 64)
-LABELS = Manifest("tiny", "pixels", (3, 4, 5), "uint8", 1 / 8, -1.0, 2, ("a", "b"), "made up", num_samples=3, shards=(SHARD,), image_size=8)
+LABELS = Manifest(
+    "tiny",
+    "pixels",
+    (3, 4, 5),
+    "uint8",
+    1 / 8,
+    -1.0,
+    2,
+    ("a", "b"),
+    "made up",
+    num_samples=3,
+    shards=(SHARD,),
+    image_size=8,
+)
 TEXT = replace(
     LABELS, kind="moments", dtype="float16", flips=2, num_classes=0, class_names=(), condition="text", encoder="e" * 64, source="f" * 64,
     text=(TextFeatures("t5", 4096, 120, "bfloat16", "a" * 64), TextFeatures("clip", 768, 77, "float32", "b" * 64)),
@@ -38,7 +53,12 @@ def test_format_1_is_read_and_keeps_its_bytes() -> None:
     """Fingerprints of older datasets, which runs carry, must not change."""
     text = json.dumps(FORMAT_1, indent=2, ensure_ascii=False) + "\n"
     manifest = parse_manifest(json.loads(text), "here")
-    assert (manifest.condition, manifest.fields, manifest.text, manifest.image_size) == ("class", ("cls", "pixels.npy"), (), 0)
+    assert (manifest.condition, manifest.fields, manifest.text, manifest.image_size) == (
+        "class",
+        ("cls", "pixels.npy"),
+        (),
+        0,
+    )
     assert manifest.to_json() == text
 
 
@@ -66,7 +86,8 @@ def test_wrong_values_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "../t5"}, {"name": "t5.npy"}, {"name": ""}, {"width": 0}, {"max_length": 0}, {"fingerprint": "x"}]
+    "change",
+    [{"name": "../t5"}, {"name": "t5.npy"}, {"name": ""}, {"width": 0}, {"max_length": 0}, {"fingerprint": "x"}],
 )
 def test_wrong_text_encoders_are_refused(change: dict[str, Any]) -> None:
     content = json.loads(TEXT.to_json())

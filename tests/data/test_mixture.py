@@ -1,4 +1,6 @@
-"""Mixtures: exact shares over any window, each dataset in its own order, a start anywhere, and what does not go together."""
+"""Mixtures: exact shares over any window, each dataset in its own order, a start anywhere, and what does not go
+together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +35,9 @@ def mixed(weights: Sequence[Fraction], seed: int = 0, lanes: Lanes | None = None
 
 @settings(deadline=None, max_examples=25)
 @given(WEIGHTS, st.integers(0, 99), LANES, st.integers(0, 10**9), st.integers(1, 6000))
-def test_any_window_has_each_dataset_in_its_share(weights: list[Fraction], seed: int, lanes: Lanes, first: int, length: int) -> None:
+def test_any_window_has_each_dataset_in_its_share(
+    weights: list[Fraction], seed: int, lanes: Lanes, first: int, length: int
+) -> None:
     order = mixed(weights, seed, lanes)
     found = np.bincount([order.own(first + number)[0] for number in range(length)], minlength=len(weights))
     for number, weight in enumerate(weights):
@@ -47,13 +51,18 @@ def test_counts_follow_the_weights_for_ever(weights: list[Fraction], blocks: int
     before, after = order.counts(blocks * BLOCK), order.counts((blocks + 1) * BLOCK)
     assert sum(before) == blocks * BLOCK
     assert all(low <= high for low, high in zip(before, after, strict=True))
-    assert all(abs(count - blocks * BLOCK * weight / sum(weights)) < len(weights) for count, weight in zip(before, weights, strict=True))
+    assert all(
+        abs(count - blocks * BLOCK * weight / sum(weights)) < len(weights)
+        for count, weight in zip(before, weights, strict=True)
+    )
 
 
 @settings(deadline=None, max_examples=15)
 @given(WEIGHTS, st.integers(0, 99), LANES)
 def test_each_dataset_goes_through_its_own_stream(weights: list[Fraction], seed: int, lanes: Lanes) -> None:
-    """What a dataset has of a lane are that lane's places 0, 1, 2, ... in its own stream, so its epochs visit every sample once."""
+    """What a dataset has of a lane are that lane's places 0, 1, 2, ... in its own stream, so its epochs visit every
+    sample once.
+    """
     order = mixed(weights, seed, lanes)
     places: dict[tuple[int, int], list[int]] = {}
     for position in range(4 * BLOCK):
@@ -81,7 +90,9 @@ def test_epochs_of_each_dataset_visit_every_sample_once() -> None:
 
 
 def test_datasets_are_shuffled_within_a_block_and_by_seed() -> None:
-    drawn = [[mixed([Fraction(1), Fraction(1)], seed).own(position)[0] for position in range(2 * BLOCK)] for seed in (0, 1)]
+    drawn = [
+        [mixed([Fraction(1), Fraction(1)], seed).own(position)[0] for position in range(2 * BLOCK)] for seed in (0, 1)
+    ]
     assert drawn[0] != drawn[1]
     assert drawn[0][:BLOCK] != drawn[0][BLOCK:]
     assert sum(one != other for one, other in zip(drawn[0], drawn[0][1:], strict=False)) > 800
@@ -91,7 +102,9 @@ def test_datasets_are_shuffled_within_a_block_and_by_seed() -> None:
 @given(WEIGHTS, LANES, st.lists(st.integers(0, 10**12), min_size=1, max_size=10))
 def test_the_way_to_a_position_does_not_matter(weights: list[Fraction], lanes: Lanes, positions: list[int]) -> None:
     used = mixed(weights, 3, lanes)
-    assert [used.locate(position) for position in positions] == [mixed(weights, 3, lanes).locate(position) for position in positions]
+    assert [used.locate(position) for position in positions] == [
+        mixed(weights, 3, lanes).locate(position) for position in positions
+    ]
 
 
 def test_the_mixture_is_the_one_written_down() -> None:
@@ -133,7 +146,9 @@ def test_a_start_anywhere_computes_one_block(monkeypatch: pytest.MonkeyPatch) ->
 def write_tiny(folder: Path, manifest: Manifest, **changes: Any) -> Dataset:
     facts = replace(manifest, **changes)
     array = np.ones(facts.stored_shape, dtype=facts.dtype)
-    return write_dataset(folder, [(f"k{number}", encode(array, number % 3, facts)) for number in range(6)], facts, shard_size=4)
+    return write_dataset(
+        folder, [(f"k{number}", encode(array, number % 3, facts)) for number in range(6)], facts, shard_size=4
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +205,10 @@ def test_the_config_opens_one_or_several(tmp_path: Path) -> None:
         ({"mixture": [{"weight": 2}]}, r"data.mixture\[0\].folder is missing"),
         ({"mixture": [{"folder": "a"}, {"folder": "a"}]}, r"data.mixture\[1\].folder a is named twice"),
         ({"mixture": [{"folder": "a", "weight": 0}]}, r"data.mixture\[0\].weight is 0.0; it must be greater than 0"),
-        ({"mixture": [{"folder": "a", "wieght": 1}]}, r"unknown key data.mixture\[0\].wieght; did you mean data.mixture\[0\].weight"),
+        (
+            {"mixture": [{"folder": "a", "wieght": 1}]},
+            r"unknown key data.mixture\[0\].wieght; did you mean data.mixture\[0\].weight",
+        ),
         ({"mixture": {"folder": "a"}}, r"data.mixture: expected \[\{folder: str, weight: float\}, ...\]"),
         ({"mixture": ["a"]}, r"data.mixture\[0\]: expected a section with keys"),
         ({"lanes": 7}, "data.lanes 7 does not divide the 256 samples"),

@@ -24,7 +24,18 @@ needs_code = pytest.mark.skipif(native.problem() is not None, reason=f"no native
 
 def moments(shape: tuple[int, int, int] = (2, 3, 5), flips: int = 2, **others: Any) -> Manifest:
     facts = {"scale": 0.18215, "shift": -0.125, "num_classes": 40} | others
-    return Manifest("tiny", "moments", shape, "float16", facts["scale"], facts["shift"], facts["num_classes"], (), "made up", flips=flips)
+    return Manifest(
+        "tiny",
+        "moments",
+        shape,
+        "float16",
+        facts["scale"],
+        facts["shift"],
+        facts["num_classes"],
+        (),
+        "made up",
+        flips=flips,
+    )
 
 
 def written(folder: Path, facts: Manifest, count: int = 24, seed: int = 0) -> Dataset:
@@ -96,14 +107,18 @@ def same(one: Iterator[Batch], other: Iterator[Batch], steps: int = 7) -> None:
 @needs_code
 @pytest.mark.parametrize("max_open", [128, 1])
 @pytest.mark.parametrize("flips", [1, 2])
-def test_a_stream_is_the_same_without(tmp_path: Path, flips: int, max_open: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_the_same_without(
+    tmp_path: Path, flips: int, max_open: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of several datasets, and where shards are closed while others are opened."""
     names = [tmp_path / name for name in "ab"]
     facts = [moments(flips=flips), moments(flips=flips)]
     parts = [written(folder, each, seed=seed) for seed, (folder, each) in enumerate(zip(names, facts, strict=True))]
 
     def opened() -> Mixture:
-        return Mixture([Dataset(folder, part.manifest, max_open) for folder, part in zip(names, parts, strict=True)], [2, 1])
+        return Mixture(
+            [Dataset(folder, part.manifest, max_open) for folder, part in zip(names, parts, strict=True)], [2, 1]
+        )
 
     quick = stream(opened(), flip=flips == 2)
     read: list[int] = []
@@ -155,7 +170,12 @@ def test_labels_are_those_of_decode_label(tmp_path: Path, text: bytes) -> None:
     except ValueError:
         wanted = -1
     assert (
-        asked(path, facts, [0, len(text) + len(array), 0, len(text), zlib.crc32(text), len(text), len(array), zlib.crc32(array)]) == wanted
+        asked(
+            path,
+            facts,
+            [0, len(text) + len(array), 0, len(text), zlib.crc32(text), len(text), len(array), zlib.crc32(array)],
+        )
+        == wanted
     )
 
 
@@ -219,7 +239,10 @@ def test_it_is_built_once_and_anew_when_its_source_is_another(tmp_path: Path, mo
         assert problem is not None and "failed: " in problem and "moments.cpp:1" in problem
     finally:
         native._library.cache_clear()
-    assert sorted(path.suffix for path in (tmp_path / ".cache/diffmoe_ep").iterdir()) == [".so", ".so"]  # nothing half-made is left
+    assert sorted(path.suffix for path in (tmp_path / ".cache/diffmoe_ep").iterdir()) == [
+        ".so",
+        ".so",
+    ]  # nothing half-made is left
 
 
 def test_code_is_loaded_from_no_folder_that_others_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Position -> (shard, sample): every epoch visits each sample once, blocks keep reads together, nothing but seed and position counts."""
+"""Position -> (shard, sample): every epoch visits each sample once, blocks keep reads together, nothing but seed and
+position counts.
+"""
 
 import pickle
 
@@ -33,7 +35,8 @@ def test_a_block_touches_only_its_shards(sizes: list[int], seed: int, block: int
     visited = [shard for shard, _ in epoch_of(Order(sizes, seed, block), epoch)]
     shards_left = set(range(len(sizes)))
     while visited:
-        # The positions of a block are as many as the samples of the shards that it touches, and there are `block` of these.
+        # The positions of a block are as many as the samples of the shards that it touches, and there are `block` of
+        # these.
         count = next(n for n in range(1, len(visited) + 1) if len(set(visited[:n])) == min(block, len(shards_left)))
         touched = set(visited[:count])
         size = sum(sizes[shard] for shard in touched)
@@ -55,8 +58,12 @@ def test_the_way_to_a_position_does_not_matter(sizes: list[int], seed: int, bloc
 
 @settings(deadline=None, max_examples=30)
 @given(SIZES, SEEDS, st.integers(0, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 50))
-def test_ranks_and_workers_share_out_the_positions(sizes: list[int], seed: int, block: int, world: int, workers: int, first: int) -> None:
-    """Rank r takes slice r of every micro-step, worker w of n every n-th micro-step; joined they are the one sequence."""
+def test_ranks_and_workers_share_out_the_positions(
+    sizes: list[int], seed: int, block: int, world: int, workers: int, first: int
+) -> None:
+    """Rank r takes slice r of every micro-step, worker w of n every n-th micro-step; joined they are the one
+    sequence.
+    """
     share, steps = 3, 6
     micro = share * world
     whole = [Order(sizes, seed, block).locate(position) for position in range(first * micro, (first + steps) * micro)]

@@ -40,7 +40,9 @@ def test_an_epoch_visits_each_sample_once(sizes: list[int], seed: int, block: in
 
 @settings(deadline=None, max_examples=60)
 @given(SIZES, SEEDS, st.integers(0, 4), LANES, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
-def test_the_way_to_a_position_does_not_matter(sizes: list[int], seed: int, block: int, lanes: Lanes, positions: list[int]) -> None:
+def test_the_way_to_a_position_does_not_matter(
+    sizes: list[int], seed: int, block: int, lanes: Lanes, positions: list[int]
+) -> None:
     used = Order(sizes, seed, block, lanes=lanes)
     found = [used.locate(position) for position in positions]
     assert found == [Order(sizes, seed, block, lanes=lanes).locate(position) for position in positions]
@@ -49,7 +51,9 @@ def test_the_way_to_a_position_does_not_matter(sizes: list[int], seed: int, bloc
 
 @settings(deadline=None, max_examples=80)
 @given(SIZES, SEEDS, st.integers(0, 4), LANES, st.integers(0, 10**9), st.integers(1, 30))
-def test_many_at_once_are_those_one_by_one(sizes: list[int], seed: int, block: int, lanes: Lanes, first: int, count: int) -> None:
+def test_many_at_once_are_those_one_by_one(
+    sizes: list[int], seed: int, block: int, lanes: Lanes, first: int, count: int
+) -> None:
     order, positions = Order(sizes, seed, block, lanes=lanes), range(first, first + count)
     assert order.locate_all(positions) == [order.locate(position) for position in positions]
 
@@ -79,7 +83,9 @@ def test_datasets_of_a_mixture_are_shuffled_apart() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(SIZES, SEEDS, st.integers(0, 4), LANES, st.integers(0, 10**6))
-def test_substitutes_are_other_samples_of_the_block(sizes: list[int], seed: int, block: int, lanes: Lanes, position: int) -> None:
+def test_substitutes_are_other_samples_of_the_block(
+    sizes: list[int], seed: int, block: int, lanes: Lanes, position: int
+) -> None:
     order = Order(sizes, seed, block, lanes=lanes)
     found = list(order.substitutes(position))
     assert found == list(Order(sizes, seed, block, lanes=lanes).substitutes(position))

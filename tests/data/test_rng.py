@@ -16,7 +16,9 @@ def raw(key: tuple[int, int, str, int], count: int = 4) -> list[int]:
 
 @settings(deadline=None, max_examples=50)
 @given(KEYS, KEYS)
-def test_streams_are_equal_exactly_when_their_keys_are(first: tuple[int, int, str, int], second: tuple[int, int, str, int]) -> None:
+def test_streams_are_equal_exactly_when_their_keys_are(
+    first: tuple[int, int, str, int], second: tuple[int, int, str, int]
+) -> None:
     assert raw(first) == raw(first)
     assert (raw(first) == raw(second)) == (first == second)
 

@@ -38,7 +38,9 @@ def test_a_sample_comes_back(manifest: Manifest) -> None:
     assert label == 7
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
-    np.testing.assert_array_equal(decode({"cls": b"7", manifest.fields[1]: npy(array)}, manifest)[0], array)  # numpy's own writer
+    np.testing.assert_array_equal(
+        decode({"cls": b"7", manifest.fields[1]: npy(array)}, manifest)[0], array
+    )  # numpy's own writer
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,9 @@ def test_extreme_log_variances_stay_finite() -> None:
 
 
 def test_batch_moves_and_counts() -> None:
-    batch = Batch(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.tensor([1, 2]), torch.tensor([8, 9]))
+    batch = Batch(
+        torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.tensor([1, 2]), torch.tensor([8, 9])
+    )
     moved = batch.to("meta", non_blocking=True)
     assert len(batch) == len(moved) == 2
     assert {getattr(moved, name).device.type for name in ("latent", "noise", "u", "condition", "position")} == {"meta"}
@@ -206,7 +210,10 @@ def test_other_captions_are_refused(change: dict[str, bytes], message: str) -> N
         ((), "is not a list of captions"),
         ((Caption("", 1.0, captions()[0].features),), "has no text"),
         ((Caption("a", 1.0, (np.zeros((6, 4), np.float16), np.zeros((1, 2), np.float16))),), "t5 has length 6"),
-        ((Caption("a", 1.0, (np.zeros((5, 3), np.float16), np.zeros((1, 2), np.float16))),), "expected finite float16 of width 4"),
+        (
+            (Caption("a", 1.0, (np.zeros((5, 3), np.float16), np.zeros((1, 2), np.float16))),),
+            "expected finite float16 of width 4",
+        ),
         ((Caption("a", 1.0, (np.zeros((5, 4)), np.zeros((1, 2), np.float16))),), "expected finite float16 of width 4"),
         ((Caption("a", 1.0, (np.full((5, 4), np.inf, np.float16), np.zeros((1, 2), np.float16))),), "expected finite"),
     ],

@@ -134,7 +134,11 @@ def test_headers_that_no_index_has_are_refused(folder: Path, header: str) -> Non
     content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(12)
     path = folder / "tiny-000001.index.npy"
     path.write_bytes(content)
-    for read in (lambda: Dataset.open(folder), lambda: load_index(path, FACTS.fields), lambda: parse_index(content, FACTS.fields, "there")):
+    for read in (
+        lambda: Dataset.open(folder),
+        lambda: load_index(path, FACTS.fields),
+        lambda: parse_index(content, FACTS.fields, "there"),
+    ):
         with pytest.raises(DataError, match=r"tiny-000001\.index\.npy|there"):
             read()
 

@@ -60,7 +60,9 @@ def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("damage", ["cut in content", "cut in header", "cut between files", "broken header", "no tar", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["cut in content", "cut in header", "cut between files", "broken header", "no tar", "empty"]
+)
 def test_a_damaged_archive_gives_what_is_whole_and_says_so(tmp_path: Path, mode: str, damage: str) -> None:
     files = {f"{number}.jpg": bytes([number]) * 1000 for number in range(4)}  # 512 + 1024 bytes each
     whole = bytearray(tar(tmp_path / "x.tar", files).read_bytes())

@@ -41,8 +41,14 @@ def test_sizes_shards_and_range(out: Path) -> None:
     train, heldout = Dataset.open(out / "train"), Dataset.open(out / "heldout")
     assert train.sizes == (300,) * 5
     assert heldout.sizes == (297,)
-    assert (train.manifest.shape, train.manifest.num_classes, train.manifest.class_names) == ((1, 8, 8), 10, tuple("0123456789"))
-    latents = np.stack([final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(300)])
+    assert (train.manifest.shape, train.manifest.num_classes, train.manifest.class_names) == (
+        (1, 8, 8),
+        10,
+        tuple("0123456789"),
+    )
+    latents = np.stack(
+        [final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(300)]
+    )
     assert (latents.min(), latents.max()) == (-1, 1)
 
 
@@ -80,7 +86,9 @@ def test_another_run_gives_the_same_bytes(out: Path, tmp_path: Path) -> None:
         (["--out", "{out}/train/manifest.json"], "cannot prepare"),
     ],
 )
-def test_bad_folders_are_one_line(out: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_folders_are_one_line(
+    out: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert main(["digits", *(argument.format(out=out) for argument in arguments)]) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -95,7 +103,9 @@ def test_without_scikit_learn_the_extra_is_named(
     assert "pip install 'diffmoe_ep[prep]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["digits"], ["letters", "--out", "x"], ["digits", "--out", "x", "--shard-size", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["digits"], ["letters", "--out", "x"], ["digits", "--out", "x", "--shard-size", "0"]]
+)
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

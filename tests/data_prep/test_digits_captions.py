@@ -51,10 +51,14 @@ def test_captions_are_true_of_the_pixels(split: str) -> None:
             said[ROWS.index(row), COLUMNS.index(column)] = int(digit)
         assert said == shown
         assert full.startswith(f"{COUNTS[len(shown) - 1]} digit")
-        counted = {int(digit): COUNTS.index(count) + 1 for count, digit in re.findall(r"(one|two|three) (\d)s?", counts)}
+        counted = {
+            int(digit): COUNTS.index(count) + 1 for count, digit in re.findall(r"(one|two|three) (\d)s?", counts)
+        }
         assert counted == Counter(shown.values())
         assert len(relations) == (len(shown) == 2)
-        for first, relation, second in (re.fullmatch(r"an? (\d) (above|to the left of) an? (\d)", text).groups() for text in relations):  # type: ignore[union-attr]
+        for first, relation, second in (
+            re.fullmatch(r"an? (\d) (above|to the left of) an? (\d)", text).groups() for text in relations
+        ):  # type: ignore[union-attr]
             (one, other) = shown
             assert (int(first), int(second)) == (shown[one], shown[other])
             assert one[0] < other[0] if relation == "above" else one[0] == other[0] and one[1] < other[1]
@@ -79,8 +83,13 @@ def test_digits_do_not_overlap_on_any_canvas(canvas: int) -> None:
 
 
 def test_a_sample_follows_from_its_number_alone() -> None:
-    """Neither the number of samples nor the cut into shards changes one; the bytes are part of every score reported on them."""
-    many, few = list(SOURCES["train"].read(1)), [raw for unit in range(4) for raw in source("train", 60, 24, 17).read(unit)]
+    """Neither the number of samples nor the cut into shards changes one; the bytes are part of every score reported on
+    them.
+    """
+    many, few = (
+        list(SOURCES["train"].read(1)),
+        [raw for unit in range(4) for raw in source("train", 60, 24, 17).read(unit)],
+    )
     digest = hashlib.sha256()
     for one, other in zip(many[:10], few[50:], strict=True):
         assert isinstance(one.image, np.ndarray) and isinstance(other.image, np.ndarray)
@@ -101,7 +110,9 @@ def test_the_command_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFi
     train, heldout = Dataset.open(tmp_path / "one" / "train"), Dataset.open(tmp_path / "one" / "heldout")
     assert (train.sizes, heldout.sizes) == ((25, 25, 20), (25, 5))
     assert train.manifest.shape == (1, 24, 24)
-    latents = np.stack([final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(25)])
+    latents = np.stack(
+        [final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(25)]
+    )
     assert (latents.min(), latents.max()) == (-1, 1)
 
 

@@ -1,4 +1,6 @@
-"""The real encoder classes, tiny, in the preparation: latents and text features in the shards, the same for any number of ranks."""
+"""The real encoder classes, tiny, in the preparation: latents and text features in the shards, the same for any number
+of ranks.
+"""
 
 import json
 from pathlib import Path
@@ -41,7 +43,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(models: Path, source: Path, out: Path) -> list[str]:
-    encoders = ["--vae", str(models / "vae"), "--t5", str(models / "t5"), "--t5-length", "12", "--clip", str(models / "clip")]
+    encoders = [
+        "--vae",
+        str(models / "vae"),
+        "--t5",
+        str(models / "t5"),
+        "--t5-length",
+        "12",
+        "--clip",
+        str(models / "clip"),
+    ]
     sizes = [
         "--image-size",
         "16",
@@ -61,7 +72,9 @@ def options(models: Path, source: Path, out: Path) -> list[str]:
     return ["text_image", "--source", str(source), "--out", str(out), *encoders, *sizes]
 
 
-def test_latents_and_features_are_stored(models: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latents_and_features_are_stored(
+    models: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(options(models, source, tmp_path / "out")) == 0
     told = capsys.readouterr().out
     assert "10 samples in 2 units (written)" in told
@@ -69,7 +82,12 @@ def test_latents_and_features_are_stored(models: Path, source: Path, tmp_path: P
     dataset = Dataset.open(tmp_path / "out")
     manifest = dataset.manifest
     vae, t5 = load_image_encoder(models / "vae"), load_text_encoder("t5", models / "t5", max_length=12)
-    assert (manifest.kind, manifest.dtype, manifest.shape, manifest.stored_shape) == ("moments", "float16", (4, 8, 8), (2, 8, 8, 8))
+    assert (manifest.kind, manifest.dtype, manifest.shape, manifest.stored_shape) == (
+        "moments",
+        "float16",
+        (4, 8, 8),
+        (2, 8, 8, 8),
+    )
     assert (manifest.scale, manifest.shift, manifest.encoder) == (vae.scale, 0.0, vae.fingerprint)
     assert manifest.fields == ("captions.json", "moments.npy", "text.clip.npy", "text.t5.npy")
     assert [(text.name, text.width, text.max_length) for text in manifest.text] == [("t5", 16, 12), ("clip", 12, 10)]
@@ -84,8 +102,13 @@ def test_latents_and_features_are_stored(models: Path, source: Path, tmp_path: P
             np.testing.assert_allclose(array.astype(np.float32), expected, rtol=5e-3, atol=5e-3)
             text = ("cat " * (number + 1)).strip()
             assert captions[0].text == text
-            assert [len(rows) for rows in captions[0].features] == [min(len(text) + 1, 12), min(3 * (number + 1) + 2, 10)]
-            np.testing.assert_allclose(captions[0].features[0].astype(float), t5.features([text])[0][0].astype(float), rtol=5e-3, atol=5e-3)
+            assert [len(rows) for rows in captions[0].features] == [
+                min(len(text) + 1, 12),
+                min(3 * (number + 1) + 2, 10),
+            ]
+            np.testing.assert_allclose(
+                captions[0].features[0].astype(float), t5.features([text])[0][0].astype(float), rtol=5e-3, atol=5e-3
+            )
     array, _ = read_sample(dataset, 0, 0)
     assert np.abs(final_latent(array, manifest, False, 0, 0) - final_latent(array, manifest, True, 0, 0)).max() > 0.01
 
@@ -97,7 +120,9 @@ def test_the_same_bytes_on_three_ranks(models: Path, source: Path, tmp_path: Pat
     assert content(tmp_path / "one") == content(tmp_path / "three")
 
 
-def test_another_encoder_is_another_dataset(models: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_encoder_is_another_dataset(
+    models: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(options(models, source, tmp_path / "out")) == 0
     command = options(models, source, tmp_path / "out")
     command[command.index(str(models / "vae"))] = str(save_vae(tmp_path / "vae", seed=1))

@@ -15,16 +15,23 @@ Image = pytest.importorskip("PIL.Image")
 
 
 def reference(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The same crop, (size, size, 3): the halving by NumPy means, the bicubic step channel by channel, the cut by Pillow."""
+    """The same crop, (size, size, 3): the halving by NumPy means, the bicubic step channel by channel, the cut by
+    Pillow.
+    """
     while min(pixels.shape[:2]) >= 2 * size:
         height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
         assert pixels.shape[0] % 2 == pixels.shape[1] % 2 == 0
-        rows = np.floor(pixels.reshape(2 * height, width, 2, 3).mean(axis=2) + 0.5)  # Pillow rounds after each direction
+        rows = np.floor(
+            pixels.reshape(2 * height, width, 2, 3).mean(axis=2) + 0.5
+        )  # Pillow rounds after each direction
         pixels = np.floor(rows.reshape(height, 2, width, 3).mean(axis=1) + 0.5).astype(np.uint8)
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
     target = (round(width * scale), round(height * scale))
-    planes = [Image.fromarray(np.ascontiguousarray(pixels[:, :, channel])).resize(target, Image.BICUBIC) for channel in range(3)]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(pixels[:, :, channel])).resize(target, Image.BICUBIC)
+        for channel in range(3)
+    ]
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     return np.stack([np.asarray(plane.crop((left, top, left + size, top + size))) for plane in planes], axis=2)
 

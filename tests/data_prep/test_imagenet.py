@@ -16,7 +16,9 @@ from pictures import picture, tar
 pytest.importorskip("PIL")
 CLASSES = ("n01440764", "n02084071", "n02085620")
 PICTURES = {
-    f"{name}/{name}_{number}.JPEG": picture(10 * label + number, kind="JPEG") for label, name in enumerate(CLASSES) for number in range(5)
+    f"{name}/{name}_{number}.JPEG": picture(10 * label + number, kind="JPEG")
+    for label, name in enumerate(CLASSES)
+    for number in range(5)
 }
 
 
@@ -56,7 +58,10 @@ def test_every_layout_gives_the_same_samples(tmp_path: Path, layout: str, capsys
     assert "non-commercial" in told
     manifest = Dataset.open(out).manifest
     assert (manifest.num_classes, manifest.class_names, manifest.image_size, manifest.kind) == (3, CLASSES, 8, "pixels")
-    expected = {Path(name).stem: (square(content, 8, 1).tobytes(), CLASSES.index(name.split("/")[0])) for name, content in PICTURES.items()}
+    expected = {
+        Path(name).stem: (square(content, 8, 1).tobytes(), CLASSES.index(name.split("/")[0]))
+        for name, content in PICTURES.items()
+    }
     assert samples(out) == expected
 
 
@@ -100,9 +105,13 @@ def test_what_is_no_imagenet_is_refused(tmp_path: Path) -> None:
         (["--rank", "3", "--world", "2"], "--rank 3 of --world 2"),
     ],
 )
-def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_options_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     source = lay_out(tmp_path / "in", "folders")
-    assert main(["imagenet", "--source", str(source), "--out", str(tmp_path / "out"), "--image-size", "8", *options]) == 2
+    assert (
+        main(["imagenet", "--source", str(source), "--out", str(tmp_path / "out"), "--image-size", "8", *options]) == 2
+    )
     told = capsys.readouterr().err
     assert all(part in told for part in message.split(" .* "))
     assert told.count("\n") == 1

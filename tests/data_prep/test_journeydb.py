@@ -1,4 +1,6 @@
-"""JourneyDB's archives and annotation lines: prompt and caption with weights, for each rank only those of its archives."""
+"""JourneyDB's archives and annotation lines: prompt and caption with weights, for each rank only those of its
+archives.
+"""
 
 import json
 from pathlib import Path
@@ -17,11 +19,17 @@ pytest.importorskip("PIL")
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """Two archives of four images, in JourneyDB's layout; annotations in another order, some of them without prompt or caption."""
+    """Two archives of four images, in JourneyDB's layout; annotations in another order, some of them without prompt or
+    caption.
+    """
     lines = []
     for archive in ("000", "001"):
         names = [f"./{archive}/{archive}-{number}-af.jpg" for number in range(4)]
-        tar(tmp_path / "imgs" / f"{archive}.tgz", {name: picture(number, kind="JPEG") for number, name in enumerate(names)}, "w:gz")
+        tar(
+            tmp_path / "imgs" / f"{archive}.tgz",
+            {name: picture(number, kind="JPEG") for number, name in enumerate(names)},
+            "w:gz",
+        )
         for number, name in enumerate(names):
             annotation: dict[str, object] = {
                 "img_path": name,
@@ -41,8 +49,19 @@ def published(tmp_path: Path) -> Path:
 
 
 def prepare(folder: Path, out: Path, *more: str) -> int:
-    common = ["--source", str(folder / "imgs"), "--annotations", str(folder / "anno.jsonl"), "--out", str(out), "--image-size", "8"]
-    return main(["journeydb", *common, "--min-side", "1", "--max-bad", "0.2", "--shard-size", "3", "--readers", "1", *more])
+    common = [
+        "--source",
+        str(folder / "imgs"),
+        "--annotations",
+        str(folder / "anno.jsonl"),
+        "--out",
+        str(out),
+        "--image-size",
+        "8",
+    ]
+    return main(
+        ["journeydb", *common, "--min-side", "1", "--max-bad", "0.2", "--shard-size", "3", "--readers", "1", *more]
+    )
 
 
 def test_prompts_and_captions_with_their_weights(published: Path, tmp_path: Path) -> None:
@@ -77,7 +96,9 @@ def test_a_rank_holds_the_lines_of_its_archives_only(published: Path) -> None:
     assert sorted(found) == [f"001/001-{number}-af.jpg" for number in range(3)]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"img_path": 3}', '{"img_path": "a/b.jpg", "Task2": 3}', '"x"'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"prompt": "x"}', '{"img_path": 3}', '{"img_path": "a/b.jpg", "Task2": 3}', '"x"']
+)
 def test_a_line_that_is_no_annotation_is_named(published: Path, tmp_path: Path, line: str) -> None:
     with (published / "anno.jsonl").open("a") as file:
         file.write(line + "\n")

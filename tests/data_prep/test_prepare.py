@@ -1,4 +1,6 @@
-"""Preparation on any number of ranks: the same bytes, whatever happens on the way, and bad samples listed but not fatal."""
+"""Preparation on any number of ranks: the same bytes, whatever happens on the way, and bad samples listed but not
+fatal.
+"""
 
 import json
 import os
@@ -42,7 +44,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars in the manner of img2dataset, of 7, 5 and 4 samples; one sample has no caption, the second tar is cut short."""
+    """Three tars in the manner of img2dataset, of 7, 5 and 4 samples; one sample has no caption, the second tar is cut
+    short.
+    """
     folder = tmp_path_factory.mktemp("tars")
     for unit, count in enumerate((7, 6, 4)):
         files = {}
@@ -60,7 +64,9 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def preparation(source: Path, folder: Path, rank: int = 0, world: int = 1, max_bad: float = 0.5, shard_size: int = 4) -> Preparation:
+def preparation(
+    source: Path, folder: Path, rank: int = 0, world: int = 1, max_bad: float = 0.5, shard_size: int = 4
+) -> Preparation:
     found = (imagenet if "imagenet" in source.name else text_image).source(source, shard_size, 1)
     encoding = Encoding(image_size=8, batch=3, readers=2)
     facts = encoding.facts(found, "tiny", "made up")
@@ -89,7 +95,9 @@ def test_the_same_bytes_for_any_number_of_ranks(
     assert content(tmp_path / "tiny") == prepared[source.name]
 
 
-def test_processes_that_run_at_once_meet_in_the_folder(images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_processes_that_run_at_once_meet_in_the_folder(
+    images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     command = [
         sys.executable, "-m", "data_prep", "imagenet", "--source", str(images), "--out", str(tmp_path / "tiny"), "--image-size", "8",
         "--shard-size", "4", "--batch", "3", "--readers", "2", "--max-bad", "0.5", "--name", "tiny", "--licence", "made up",
@@ -97,7 +105,8 @@ def test_processes_that_run_at_once_meet_in_the_folder(images: Path, prepared: d
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2)
+        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
     ]
     told = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0]
@@ -106,8 +115,12 @@ def test_processes_that_run_at_once_meet_in_the_folder(images: Path, prepared: d
     assert content(tmp_path / "tiny") == prepared[images.name]
 
 
-def test_rank_0_waits_for_the_others_and_says_who_is_missing(images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"4 of 6 units are not there .* ranks 1, 2 of 3 have stopped or never started; run the command"):
+def test_rank_0_waits_for_the_others_and_says_who_is_missing(
+    images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"4 of 6 units are not there .* ranks 1, 2 of 3 have stopped or never started; run the command"
+    ):
         preparation(images, tmp_path / "tiny", 0, 3).run()
     waiting = replace(preparation(images, tmp_path / "tiny", 0, 3), patience=60.0)
     reports: list[Report | None] = []
@@ -136,7 +149,11 @@ def test_a_repeated_run_makes_nothing(
 
 @pytest.mark.parametrize("name", ["images", "tars"])
 def test_killed_at_any_write_it_goes_on_where_it_was(
-    name: str, request: pytest.FixtureRequest, prepared: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    request: pytest.FixtureRequest,
+    prepared: dict[str, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cut after the n-th file for every n, then run again: the same bytes, and whole shards are not made again."""
     source, folder = request.getfixturevalue(name), tmp_path / "tiny"
@@ -173,13 +190,15 @@ def test_killed_with_sigkill_it_goes_on(images: Path, prepared: dict[str, dict[s
             path.write_bytes(picture(100 * copy + number, 200, 160, "JPEG"))
     preparation(many, tmp_path / "uncut").run()
     script = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests/data_prep']; from test_prepare import preparation;"
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests/data_prep']; from test_prepare import "
+        "preparation;"
         "preparation(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), 2).run()"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     folder = tmp_path / "tiny"
     processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(many), str(folder), str(rank)], cwd=ROOT, env=environment) for rank in (0, 1)
+        subprocess.Popen([sys.executable, "-c", script, str(many), str(folder), str(rank)], cwd=ROOT, env=environment)
+        for rank in (0, 1)
     ]
     deadline = time.monotonic() + 120
     while not list(folder.glob("journal/tiny-*.json")) and time.monotonic() < deadline:
@@ -189,7 +208,11 @@ def test_killed_with_sigkill_it_goes_on(images: Path, prepared: dict[str, dict[s
     codes = [process.wait() for process in processes]
     assert -signal.SIGKILL in codes
     assert not (folder / "manifest.json").exists()
-    kept = {path.name: path.stat().st_ino for path in folder.glob("*.tar") if (folder / "journal" / f"{path.stem}.json").exists()}
+    kept = {
+        path.name: path.stat().st_ino
+        for path in folder.glob("*.tar")
+        if (folder / "journal" / f"{path.stem}.json").exists()
+    }
     assert kept
     preparation(many, folder, 1, 2).run()
     preparation(many, folder, 0, 2).run()
@@ -199,7 +222,14 @@ def test_killed_with_sigkill_it_goes_on(images: Path, prepared: dict[str, dict[s
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
 @pytest.mark.parametrize(
-    "file", ["tiny-000002.tar", "tiny-000002.index.npy", "journal/tiny-000002.json", "journal/tiny-000002.end.json", "journal/recipe.json"]
+    "file",
+    [
+        "tiny-000002.tar",
+        "tiny-000002.index.npy",
+        "journal/tiny-000002.json",
+        "journal/tiny-000002.end.json",
+        "journal/recipe.json",
+    ],
 )
 def test_what_was_damaged_is_made_again(
     images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path, damage: str, file: str
@@ -251,7 +281,8 @@ def test_a_shard_of_bad_samples_only_is_left_out(tmp_path: Path) -> None:
 def test_too_many_bad_samples_stop_it_and_the_list_is_there(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     with pytest.raises(
-        DataError, match=r"\d of the \d+ samples seen so far are bad, more than --max-bad 0.05 of all \(n\d/p0[45].*--max-bad"
+        DataError,
+        match=r"\d of the \d+ samples seen so far are bad, more than --max-bad 0.05 of all \(n\d/p0[45].*--max-bad",
     ):
         preparation(images, folder, max_bad=0.05).run()
     assert (folder / "bad.jsonl").read_text().count("does not decode") >= 1
@@ -311,7 +342,9 @@ def test_shards_are_read_by_plain_webdataset(images: Path, tars: Path, tmp_path:
         folder = tmp_path / source.name
         preparation(source, folder).run()
         dataset = Dataset.open(folder)
-        found = list(webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False).decode())
+        found = list(
+            webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False).decode()
+        )
         places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
         assert len(found) == len(places) > 10
         for sample, place in zip(found, places, strict=True):
@@ -321,10 +354,14 @@ def test_shards_are_read_by_plain_webdataset(images: Path, tars: Path, tmp_path:
             if isinstance(condition, int):
                 assert sample["cls"] == condition
             else:
-                assert [(entry["text"], entry["weight"]) for entry in sample["captions.json"]] == [(c.text, c.weight) for c in condition]
+                assert [(entry["text"], entry["weight"]) for entry in sample["captions.json"]] == [
+                    (c.text, c.weight) for c in condition
+                ]
 
 
-def test_a_source_that_cannot_be_read_is_not_a_bad_image(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_that_cannot_be_read_is_not_a_bad_image(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = imagenet.source(images, 4)
     moved = tmp_path / "imagenet"
     for name, file in content(images).items():
@@ -342,5 +379,9 @@ def test_a_source_that_cannot_be_read_is_not_a_bad_image(images: Path, tmp_path:
 def test_journals_say_what_the_manifest_says(prepared: dict[str, dict[str, bytes]]) -> None:
     for files in prepared.values():
         manifest = json.loads(files["manifest.json"])
-        notes = [json.loads(text) for name, text in files.items() if name.startswith(f"{prepare.JOURNAL}/tiny") and ".end." not in name]
+        notes = [
+            json.loads(text)
+            for name, text in files.items()
+            if name.startswith(f"{prepare.JOURNAL}/tiny") and ".end." not in name
+        ]
         assert [note["shard"] for note in notes] == manifest["shards"]

@@ -1,4 +1,6 @@
-"""Images with captions, from img2dataset's tars and from folders; captions that are none are bad samples with a reason."""
+"""Images with captions, from img2dataset's tars and from folders; captions that are none are bad samples with a
+reason.
+"""
 
 import json
 from pathlib import Path
@@ -91,7 +93,11 @@ def test_tars_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_is_cut_gives_what_is_whole(tmp_path: Path) -> None:
-    files = {f"{number:09d}.{ending}": picture(number) if ending == "jpg" else b"text" for number in range(4) for ending in ("jpg", "txt")}
+    files = {
+        f"{number:09d}.{ending}": picture(number) if ending == "jpg" else b"text"
+        for number in range(4)
+        for ending in ("jpg", "txt")
+    }
     path = tar(tmp_path / "in" / "00000.tar", files)
     path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"000000002.txt") + 100])
     options = ["--image-size", "8", "--min-side", "1", "--max-bad", "0.5", "--readers", "1"]
@@ -113,13 +119,25 @@ def test_a_folder_of_images_with_captions_beside(tmp_path: Path) -> None:
     (folder / "outside").symlink_to(tmp_path)
     options = ["--image-size", "8", "--min-side", "1", "--max-bad", "0.5", "--readers", "1"]
     assert main(["text_image", "--source", str(folder), "--out", str(tmp_path / "out"), *options]) == 0
-    assert {key: condition for key, (_, condition) in read(tmp_path / "out").items()} == {"a": (Caption("an a"),), "b": (Caption("a b"),)}
+    assert {key: condition for key, (_, condition) in read(tmp_path / "out").items()} == {
+        "a": (Caption("an a"),),
+        "b": (Caption("a b"),),
+    }
     bad = [json.loads(line) for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()]
     assert sorted(entry["place"] for entry in bad) == ["c.jpg", "d.jpg"]
 
 
 def test_small_images_are_bad_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tar(tmp_path / "in" / "00000.tar", {"0.jpg": picture(0), "0.txt": b"small", "1.jpg": picture(1, 80, 64), "1.txt": b"large"})
-    assert main(["text_image", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--image-size", "64"]) == 2
+    tar(
+        tmp_path / "in" / "00000.tar",
+        {"0.jpg": picture(0), "0.txt": b"small", "1.jpg": picture(1, 80, 64), "1.txt": b"large"},
+    )
+    assert (
+        main(["text_image", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--image-size", "64"])
+        == 2
+    )
     told = capsys.readouterr().err
-    assert "1 of the 2 samples seen so far are bad, more than --max-bad 0.01 of all (00000.tar:0: 20 x 16 pixels are too small" in told
+    assert (
+        "1 of the 2 samples seen so far are bad, more than --max-bad 0.01 of all (00000.tar:0: 20 x 16 pixels are "
+        "too small" in told
+    )

@@ -22,7 +22,9 @@ def make(out: Path, *more: str) -> int:
     return main(["tiny_t5", "--out", str(out), "--width", "32", "--layers", "1", *more])
 
 
-def test_it_loads_like_every_t5_and_its_bytes_are_the_same_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_loads_like_every_t5_and_its_bytes_are_the_same_for_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("one", "two"):
         assert make(tmp_path / name, "--steps", "3") == 0
     assert make(tmp_path / "other", "--steps", "3", "--seed", "1") == 0

@@ -1,4 +1,6 @@
-"""Data whose every answer is known in closed form: elements drawn from a mixture of two normal distributions, each independent."""
+"""Data whose every answer is known in closed form: elements drawn from a mixture of two normal distributions, each
+independent.
+"""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ class Mixture:
         variance = alpha**2 * self.width**2 + sigma**2
         logits = [-((x - alpha * centre) ** 2) / (2 * variance) + math.log(share) for centre, share in self.parts()]
         weights = torch.softmax(torch.stack(logits), 0)
-        data = torch.stack([centre + alpha * self.width**2 * (x - alpha * centre) / variance for centre in self.centres])
+        data = torch.stack(
+            [centre + alpha * self.width**2 * (x - alpha * centre) / variance for centre in self.centres]
+        )
         eps = torch.stack([sigma * (x - alpha * centre) / variance for centre in self.centres])
         return (weights * data).sum(0), (weights * eps).sum(0)
 
@@ -34,7 +38,9 @@ class Mixture:
 
     def distribution(self, x: Tensor) -> np.ndarray:
         """The share of the data below x."""
-        below = [share * (1 + torch.erf((x - centre) / self.width / math.sqrt(2))) / 2 for centre, share in self.parts()]
+        below = [
+            share * (1 + torch.erf((x - centre) / self.width / math.sqrt(2))) / 2 for centre, share in self.parts()
+        ]
         return torch.stack(below).sum(0).numpy()
 
     def parts(self) -> list[tuple[float, float]]:
@@ -54,7 +60,9 @@ GAUSSIAN = Mixture((0.7,), (1.0,), 0.5)
 
 
 def chain_oracle(mixture: Mixture, schedule: Schedule, v: float = -1.0):
-    """The ideal [eps; v] of a DDPM for the trained chain's numbers; between two of them by the log of noise over data."""
+    """The ideal [eps; v] of a DDPM for the trained chain's numbers; between two of them by the log of noise over
+    data.
+    """
     ratios = (0.5 * ((1 - schedule.signal) / schedule.signal).log()).numpy()
 
     def predict(x: Tensor, t: float) -> Tensor:

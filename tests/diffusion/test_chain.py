@@ -25,7 +25,9 @@ def _never(step: int) -> Tensor:
 
 
 def test_ancestral_steps_are_the_published_ones():
-    """x_{t-1} = (x_t - beta / sqrt(1 - signal) eps) / sqrt(1 - beta) + deviation z, on all 1000 steps, against plain NumPy."""
+    """x_{t-1} = (x_t - beta / sqrt(1 - signal) eps) / sqrt(1 - beta) + deviation z, on all 1000 steps, against plain
+    NumPy.
+    """
     noises = np.random.default_rng(0).standard_normal((1000, 2, 1, 2, 2))
     beta = np.linspace(1e-4, 0.02, 1000)
     signal = np.cumprod(1 - beta)
@@ -71,7 +73,9 @@ def test_steps_are_reported_latents_keep_their_type_and_no_samples_are_taken():
         done: list[int] = []
         for count in (2, 0):
             x = start(count).float()
-            drawn = sampler(predict, x, SCHEDULE.respaced(3), lambda step, x=x: torch.zeros(x.shape), on_step=done.append)
+            drawn = sampler(
+                predict, x, SCHEDULE.respaced(3), lambda step, x=x: torch.zeros(x.shape), on_step=done.append
+            )
             assert drawn.dtype == torch.float32
             assert drawn.shape == x.shape
         assert done == [1, 2, 3, 1, 2, 3]
@@ -113,12 +117,17 @@ def test_ancestral_samples_of_a_mixture_have_its_moments_and_its_distribution(st
     x = _noises(torch.zeros(count, 1, 1, 1), 1)(0)
     drawn = ddpm_ancestral(chain_oracle(mixture, SCHEDULE), x, SCHEDULE.respaced(steps), _noises(x)).flatten()
     assert drawn.mean().item() == pytest.approx(mixture.mean, abs=bias + 4 * math.sqrt(mixture.variance / count))
-    fourth = sum(share * ((c - mixture.mean) ** 4 + 6 * (c - mixture.mean) ** 2 * 0.16 + 3 * 0.16**2) for c, share in mixture.parts())
+    fourth = sum(
+        share * ((c - mixture.mean) ** 4 + 6 * (c - mixture.mean) ** 2 * 0.16 + 3 * 0.16**2)
+        for c, share in mixture.parts()
+    )
     error = math.sqrt((fourth - mixture.variance**2) / count)
     assert drawn.var().item() == pytest.approx(mixture.variance, abs=4 * error + bias * mixture.variance)
     assert (drawn < 0).double().mean().item() == pytest.approx(0.3, abs=bias + 4 * math.sqrt(0.21 / count))
     quantiles = mixture.distribution(drawn.sort().values)
-    assert np.abs(quantiles - (np.arange(count) + 0.5) / count).max() < 1.95 / math.sqrt(count) + bias  # Kolmogorov's bound at 0.1 %
+    assert (
+        np.abs(quantiles - (np.arange(count) + 0.5) / count).max() < 1.95 / math.sqrt(count) + bias
+    )  # Kolmogorov's bound at 0.1 %
 
 
 def _fine(steps: int) -> Schedule:
@@ -127,7 +136,9 @@ def _fine(steps: int) -> Schedule:
 
 
 def _exact_end(mixture: Mixture, x: Tensor, schedule: Schedule) -> Tensor:
-    """Where the ODE of DDIM leads from the chain's end: the flow's own field from the time with the same noise-to-data ratio."""
+    """Where the ODE of DDIM leads from the chain's end: the flow's own field from the time with the same noise-to-data
+    ratio.
+    """
     alpha, sigma = schedule.signal[-1].sqrt().item(), (1 - schedule.signal[-1]).sqrt().item()
     begin = sigma / (alpha + sigma)
     return heun(lambda x, s: begin * mixture.velocity(x, begin * s), x * (straight(begin).sigma / sigma), 4000)

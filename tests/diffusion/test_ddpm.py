@@ -55,7 +55,9 @@ def test_the_posterior_is_bayes_rule():
     for step in (1, 10, 500, 999):
         x, latent = 0.7, -0.4
         precision = (1 - beta[step]) / beta[step] + 1 / (1 - previous[step])
-        mean = (math.sqrt(1 - beta[step]) * x / beta[step] + math.sqrt(previous[step]) * latent / (1 - previous[step])) / precision
+        mean = (
+            math.sqrt(1 - beta[step]) * x / beta[step] + math.sqrt(previous[step]) * latent / (1 - previous[step])
+        ) / precision
         number = torch.tensor([step])
         tensors = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (x, latent))
         assert posterior_mean(SCHEDULE, number, *tensors).item() == pytest.approx(mean, rel=1e-9)
@@ -114,10 +116,13 @@ def test_the_divergence_of_gaussians_by_hand_and_by_torch():
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     assert normal_divergence(zero, zero, zero, zero).item() == 0
     assert normal_divergence(one * 3, zero, zero, zero).item() == 4.5  # N(3, 1) from N(0, 1)
-    assert normal_divergence(zero, zero, zero, one * math.log(4)).item() == pytest.approx(math.log(2) - 3 / 8)  # N(0, 1) from N(0, 4)
+    assert normal_divergence(zero, zero, zero, one * math.log(4)).item() == pytest.approx(
+        math.log(2) - 3 / 8
+    )  # N(0, 1) from N(0, 4)
     mean, log_var, other_mean, other_log_var = _draw(0, 4, 50)
     expected = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, (log_var / 2).exp()), torch.distributions.Normal(other_mean, (other_log_var / 2).exp())
+        torch.distributions.Normal(mean, (log_var / 2).exp()),
+        torch.distributions.Normal(other_mean, (other_log_var / 2).exp()),
     )
     torch.testing.assert_close(normal_divergence(mean, log_var, other_mean, other_log_var), expected)
 
@@ -126,7 +131,9 @@ def test_the_divergence_of_gaussians_by_hand_and_by_torch():
 @given(mean=st.floats(-1.5, 1.5), deviation=st.floats(1e-3, 3))
 def test_the_probabilities_of_256_levels_sum_to_one(mean, deviation):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    log = discretised_log_likelihood(levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation)))
+    log = discretised_log_likelihood(
+        levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
+    )
     assert log.exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
@@ -139,7 +146,9 @@ def test_the_probability_of_a_level_is_the_normal_mass_around_it():
 
     expected = [below(level + 1 / 255) - below(level - 1 / 255) for level in levels.tolist()]
     expected[0], expected[-1] = below(levels[0].item() + 1 / 255), 1 - below(levels[-1].item() - 1 / 255)
-    log = discretised_log_likelihood(levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation)))
+    log = discretised_log_likelihood(
+        levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
+    )
     np.testing.assert_allclose(log.exp().numpy(), expected, rtol=1e-9)
 
 
@@ -149,7 +158,9 @@ def test_the_likelihood_and_its_gradient_stay_finite_far_in_the_tails():
     log = discretised_log_likelihood(latent, torch.zeros_like(latent), log_var)
     inner = latent[(latent.abs() > 0.2) & (latent.abs() < 0.99)]
     leading = -((inner.abs() - 1 / 255) ** 2) / 1e-4  # the nearer edge's exponent
-    np.testing.assert_allclose(log[(latent.abs() > 0.2) & (latent.abs() < 0.99)].detach().numpy(), leading.numpy(), rtol=0.02)
+    np.testing.assert_allclose(
+        log[(latent.abs() > 0.2) & (latent.abs() < 0.99)].detach().numpy(), leading.numpy(), rtol=0.02
+    )
     log.sum().backward()
     assert log.isfinite().all()
     assert log_var.grad.isfinite().all()
@@ -173,18 +184,24 @@ def test_the_bound_agrees_with_a_plain_formula_in_numpy():
         lowest = beta[max(t, 1)] * (1 - previous[max(t, 1)]) / (1 - signal[max(t, 1)])
         variance = beta[t] ** ((spread + 1) / 2) * lowest ** ((1 - spread) / 2)
         if t:
-            true = (math.sqrt(previous[t]) * beta[t] * data + math.sqrt(1 - beta[t]) * (1 - previous[t]) * here) / (1 - signal[t])
+            true = (math.sqrt(previous[t]) * beta[t] * data + math.sqrt(1 - beta[t]) * (1 - previous[t]) * here) / (
+                1 - signal[t]
+            )
             nats = 0.5 * (np.log(variance / lowest) + (lowest + (true - mean) ** 2) / variance - 1)
         else:
             erf = np.vectorize(math.erf)
             upper = np.where(data >= 1, np.inf, data + 1 / 255)
             lower = np.where(data <= -1, -np.inf, data - 1 / 255)
-            nats = -np.log((erf((upper - mean) / np.sqrt(2 * variance)) - erf((lower - mean) / np.sqrt(2 * variance))) / 2)
+            nats = -np.log(
+                (erf((upper - mean) / np.sqrt(2 * variance)) - erf((lower - mean) / np.sqrt(2 * variance))) / 2
+            )
         assert bound[row].item() == pytest.approx(nats.mean() / math.log(2), rel=1e-6)
 
 
 def test_the_bound_of_the_true_step_back_is_zero():
-    """With the true noise and v = -1 the model's step is the posterior itself, but for the first one, which is the data's likelihood."""
+    """With the true noise and v = -1 the model's step is the posterior itself, but for the first one, which is the
+    data's likelihood.
+    """
     latent, noise, step = _draw(0, 3, 1, 2, 2).clamp(-1, 1), _draw(1, 3, 1, 2, 2), torch.tensor([1, 500, 999])
     root = SCHEDULE.signal[step].view(3, 1, 1, 1)
     x = root.sqrt() * latent + (1 - root).sqrt() * noise

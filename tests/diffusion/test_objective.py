@@ -91,7 +91,9 @@ def test_the_ddpm_loss_is_the_error_of_the_noise_plus_the_bound():
     u[0] = 0.0005  # the first step, whose bound is the likelihood
     objective = Ddpm()
     noised = objective.noised(latent, eps, u)
-    prediction = torch.randn(3, 4, 4, 5, generator=torch.Generator().manual_seed(1)) / 3 + torch.cat([eps, torch.zeros_like(eps)], 1)
+    prediction = torch.randn(3, 4, 4, 5, generator=torch.Generator().manual_seed(1)) / 3 + torch.cat(
+        [eps, torch.zeros_like(eps)], 1
+    )
     predicted, v = prediction.double().chunk(2, 1)
     error = ((predicted - eps) ** 2).mean((1, 2, 3))
     bound = variational_bound(objective.schedule, noised.t.long(), latent, noised.x, predicted, v)
@@ -115,7 +117,9 @@ def test_the_bound_moves_the_variance_alone_and_the_error_the_noise_alone():
     assert (gradient[:, 2:].flatten(1).abs().amax(1) > 0).all()
     assert gradient.isfinite().all()
     v = prediction.detach()[:, 2:].double().requires_grad_()
-    variational_bound(objective.schedule, noised.t.long(), latent, noised.x, prediction.detach()[:, :2], v).mean().backward()
+    variational_bound(
+        objective.schedule, noised.t.long(), latent, noised.x, prediction.detach()[:, :2], v
+    ).mean().backward()
     torch.testing.assert_close(gradient[:, 2:], v.grad.float(), rtol=1e-4, atol=1e-8)
 
 

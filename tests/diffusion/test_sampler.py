@@ -46,7 +46,9 @@ def test_a_solver_converges_to_the_exact_flow_at_its_order(solver, order):
 def test_a_solver_converges_at_its_order_on_a_mixture_too(solver, order):
     mixture = Mixture()
     exact = _reference(mixture, even_quantiles(40))
-    errors = [(solver(mixture.velocity, even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)]
+    errors = [
+        (solver(mixture.velocity, even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)
+    ]
     np.testing.assert_allclose(orders(errors), order, atol=0.2)
 
 
@@ -60,7 +62,9 @@ def test_samples_follow_the_mixture_that_the_velocity_belongs_to(solver):
 @SOLVERS
 @pytest.mark.parametrize("steps", [1, 2, 7, 250])
 def test_a_solver_is_exact_where_paths_are_straight(solver, steps):
-    """With a single data point the field is linear in x and every path a straight line; at t = 0 it has no velocity, so none is asked."""
+    """With a single data point the field is linear in x and every path a straight line; at t = 0 it has no velocity, so
+    none is asked.
+    """
     target = 3.0
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -145,7 +149,9 @@ def test_dopri5_names_the_extra_that_it_needs(monkeypatch):
 
 
 def test_a_noise_estimate_as_a_flow_is_the_flows_own_velocity():
-    """DDPM's oracle, asked at the step with the same noise-to-data ratio, gives the same field at every time that the chain reaches."""
+    """DDPM's oracle, asked at the step with the same noise-to-data ratio, gives the same field at every time that the
+    chain reaches.
+    """
     mixture, schedule = Mixture(), linear_schedule()
     field = as_flow(chain_oracle(mixture, schedule), schedule)
     for t in np.linspace(0.0101, 0.993, 60).tolist():
@@ -174,7 +180,9 @@ def test_a_noise_estimate_as_a_flow_asks_the_trained_numbers_of_a_respaced_chain
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_flow_and_ddpm_lead_the_same_noise_to_the_same_points(solver, order):
-    """The same mixture through DDPM's oracle and through the flow's own field: nearly the same samples from the same noise."""
+    """The same mixture through DDPM's oracle and through the flow's own field: nearly the same samples from the same
+    noise.
+    """
     mixture, schedule = Mixture(), linear_schedule()
     converted = as_flow(chain_oracle(mixture, schedule), schedule)
     exact = _reference(mixture, even_quantiles(40))
@@ -198,7 +206,9 @@ def test_ddpm_as_a_flow_converges_at_the_solvers_order_within_the_chain(solver, 
         return lambda x, s: (high - low) * velocity(x, low + (high - low) * s)
 
     exact = heun(part(mixture.velocity), even_quantiles(40), 8000)
-    errors = [(solver(part(converted), even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)]
+    errors = [
+        (solver(part(converted), even_quantiles(40), steps) - exact).abs().mean().item() for steps in (250, 500, 1000)
+    ]
     np.testing.assert_allclose(orders(errors), order, atol=0.2)
 
 

@@ -29,7 +29,9 @@ def test_moments_are_those_of_diffusers(vae: Path) -> None:
     for flip, images in enumerate((pixels, pixels.flip(-1))):
         with torch.no_grad():
             posterior = encoder.model.encode(images).latent_dist
-        expected = torch.cat([posterior.mean, posterior.logvar], dim=1)  # no value of these weights reaches the clamp of logvar
+        expected = torch.cat(
+            [posterior.mean, posterior.logvar], dim=1
+        )  # no value of these weights reaches the clamp of logvar
         torch.testing.assert_close(torch.from_numpy(found[:, flip]).float(), expected, rtol=2e-3, atol=1e-3)
     assert np.abs(found[:, 0].astype(float) - found[:, 1]).max() > 1e-2
     np.testing.assert_array_equal(encoder.moments(IMAGES, 1)[:, 0], found[:, 0])
@@ -45,7 +47,10 @@ def test_latents_come_back_as_images(vae: Path) -> None:
 
 def test_the_fingerprint_is_that_of_config_and_weights(vae: Path, tmp_path: Path) -> None:
     first = load_image_encoder(vae).fingerprint
-    same, other = save_vae(tmp_path / "same", scaling_factor=0.5, shift_factor=0.25), save_vae(tmp_path / "other", seed=1)
+    same, other = (
+        save_vae(tmp_path / "same", scaling_factor=0.5, shift_factor=0.25),
+        save_vae(tmp_path / "other", seed=1),
+    )
     (same / "README.md").write_text("does not count")
     assert load_image_encoder(same).fingerprint == first
     assert load_image_encoder(other).fingerprint != first
@@ -57,7 +62,9 @@ def test_the_fingerprint_is_that_of_config_and_weights(vae: Path, tmp_path: Path
 def test_pickled_weights_are_not_read(vae: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((vae / "config.json").read_bytes())
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ConfigError, match=r"lacks diffusion_pytorch_model.safetensors; save the model once .* are never read"):
+    with pytest.raises(
+        ConfigError, match=r"lacks diffusion_pytorch_model.safetensors; save the model once .* are never read"
+    ):
         load_image_encoder(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="does not load as an AutoencoderKL"):

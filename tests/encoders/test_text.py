@@ -34,7 +34,9 @@ def test_t5_features_have_their_true_length(t5: Path) -> None:
     assert cut == [False, False, True]
     for text, rows in zip(TEXTS, found, strict=True):
         assert rows.dtype == np.float16
-        ids = torch.tensor([[*[byte + 3 for byte in text.encode()][:11], 1]])  # ByT5: three special tokens come first, 1 is the end
+        ids = torch.tensor(
+            [[*[byte + 3 for byte in text.encode()][:11], 1]]
+        )  # ByT5: three special tokens come first, 1 is the end
         with torch.no_grad():
             alone = encoder.model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(torch.from_numpy(rows).float(), alone, rtol=2e-3, atol=2e-3)
@@ -53,7 +55,9 @@ def test_clip_features_have_their_true_length(clip: Path) -> None:
 
 
 def test_bfloat16(t5: Path) -> None:
-    full, half = (load_text_encoder("t5", t5, max_length=12, precision=precision) for precision in ("float32", "bfloat16"))
+    full, half = (
+        load_text_encoder("t5", t5, max_length=12, precision=precision) for precision in ("float32", "bfloat16")
+    )
     assert full.fingerprint == half.fingerprint
     one, other = full.features(["a cat"])[0][0], half.features(["a cat"])[0][0]
     assert 0 < np.abs(one.astype(float) - other).max() < 0.1
@@ -90,7 +94,9 @@ def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}})
+    )
     (tmp_path / "model-1.safetensors").touch()
     with pytest.raises(ConfigError, match=r"lacks model-2\.safetensors"):
         weight_files(tmp_path, "model")

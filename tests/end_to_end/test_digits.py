@@ -39,7 +39,17 @@ def free_port() -> str:
 
 
 def deepspeed(*arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "", "--num_gpus", "2", "--master_port", free_port()]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        "",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        free_port(),
+    ]
     return [*launcher, "--module", "diffmoe_ep", *arguments]
 
 
@@ -56,7 +66,10 @@ def finish(command: list[str], code: int = 0) -> str:
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
+        for line in lines
+    ]
 
 
 def kill_rank(launcher: subprocess.Popen[bytes], rank: int) -> None:
@@ -79,9 +92,14 @@ def test_from_images_to_samples(tmp_path: Path) -> None:
     assert [line["step"] for line in told(uncut)] == list(range(1, 21))
     assert sorted(path.name for path in (uncut / "samples").iterdir()) == ["step-0000010.png", "step-0000020.png"]
 
-    # The same run under DeepSpeed's launcher, killed after its first checkpoint, then run again: the same bits as the uncut one.
+    # The same run under DeepSpeed's launcher, killed after its first checkpoint, then run again: the same bits as the
+    # uncut one.
     running = subprocess.Popen(
-        deepspeed("train", *settings, f"folder={cut}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=-3
+        deepspeed("train", *settings, f"folder={cut}"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=-3,
     )
     deadline = time.monotonic() + 240
     while not (cut / "checkpoints/latest").exists():
@@ -96,7 +114,19 @@ def test_from_images_to_samples(tmp_path: Path) -> None:
     assert "is finished: step 20 of 20" in finish(deepspeed("train", *settings, f"folder={cut}"))
 
     out = finish(
-        [sys.executable, "-m", "diffmoe_ep", "sample", str(cut), "--out", str(tmp_path / "drawn"), "--samples", "20", "--classes", "3,8"]
+        [
+            sys.executable,
+            "-m",
+            "diffmoe_ep",
+            "sample",
+            str(cut),
+            "--out",
+            str(tmp_path / "drawn"),
+            "--samples",
+            "20",
+            "--classes",
+            "3,8",
+        ]
     )
     assert "20 samples of" in out
     assert (tmp_path / "drawn/grid.png").stat().st_size > 0
@@ -141,17 +171,38 @@ def test_more_bad_samples_than_allowed_end_all_ranks_and_are_listed(digits: Path
     shutil.copytree(digits / "train", data)
     for shard in data.glob("*.tar"):
         content = bytearray(shard.read_bytes())
-        content[1536 + 128 + 10] ^= 1  # inside the pixels of each shard's first sample: behind two headers, the label and npy's own header
+        content[1536 + 128 + 10] ^= (
+            1  # inside the pixels of each shard's first sample: behind two headers, the label and npy's own header
+        )
         shard.write_bytes(bytes(content))
-    settings = [*SMALL, "train.steps=200", "log.every=100", "checkpoint.every=1000", f"data.folder={data}", f"folder={tmp_path / 'run'}"]
+    settings = [
+        *SMALL,
+        "train.steps=200",
+        "log.every=100",
+        "checkpoint.every=1000",
+        f"data.folder={data}",
+        f"folder={tmp_path / 'run'}",
+    ]
     done = subprocess.run(
-        torchrun("train", "configs/digits.yaml", *settings), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+        torchrun("train", "configs/digits.yaml", *settings),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode != 0
     told = done.stdout + done.stderr
-    limit = re.escape("samples are bad, listed in ") + r"\S+quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.001"
+    limit = (
+        re.escape("samples are bad, listed in ")
+        + r"\S+quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.001"
+    )
     assert re.search(r"diffmoe: error: (rank [01]: )?\d of 1500 " + limit, told), told
-    listed = [json.loads(line) for file in (tmp_path / "run").glob("quarantine-rank*.jsonl") for line in file.read_text().splitlines()]
+    listed = [
+        json.loads(line)
+        for file in (tmp_path / "run").glob("quarantine-rank*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     assert len(listed) >= 2
     for fault in listed:
         assert re.fullmatch(r".*digits-train-00000\d\.tar", fault["shard"])

@@ -1,4 +1,5 @@
-"""Training over two hosts is the training on one: hosts made of two network namespaces, each with its own sshd, and DeepSpeed over pdsh.
+"""Training over two hosts is the training on one: hosts made of two network namespaces, each with its own sshd, and
+DeepSpeed over pdsh.
 
 Needs root and Debian's iproute2, openssh-server and pdsh; is skipped where they are missing.
 """
@@ -29,12 +30,21 @@ def missing() -> str | None:
     """What this machine lacks for two hosts of its own, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for program, package in {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh"}.items():
+    for program, package in {
+        "ip": "iproute2",
+        "sshd": "openssh-server",
+        "ssh": "openssh-client",
+        "pdsh": "pdsh",
+    }.items():
         if shutil.which(program, path=PATH) is None:
             return f"there is no {program} (Debian's package {package})"
     probe = f"probe{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", probe], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30)
-    subprocess.run(["ip", "netns", "del", probe], env=os.environ | {"PATH": PATH}, capture_output=True, check=False, timeout=30)
+    made = subprocess.run(
+        ["ip", "netns", "add", probe], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30
+    )
+    subprocess.run(
+        ["ip", "netns", "del", probe], env=os.environ | {"PATH": PATH}, capture_output=True, check=False, timeout=30
+    )
     return None if made.returncode == 0 else f"network namespaces cannot be made here: {made.stderr.strip()}"
 
 
@@ -51,7 +61,15 @@ class Hosts:
         """launch/deepspeed.sh on the first host, over both."""
         hostfile = self.folder / f"hosts-{slots}"
         hostfile.write_text("# two hosts\n\n" + "".join(f"{address} slots={slots}\n" for address in self.addresses))
-        script = [str(ROOT / "launch/deepspeed.sh"), "--hostfile", str(hostfile), "--ssh-port", "2200", "--master-port", str(self.port)]
+        script = [
+            str(ROOT / "launch/deepspeed.sh"),
+            "--hostfile",
+            str(hostfile),
+            "--ssh-port",
+            "2200",
+            "--master-port",
+            str(self.port),
+        ]
         return ["ip", "netns", "exec", self.names[0], *script, *arguments]
 
     def environment(self) -> dict[str, str]:
@@ -67,7 +85,12 @@ class Hosts:
             "DS_ENV_FILE",
         )
         kept = {name: value for name, value in os.environ.items() if name not in foreign}
-        ours = {"DIFFMOE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        ours = {
+            "DIFFMOE_PYTHON": sys.executable,
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
         return kept | ours | {"PATH": os.pathsep.join([str(self.folder / "bin"), PATH])}
 
     def processes(self) -> list[int]:
@@ -81,7 +104,9 @@ class Hosts:
 
 
 def ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["ip", *arguments], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30
+    )
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
     return done.stdout
 
@@ -123,7 +148,13 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         for server in servers:
             server.wait(timeout=30)
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], env=os.environ | {"PATH": PATH}, capture_output=True, check=False, timeout=30)
+            subprocess.run(
+                ["ip", "netns", "del", name],
+                env=os.environ | {"PATH": PATH},
+                capture_output=True,
+                check=False,
+                timeout=30,
+            )
         if make_separation and separation.exists():
             separation.rmdir()
         shutil.rmtree(made.folder, ignore_errors=True)
@@ -150,11 +181,17 @@ def start_servers(hosts: Hosts) -> list[subprocess.Popen[bytes]]:
             "UsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
         )
         sshd = str(shutil.which("sshd", path=PATH))
-        servers.append(subprocess.Popen(["ip", "netns", "exec", name, sshd, "-D", "-f", str(config)], env=os.environ | {"PATH": PATH}))
+        servers.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sshd, "-D", "-f", str(config)], env=os.environ | {"PATH": PATH}
+            )
+        )
     deadline = time.monotonic() + 30
     for name, address in zip(hosts.names, hosts.addresses, strict=True):
         command = ["ip", "netns", "exec", name, "ssh", "-p", "2200", address, "true"]
-        while subprocess.run(command, env=hosts.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode:
+        while subprocess.run(
+            command, env=hosts.environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=30
+        ).returncode:
             assert time.monotonic() < deadline, f"no sshd answers at {address}"
             time.sleep(0.1)
     return servers
@@ -164,7 +201,9 @@ def kill_all(name: str) -> None:
     """End whatever still runs in a namespace of ours, by its ids."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        listed = subprocess.run(["ip", "netns", "pids", name], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30)
+        listed = subprocess.run(
+            ["ip", "netns", "pids", name], env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=30
+        )
         if listed.returncode or not listed.stdout.split():
             return
         for pid in map(int, listed.stdout.split()):
@@ -176,7 +215,9 @@ def kill_all(name: str) -> None:
 
 
 def finish(command: list[str], environment: dict[str, str], code: int = 0) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -225,7 +266,13 @@ def test_the_laws_hold_over_two_hosts(hosts: Hosts) -> None:
 @pytest.mark.timeout(300)
 def test_a_stopped_launch_leaves_nothing_on_any_host(hosts: Hosts, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings = [f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert_parallel=2", *SMALL, "train.steps=100000"]
+    settings = [
+        f"data.folder={digits / 'train'}",
+        f"folder={folder}",
+        "parallel.expert_parallel=2",
+        *SMALL,
+        "train.steps=100000",
+    ]
     running = subprocess.Popen(
         hosts.command("configs/digits.yaml", *settings), env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -259,5 +306,6 @@ def test_a_host_that_cannot_take_part_is_named(hosts: Hosts, tmp_path: Path) -> 
     assert f"launch: host {hosts.addresses[0]} cannot be used over ssh" in told  # no --ssh-port: nothing listens at 22
     told = finish(hosts.command("configs/digits.yaml"), hosts.environment() | {"GLOO_SOCKET_IFNAME": "lo,eth1"}, 1)
     assert (
-        "GLOO_SOCKET_IFNAME names the interface eth1, which this machine has not; it has eth0 lo, and eth0 leads to the other hosts" in told
+        "GLOO_SOCKET_IFNAME names the interface eth1, which this machine has not; it has eth0 lo, and eth0 leads to "
+        "the other hosts" in told
     )

@@ -1,4 +1,6 @@
-"""Runs side by side: seeds of one setting are one row, named by what differs; means and spreads are those of the logged numbers."""
+"""Runs side by side: seeds of one setting are one row, named by what differs; means and spreads are those of the logged
+numbers.
+"""
 
 import json
 from pathlib import Path
@@ -26,8 +28,19 @@ def run_of(folder: Path, losses: list[float], scores: dict[str, float] | None = 
 
 def test_seeds_are_one_row_and_settings_are_named(tmp_path: Path) -> None:
     falling = [9.0] * 18
-    one = run_of(tmp_path / "a", [*falling, 2.0, 4.0], {"accuracy": 0.5, "frechet": 10.0, "capacity": 0.5, "nearest": 1.0}, seed=0)
-    two = run_of(tmp_path / "b", [*falling, 5.0, 7.0], {"accuracy": 0.9, "frechet": 20.0, "capacity": 0.7}, seed=1, parallel={"expert_parallel": 2})
+    one = run_of(
+        tmp_path / "a",
+        [*falling, 2.0, 4.0],
+        {"accuracy": 0.5, "frechet": 10.0, "capacity": 0.5, "nearest": 1.0},
+        seed=0,
+    )
+    two = run_of(
+        tmp_path / "b",
+        [*falling, 5.0, 7.0],
+        {"accuracy": 0.9, "frechet": 20.0, "capacity": 0.7},
+        seed=1,
+        parallel={"expert_parallel": 2},
+    )
     dense = run_of(tmp_path / "c", [1.0], model=MODEL | {"family": "dense"}, seed=7)
     diffmoe, other = compare([one, two, dense]).settings
     assert (diffmoe.name, diffmoe.seeds, diffmoe.steps) == ("model.family=diffmoe", (0, 1), (100, 100))

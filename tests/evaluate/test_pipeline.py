@@ -28,7 +28,10 @@ TRAIN, HELDOUT = _images(120, 0), _images(40, 1)
 
 
 def _write(folder, facts, arrays, labels):
-    samples = [(f"{i:04d}", encode(array, int(label), facts)) for i, (array, label) in enumerate(zip(arrays, labels, strict=True))]
+    samples = [
+        (f"{i:04d}", encode(array, int(label), facts))
+        for i, (array, label) in enumerate(zip(arrays, labels, strict=True))
+    ]
     write_dataset(folder, samples, facts, shard_size=50)
 
 
@@ -81,7 +84,10 @@ def test_a_copier_is_seen():
 def test_samples_sorted_by_class_score_as_well_as_mixed_ones():
     samples, labels = _images(300, 2)
     order = labels.argsort(stable=True)
-    mixed, ordered = score(samples, labels, TRAIN, HELDOUT, RECORD), score(samples[order], labels[order], TRAIN, HELDOUT, RECORD)
+    mixed, ordered = (
+        score(samples, labels, TRAIN, HELDOUT, RECORD),
+        score(samples[order], labels[order], TRAIN, HELDOUT, RECORD),
+    )
     assert ordered.frechet == pytest.approx(mixed.frechet)
     assert ordered.frechet_equal < 2 * mixed.frechet_equal  # it takes samples of every class
 

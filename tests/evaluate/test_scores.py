@@ -24,7 +24,9 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
 def test_frechet_distance_agrees_with_the_matrix_square_root():
     linalg = pytest.importorskip("scipy.linalg")
     random = np.random.default_rng(0)
-    a, b = (random.standard_normal((60, 8)) @ random.standard_normal((8, 8)) + random.standard_normal(8) for _ in range(2))
+    a, b = (
+        random.standard_normal((60, 8)) @ random.standard_normal((8, 8)) + random.standard_normal(8) for _ in range(2)
+    )
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)

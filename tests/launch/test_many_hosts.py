@@ -1,4 +1,6 @@
-"""What launch/deepspeed.sh and launch/slurm.sbatch would start, and what they say when something is missing. No other host is asked."""
+"""What launch/deepspeed.sh and launch/slurm.sbatch would start, and what they say when something is missing. No other
+host is asked.
+"""
 
 import os
 import shutil
@@ -10,7 +12,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "DS_", "SLURM_", "SRUN_", "MASTER_", "CUDA_", "DIFFMOE_", "FI_", "UCX_")
+FOREIGN = (
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "PYTORCH_",
+    "OMP_",
+    "MKL_",
+    "DS_",
+    "SLURM_",
+    "SRUN_",
+    "MASTER_",
+    "CUDA_",
+    "DIFFMOE_",
+    "FI_",
+    "UCX_",
+)
 HOSTS = "# two hosts\n\nnode-a.invalid slots=2\n  node-b.invalid   slots=4   # more\n"
 
 
@@ -36,18 +53,27 @@ def hostfile(folder: Path, text: str = HOSTS) -> str:
     return str(folder / "hosts")
 
 
-# -- deepspeed.sh -----------------------------------------------------------------------------------------------------------------------
+# -- deepspeed.sh ------------------------------------------------------------------------------------------------------
 
 
 def test_one_machine(tmp_path: Path) -> None:
-    variables, lines = printed("deepspeed.sh", "--gpus", "2", "configs/digits.yaml", "train.schedule={kind: cosine}", cwd=ROOT)
+    variables, lines = printed(
+        "deepspeed.sh", "--gpus", "2", "configs/digits.yaml", "train.schedule={kind: cosine}", cwd=ROOT
+    )
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert variables["NCCL_DEBUG"] == "WARN"
     assert int(variables["OMP_NUM_THREADS"]) >= 1
     assert "GLOO_SOCKET_IFNAME" not in variables
     assert lines[0] == f"cd {ROOT}"
     words = lines[1].split()
-    assert words[:6] == [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", "''"]  # no /job/hostfile
+    assert words[:6] == [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--hostfile",
+        "''",
+    ]  # no /job/hostfile
     assert words[-6:-2] == ["--module", "diffmoe_ep", "train", f"{ROOT}/configs/digits.yaml"]
     assert "--num_gpus 2 --no_local_rank" in lines[1]
     assert lines[1].endswith(r"train.schedule=\{kind:\ cosine\}")
@@ -59,7 +85,10 @@ def test_a_machine_without_gpus_gets_one_rank_and_one_with_chosen_gpus_those() -
     variables, lines = printed("deepspeed.sh", "configs/digits.yaml", CUDA_VISIBLE_DEVICES="2,5,7")
     assert r"--include localhost:2\,5\,7 " in lines[1]
     assert "DS_ACCELERATOR" not in variables
-    assert r"--include localhost:2\,5 " in printed("deepspeed.sh", "--gpus=2", "configs/digits.yaml", CUDA_VISIBLE_DEVICES="2,5,7")[1][1]
+    assert (
+        r"--include localhost:2\,5 "
+        in printed("deepspeed.sh", "--gpus=2", "configs/digits.yaml", CUDA_VISIBLE_DEVICES="2,5,7")[1][1]
+    )
 
 
 def test_two_hosts(tmp_path: Path) -> None:
@@ -76,9 +105,15 @@ def test_two_hosts(tmp_path: Path) -> None:
     assert variables["NCCL_DEBUG"] == "INFO"  # the user's own value wins
     assert "DS_ACCELERATOR" not in variables  # this machine is none of the hosts, and knows nothing of their devices
     command = next(line for line in lines if line.startswith("DS_ENV_FILE="))
-    assert "--hostfile HOSTS --force_multi --no_ssh_check --master_addr node-a.invalid --master_port 29500 --ssh_port 2200 " in command
-    # as the program gets it, DeepSpeed quotes words with spaces and no others; see what two shells and pdsh make of that in test_two_hosts
-    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {command.split(' train ', 1)[1]}"], capture_output=True, text=True, check=True)
+    assert (
+        "--hostfile HOSTS --force_multi --no_ssh_check --master_addr node-a.invalid --master_port 29500 --ssh_port "
+        "2200 " in command
+    )
+    # as the program gets it, DeepSpeed quotes words with spaces and no others; see what two shells and pdsh make of
+    # that in test_two_hosts
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command.split(' train ', 1)[1]}"], capture_output=True, text=True, check=True
+    )
     assert words.stdout.splitlines() == [
         str(ROOT / "configs/digits.yaml"), "train.schedule={kind: cosine, warmup: 3}", r"folder=it's \$HOME",
         "'sample.guidance_interval=[0.1,0.9]'", "a=5%%n",
@@ -90,7 +125,9 @@ def test_two_hosts(tmp_path: Path) -> None:
 
 
 def test_hosts_and_slots_can_be_cut(tmp_path: Path) -> None:
-    _, lines = printed("deepspeed.sh", "--hostfile", hostfile(tmp_path), "--nodes", "1", "--gpus", "1", "--verb", "verify")
+    _, lines = printed(
+        "deepspeed.sh", "--hostfile", hostfile(tmp_path), "--nodes", "1", "--gpus", "1", "--verb", "verify"
+    )
     assert lines[-1] == "#   node-a.invalid: 0"
     assert any(line.endswith("--module diffmoe_ep verify") for line in lines)
 
@@ -115,19 +152,31 @@ def test_the_interface_that_leads_to_the_other_hosts_is_found(tmp_path: Path) ->
     assert variables["GLOO_SOCKET_IFNAME"] != "lo"
     assert variables["NCCL_SOCKET_IFNAME"] == variables["GLOO_SOCKET_IFNAME"]
     assert variables["DS_ACCELERATOR"] == "cpu"
-    chosen, _ = printed("deepspeed.sh", "--hostfile", given, "configs/digits.yaml", GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="ib")
+    chosen, _ = printed(
+        "deepspeed.sh", "--hostfile", given, "configs/digits.yaml", GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="ib"
+    )
     assert (chosen["GLOO_SOCKET_IFNAME"], chosen["NCCL_SOCKET_IFNAME"]) == ("lo", "ib")
     done = start("deepspeed.sh", "--print", "--hostfile", given, "configs/digits.yaml", GLOO_SOCKET_IFNAME="nonesuch0")
     assert done.returncode == 1
-    assert "launch: GLOO_SOCKET_IFNAME names the interface nonesuch0, which this machine has not; it has " in done.stderr
+    assert (
+        "launch: GLOO_SOCKET_IFNAME names the interface nonesuch0, which this machine has not; it has " in done.stderr
+    )
 
 
 def test_variables_reach_the_hosts_by_prefix_and_by_name(tmp_path: Path) -> None:
-    given = {"NCCL_IB_HCA": "mlx5", "FI_PROVIDER": 'a "b" $c', "PROXY": "http://x", "SECRET": "s", "DIFFMOE_EXPORT": "PROXY"}
+    given = {
+        "NCCL_IB_HCA": "mlx5",
+        "FI_PROVIDER": 'a "b" $c',
+        "PROXY": "http://x",
+        "SECRET": "s",
+        "DIFFMOE_EXPORT": "PROXY",
+    }
     done = start("deepspeed.sh", "--print", "--hostfile", hostfile(tmp_path), "configs/digits.yaml", **given)
     assert {"NCCL_IB_HCA=mlx5", r"FI_PROVIDER=a \"b\" \$c", "PROXY=http://x"} <= set(done.stdout.splitlines())
     assert "SECRET" not in done.stdout
-    done = start("deepspeed.sh", "--print", "--hostfile", hostfile(tmp_path), "configs/digits.yaml", DIFFMOE_EXPORT="NONESUCH")
+    done = start(
+        "deepspeed.sh", "--print", "--hostfile", hostfile(tmp_path), "configs/digits.yaml", DIFFMOE_EXPORT="NONESUCH"
+    )
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         1,
         "launch: DIFFMOE_EXPORT names NONESUCH, which is not set; export it, or take it out",
@@ -139,7 +188,11 @@ def test_variables_reach_the_hosts_by_prefix_and_by_name(tmp_path: Path) -> None
     [
         (None, [], "there is no hostfile {file}; write one with a line 'name slots=8' for each host"),
         ("", [], "the hostfile {file} names no host"),
-        ("a slots=2\nb\n", [], "{file}, line 2: 'b' does not say how many ranks the host takes; write for example 'b slots=8'"),
+        (
+            "a slots=2\nb\n",
+            [],
+            "{file}, line 2: 'b' does not say how many ranks the host takes; write for example 'b slots=8'",
+        ),
         ("a slots=0\n", [], "{file}, line 1: 'a slots=0' does not say"),
         ("a slots=2\na slots=2\n", [], "{file}, line 2: a stands there twice"),
         (
@@ -176,11 +229,13 @@ def test_a_training_wants_a_config_and_help_starts_nothing(script: str) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
 @pytest.mark.parametrize("script", ["deepspeed.sh", "environment.sh", "slurm.sbatch"])
 def test_scripts_are_clean(script: str) -> None:
-    done = subprocess.run(["shellcheck", "-x", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["shellcheck", "-x", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout
 
 
-# -- slurm.sbatch -----------------------------------------------------------------------------------------------------------------------
+# -- slurm.sbatch ------------------------------------------------------------------------------------------------------
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n'
 SRUN = """#!/usr/bin/env bash
@@ -203,7 +258,12 @@ def job(tmp_path: Path) -> dict[str, str]:
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "70001", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "3"}
+    slurm = {
+        "SLURM_JOB_ID": "70001",
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "3",
+    }
     slurm["SLURM_SUBMIT_DIR"] = str(ROOT)
     return slurm | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "DIFFMOE_PYTHON": str(tmp_path / "python")}
 
@@ -227,18 +287,30 @@ def test_the_script_finds_the_project_from_slurms_copy(job: dict[str, str], tmp_
     copy = shutil.copy(ROOT / "launch/slurm.sbatch", tmp_path / "spool/slurm_script")
     environment = os.environ | job
     done = subprocess.run(
-        ["bash", copy, "configs/digits.yaml"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+        ["bash", copy, "configs/digits.yaml"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.stdout.count(f"|{ROOT}|") == 4, done.stderr
     del environment["SLURM_SUBMIT_DIR"]
-    done = subprocess.run(["bash", copy, "x"], cwd="/", env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["bash", copy, "x"], cwd="/", env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 1
     assert "name it with DIFFMOE_ROOT" in done.stderr
 
 
 def test_a_job_shows_what_it_would_start(job: dict[str, str]) -> None:
     variables, lines = printed("slurm.sbatch", "configs/digits.yaml", **job)
-    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"], variables["SRUN_CPUS_PER_TASK"]) == ("node1", "22001", "3")
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"], variables["SRUN_CPUS_PER_TASK"]) == (
+        "node1",
+        "22001",
+        "3",
+    )
     assert lines[0] == f"cd {ROOT}"
     assert lines[1].startswith("srun --kill-on-bad-exit=1 bash -c ")
     assert lines[-2:] == ["#   node1: 0 1", "#   node2: 2 3"]
@@ -252,10 +324,12 @@ def test_outside_a_job_it_is_shown_and_not_started() -> None:
     assert done.stderr.splitlines()[-1].startswith("launch: this is no Slurm job; submit it with sbatch")
 
 
-# -- environment.sh ---------------------------------------------------------------------------------------------------------------------
+# -- environment.sh ----------------------------------------------------------------------------------------------------
 
 
 def test_the_environment_is_shown() -> None:
     done = start("environment.sh", OMP_NUM_THREADS="3")
     assert done.returncode == 0, done.stderr
-    assert {"export DS_ACCELERATOR=cpu", "export NCCL_DEBUG=WARN", "export OMP_NUM_THREADS=3"} <= set(done.stdout.splitlines())
+    assert {"export DS_ACCELERATOR=cpu", "export NCCL_DEBUG=WARN", "export OMP_NUM_THREADS=3"} <= set(
+        done.stdout.splitlines()
+    )

@@ -1,4 +1,6 @@
-"""The order of work in the scripts that train and test, seen by a stand-in for Python that writes down what it is asked to do."""
+"""The order of work in the scripts that train and test, seen by a stand-in for Python that writes down what it is asked
+to do.
+"""
 
 import os
 import subprocess
@@ -22,16 +24,29 @@ for module in $FAIL; do if [[ "$2" == "$module" ]]; then echo "$module complains
 def start(
     script: str, folder: Path, *arguments: str, fail: str = "", **settings: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Runs a script with the stand-in; gives what it did and, for each call of Python, [folder, accelerator, threads, arguments]."""
+    """Runs a script with the stand-in; gives what it did and, for each call of Python, [folder, accelerator, threads,
+    arguments].
+    """
     stand_in = folder / "python"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     asked = folder / "asked"
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
-    places = {"DIFFMOE_PYTHON": str(stand_in), "ASKED": str(asked), "FAIL": fail, "RUN": str(folder / "run"), "DATA": str(folder / "data")}
+    places = {
+        "DIFFMOE_PYTHON": str(stand_in),
+        "ASKED": str(asked),
+        "FAIL": fail,
+        "RUN": str(folder / "run"),
+        "DATA": str(folder / "data"),
+    }
     places |= {"RUNS": str(folder / "runs"), "ENCODER": str(folder / "t5")} if script == "text_to_image.sh" else {}
     done = subprocess.run(
-        [ROOT / "launch" / script, *arguments], cwd=folder, env=kept | places | settings, capture_output=True, text=True, timeout=60
+        [ROOT / "launch" / script, *arguments],
+        cwd=folder,
+        env=kept | places | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     return done, [line.split("|") for line in asked.read_text().splitlines()]
 
@@ -43,10 +58,14 @@ def test_quickstart_goes_from_data_to_scores(tmp_path: Path) -> None:
     data, train, sample, evaluate = (arguments for *_, arguments in asked)
     assert data == f"data_prep digits --out {tmp_path}/data"
     assert train.startswith("deepspeed.launcher.runner --quiet --hostfile  --num_gpus 2 --master_port 1 ")
-    assert train.endswith(f" train configs/digits.yaml folder={tmp_path}/run data.folder={tmp_path}/data/train train.steps=3 pool.span=1")
+    assert train.endswith(
+        f" train configs/digits.yaml folder={tmp_path}/run data.folder={tmp_path}/data/train train.steps=3 pool.span=1"
+    )
     assert asked[1][1] == "cpu"  # one GPU is too few for two ranks
     assert sample.startswith(f"diffmoe_ep sample {tmp_path}/run --out ")
-    assert evaluate.startswith(f"diffmoe_ep evaluate {tmp_path}/run --reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout ")
+    assert evaluate.startswith(
+        f"diffmoe_ep evaluate {tmp_path}/run --reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout "
+    )
     assert "step-7 is the newest" in done.stdout
 
 
@@ -75,7 +94,10 @@ def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> Non
         run, base = f"{tmp_path}/runs/{family}", 3 + 5 * number
         same = f"text.folder={tmp_path}/t5 train.max_grad_norm=2"
         train, score, tune, score_again, sample = calls[base : base + 5]
-        assert train == f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run} data.folder={tmp_path}/data/train {same}"
+        assert (
+            train
+            == f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run} data.folder={tmp_path}/data/train {same}"
+        )
         assert tune.startswith(
             f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run}-sft data.folder={tmp_path}/data-clean/train "
         )
@@ -83,7 +105,9 @@ def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> Non
         for call, folder in ((score, run), (score_again, f"{run}-sft")):
             places = f"--reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout --samples 400 --out {folder}/scores"
             assert call == f"diffmoe_ep evaluate {folder} --composition {places}"
-        assert sample.startswith(f"diffmoe_ep sample {run}-sft --out {run}-sft/drawn --per-prompt 6 --prompt one 3 --prompt ")
+        assert sample.startswith(
+            f"diffmoe_ep sample {run}-sft --out {run}-sft/drawn --per-prompt 6 --prompt one 3 --prompt "
+        )
     runs = " ".join(f"{tmp_path}/runs/{name}" for name in ("dense", "dense-sft", "diffmoe", "diffmoe-sft"))
     assert calls[13:] == [f"diffmoe_ep compare --composition {runs} --json {tmp_path}/runs/table.json"]
     modules = [arguments.split()[0] for *_, arguments in asked]

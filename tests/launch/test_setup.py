@@ -34,10 +34,14 @@ def bare(tmp_path: Path) -> Path:
 
 
 def start(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script from a folder that is not the project's, with none of the variables that choose an environment but those given."""
+    """Runs a script from a folder that is not the project's, with none of the variables that choose an environment but
+    those given.
+    """
     chosen = ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "DIFFMOE_PYTHON", "PYTHON", "RUN", "DATA")
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
-    return subprocess.run([script, *arguments], cwd="/", env=kept | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [script, *arguments], cwd="/", env=kept | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 INSTALLED = ("prep", "sample", "eval", "encode", "fast", "log", "dev")  # the extras that the scripts install
@@ -47,7 +51,10 @@ def requirements(*extras: str) -> list[Requirement]:
     """What pyproject.toml asks for, by these extras or by all."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    return [Requirement(one) for one in (*project["dependencies"], *(one for extra in extras or optional for one in optional[extra]))]
+    return [
+        Requirement(one)
+        for one in (*project["dependencies"], *(one for extra in extras or optional for one in optional[extra]))
+    ]
 
 
 def pins() -> dict[str, str]:
@@ -79,11 +86,15 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
 def test_a_python_that_is_not_there_is_named(project: Path) -> None:
     done = start(project / "launch" / "setup.sh", "--check", DIFFMOE_PYTHON="/nonexistent/python")
     assert done.returncode == 1
-    assert done.stderr.startswith("set-up: DIFFMOE_PYTHON=/nonexistent/python is no program; name a Python, or unset it")
+    assert done.stderr.startswith(
+        "set-up: DIFFMOE_PYTHON=/nonexistent/python is no program; name a Python, or unset it"
+    )
 
 
 @pytest.mark.parametrize("variable", ["DIFFMOE_PYTHON", "VIRTUAL_ENV"])
-def test_an_environment_that_lacks_packages_hears_which_and_both_ways_out(project: Path, bare: Path, variable: str) -> None:
+def test_an_environment_that_lacks_packages_hears_which_and_both_ways_out(
+    project: Path, bare: Path, variable: str
+) -> None:
     value = str(bare / "bin" / "python") if variable == "DIFFMOE_PYTHON" else str(bare)
     done = start(project / "launch" / "test.sh", **{variable: value})
     assert done.returncode == 1
@@ -105,7 +116,10 @@ def test_an_environment_that_has_the_packages_is_used(project: Path, bare: Path)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {requirement.name}\nVersion: 1\n")
     script = project / "launch" / "setup.sh"
     done = start(script, "--check", VIRTUAL_ENV=str(bare), extras="prep,sample,eval,log")
-    assert (done.returncode, done.stderr) == (0, f"set-up: {bare}/bin/python, from the activated VIRTUAL_ENV, has all that is needed\n")
+    assert (done.returncode, done.stderr) == (
+        0,
+        f"set-up: {bare}/bin/python, from the activated VIRTUAL_ENV, has all that is needed\n",
+    )
     done = start(script, "--check", VIRTUAL_ENV=str(bare))
     assert done.returncode == 1
     assert "mypy" in done.stderr
@@ -122,7 +136,12 @@ def test_every_python_that_was_tried_is_named_with_its_reason(project: Path, tmp
     old.chmod(0o755)
     done = start(project / "launch" / "setup.sh", "--check", PATH=str(programs), PYTHON="/opt/none")
     assert done.returncode == 1
-    for reason in ("  /opt/none: not found", "  python3.11: not found", "  python3: is Python 3.9", "PYTHON=/path/to/python"):
+    for reason in (
+        "  /opt/none: not found",
+        "  python3.11: not found",
+        "  python3: is Python 3.9",
+        "PYTHON=/path/to/python",
+    ):
         assert reason in done.stderr
 
 
@@ -130,7 +149,9 @@ def test_what_was_set_up_counts_until_the_pins_change(project: Path) -> None:
     script = project / "launch" / "setup.sh"
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    stamp = subprocess.run(["bash", "-c", f"source '{script}'; wanted_stamp"], check=True, capture_output=True, text=True).stdout
+    stamp = subprocess.run(
+        ["bash", "-c", f"source '{script}'; wanted_stamp"], check=True, capture_output=True, text=True
+    ).stdout
     (project / ".venv" / "stamp").write_text(stamp)
     assert start(script, "--check").stderr == f"set-up: {project}/.venv is ready\n"
     assert start(script).stderr == ""
@@ -141,10 +162,18 @@ def test_what_was_set_up_counts_until_the_pins_change(project: Path) -> None:
 
 
 def test_a_failed_installation_shows_why_and_counts_for_nothing(project: Path, tmp_path: Path) -> None:
-    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "PYTHON": sys.executable}
+    nowhere = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PYTHON": sys.executable,
+    }
     done = start(project / "launch" / "setup.sh", **nowhere)
     assert done.returncode == 1
     torch = f"torch=={pins()['torch']}"
     assert any(line.startswith("ERROR: ") and "torch" in line for line in done.stderr.splitlines())
-    assert done.stderr.splitlines()[-1] == f"set-up: pip install {torch} failed; the lines above are the end of {project}/.venv.log"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"set-up: pip install {torch} failed; the lines above are the end of {project}/.venv.log"
+    )
     assert "is not set up yet" in start(project / "launch" / "setup.sh", "--check").stderr

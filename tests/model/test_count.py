@@ -14,7 +14,9 @@ from diffmoe_ep.model.dit import DiT
 
 def sized(size: str, family: str = "diffmoe", num_experts: int = 16) -> ModelConfig:
     hidden, blocks, heads = SIZES[size]
-    return ModelConfig(family=family, size=size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=num_experts)  # type: ignore[arg-type]
+    return ModelConfig(
+        family=family, size=size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=num_experts
+    )  # type: ignore[arg-type]
 
 
 def on_meta(model: ModelConfig, pool: PoolConfig | None = None) -> DiT:
@@ -24,7 +26,13 @@ def on_meta(model: ModelConfig, pool: PoolConfig | None = None) -> DiT:
 
 def numel(model: DiT) -> dict[str, int]:
     """Parameters by field of Count, sorted by their names alone."""
-    kinds = {".experts.": "experts", ".shared.": "shared", ".router.": "router", ".predictor.": "predictor", ".attention.": "attention"}
+    kinds = {
+        ".experts.": "experts",
+        ".shared.": "shared",
+        ".router.": "router",
+        ".predictor.": "predictor",
+        ".attention.": "attention",
+    }
     kinds |= {".cross_attention.": "cross_attention"}
     sums = dict.fromkeys([*kinds.values(), "dense_ffn", "modulation", "other"], 0)
     for name, parameter in model.named_parameters():
@@ -54,7 +62,9 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize(("shape", "total"), PAPER.items(), ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("shape", "total"), PAPER.items(), ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else ""
+)
 def test_the_papers_models(shape: tuple[str, str, int], total: int) -> None:
     model = sized(*shape)
     assert count(model).total == total == sum(parameter.numel() for parameter in on_meta(model).parameters())
@@ -68,7 +78,8 @@ def test_the_largest_dense_models(size: str, millions: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "ffn", "total"), [(2, "314.8", "571.2"), (4, "516.3", "772.7"), (8, "919.3", "1175.7"), (16, "1725.3", "1981.7")]
+    ("num_experts", "ffn", "total"),
+    [(2, "314.8", "571.2"), (4, "516.3", "772.7"), (8, "919.3", "1175.7"), (16, "1725.3", "1981.7")],
 )
 def test_the_papers_modules(num_experts: int, ffn: str, total: str) -> None:
     """Table 9: FFN holds router and predictor."""
@@ -140,9 +151,13 @@ def test_equation_40_of_the_paper() -> None:
 
 
 def test_equation_40_counts_the_blocks_that_there_are() -> None:
-    """Biases and routers aside, an estimate by blocks must agree with the exact count when nothing but experts fills the MoE layer."""
+    """Biases and routers aside, an estimate by blocks must agree with the exact count when nothing but experts fills
+    the MoE layer.
+    """
     for changes in ({"num_blocks": 5}, {"interleave": False}, {"granularity": 2}, {"shared_experts": 2}):
-        model = dataclasses.replace(ModelConfig(hidden_size=2048, num_heads=16, num_blocks=4, num_experts=8, predictor=False), **changes)
+        model = dataclasses.replace(
+            ModelConfig(hidden_size=2048, num_heads=16, num_blocks=4, num_experts=8, predictor=False), **changes
+        )
         assert equation_40(model, 0.5) == pytest.approx(count(model).activated(0.5), rel=2e-3)
 
 

@@ -13,7 +13,17 @@ from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.embed import sine_positions
 from diffmoe_ep.model.initialize import initialize
 
-SMALL = ModelConfig(family="dense", input_size=6, in_channels=2, out_channels=3, patch=2, hidden_size=8, num_heads=2, num_blocks=2, num_classes=4)
+SMALL = ModelConfig(
+    family="dense",
+    input_size=6,
+    in_channels=2,
+    out_channels=3,
+    patch=2,
+    hidden_size=8,
+    num_heads=2,
+    num_blocks=2,
+    num_classes=4,
+)
 
 
 def busy(model: ModelConfig, seed: int = 0) -> DiT:
@@ -27,7 +37,9 @@ def busy(model: ModelConfig, seed: int = 0) -> DiT:
 
 def inputs(model: ModelConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(9)
-    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size, generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        batch, model.in_channels, model.input_size, model.input_size, generator=generator, dtype=torch.float64
+    )
     return (
         x,
         torch.rand(batch, generator=generator, dtype=torch.float64),
@@ -58,14 +70,18 @@ def formula(m: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         cond = F.silu(e + w["label.table.weight"][label])
         for i in range(c.blocks):
             b = f"blocks.{i}."
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (w[b + "modulation.weight"] @ cond + w[b + "modulation.bias"]).split(d)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+                w[b + "modulation.weight"] @ cond + w[b + "modulation.bias"]
+            ).split(d)
             z = norm(h) * (1 + scale_a) + shift_a
             q, k, v = (z @ w[b + "attention.qkv.weight"].T + w[b + "attention.qkv.bias"]).split(d, dim=1)
             mixed = []
             for head in range(heads):
                 part = slice(head * d // heads, (head + 1) * d // heads)
                 mixed.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(d / heads), dim=1) @ v[:, part])
-            h = h + gate_a * (torch.cat(mixed, dim=1) @ w[b + "attention.projection.weight"].T + w[b + "attention.projection.bias"])
+            h = h + gate_a * (
+                torch.cat(mixed, dim=1) @ w[b + "attention.projection.weight"].T + w[b + "attention.projection.bias"]
+            )
             z = norm(h) * (1 + scale_m) + shift_m
             inner = z @ w[b + "ffn.fc1.weight"].T + w[b + "ffn.fc1.bias"]
             gelu = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
@@ -75,7 +91,11 @@ def formula(m: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         picture = torch.zeros(c.out_channels, c.input_size, c.input_size, dtype=torch.float64)
         for token, features in enumerate(out):
             for number, value in enumerate(features):
-                row, column, channel = number // (2 * c.out_channels), number // c.out_channels % 2, number % c.out_channels
+                row, column, channel = (
+                    number // (2 * c.out_channels),
+                    number // c.out_channels % 2,
+                    number % c.out_channels,
+                )
                 picture[channel, token // side * 2 + row, token % side * 2 + column] = value
         images.append(picture)
     return torch.stack(images)
@@ -92,7 +112,9 @@ def test_the_dense_forward_is_the_formula() -> None:
 def test_positions_are_sines_then_cosines_of_each_coordinate() -> None:
     table = sine_positions(8, 3)  # D/4 = 2 frequencies: 1 and 1/100
     row, column = 2, 1
-    expected = [f(coordinate * omega) for coordinate in (column, row) for f in (math.sin, math.cos) for omega in (1.0, 0.01)]
+    expected = [
+        f(coordinate * omega) for coordinate in (column, row) for f in (math.sin, math.cos) for omega in (1.0, 0.01)
+    ]
     assert table[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -105,7 +127,11 @@ def test_the_start_is_the_identity(interleave: bool) -> None:
     output = model(x.float(), t.float(), y)
     assert output.prediction.abs().max() == 0
     ((output.prediction - 1).square().mean() + output.auxiliary).backward()
-    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.abs().max() > 0}
+    moved = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
     assert moved == {"head.projection.weight", "head.projection.bias"} | {
         name for name, _ in model.named_parameters() if "predictor" in name
     }
@@ -114,10 +140,14 @@ def test_the_start_is_the_identity(interleave: bool) -> None:
 
 @pytest.mark.parametrize(("reduction", "weight"), [("sum", 1.0), ("mean", 0.5)])
 def test_the_auxiliary_is_the_predictors_loss(reduction: str, weight: float) -> None:
-    config = dataclasses.replace(SMALL, family="diffmoe", num_experts=4, num_blocks=4, predictor_reduction=reduction, predictor_weight=weight)
+    config = dataclasses.replace(
+        SMALL, family="diffmoe", num_experts=4, num_blocks=4, predictor_reduction=reduction, predictor_weight=weight
+    )
     output = busy(config)(*inputs(config, 8))
     losses = torch.stack([report.loss for report in output.layers])
-    assert output.auxiliary.item() == pytest.approx(weight * (losses.sum() if reduction == "sum" else losses.mean()).item(), rel=1e-12)
+    assert output.auxiliary.item() == pytest.approx(
+        weight * (losses.sum() if reduction == "sum" else losses.mean()).item(), rel=1e-12
+    )
 
 
 def test_initial_weights_have_their_distributions() -> None:
@@ -133,7 +163,11 @@ def test_initial_weights_have_their_distributions() -> None:
         "blocks.1.ffn.router.weight": 0.006,
     }.items():
         assert weights[name].std().item() == pytest.approx(std, rel=0.1), name
-    bounds = {"blocks.0.ffn.fc1.weight": 64 + 256, "blocks.0.attention.qkv.weight": 64 + 192, "patches.projection.weight": 16 + 64}
+    bounds = {
+        "blocks.0.ffn.fc1.weight": 64 + 256,
+        "blocks.0.attention.qkv.weight": 64 + 192,
+        "patches.projection.weight": 16 + 64,
+    }
     for name, fans in bounds.items():
         assert weights[name].abs().max().item() == pytest.approx(math.sqrt(6 / fans), rel=0.05), name
     for expert in weights["blocks.1.ffn.experts.fc1_weight"]:  # each expert by itself, not the stack

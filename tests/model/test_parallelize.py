@@ -15,7 +15,16 @@ from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"input_size": 8, "in_channels": 1, "out_channels": 2, "hidden_size": 16, "num_blocks": 4, "num_heads": 2, "num_classes": 4, "num_experts": 8}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 1,
+    "out_channels": 2,
+    "hidden_size": 16,
+    "num_blocks": 4,
+    "num_heads": 2,
+    "num_classes": 4,
+    "num_experts": 8,
+}
 KINDS = {"class": SMALL, "text": SMALL | {"condition": "text", "text_width": 12, "text_length": 5}}
 
 MEASURE = """

@@ -1,4 +1,6 @@
-"""Captions in the model: cross-attention against the formula in plain float64, padding that changes nothing, the null caption."""
+"""Captions in the model: cross-attention against the formula in plain float64, padding that changes nothing, the null
+caption.
+"""
 
 import dataclasses
 import math
@@ -45,7 +47,9 @@ def told(model: DiT, text: Text, dtype: torch.dtype = torch.float64) -> tuple[Ou
     model.zero_grad()
     output = model.train()(x, torch.rand(len(text), generator=generator).to(dtype), text)
     ((output.prediction - 1).square().mean() + output.auxiliary).backward()
-    return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return output, {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 def test_a_look_at_the_caption_is_the_formula() -> None:
@@ -61,7 +65,8 @@ def test_a_look_at_the_caption_is_the_formula() -> None:
         gelu = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
         caption = gelu @ embed.fc2.weight.T + embed.fc2.bias
         query, key, value = (
-            rows @ each.weight.T + each.bias for each, rows in ((attend.query, tokens), (attend.key, caption), (attend.value, caption))
+            rows @ each.weight.T + each.bias
+            for each, rows in ((attend.query, tokens), (attend.key, caption), (attend.value, caption))
         )
         mixed = []
         for head in range(heads):
@@ -147,12 +152,22 @@ def test_the_start_is_zero_and_what_looks_at_captions_is_closed() -> None:
     output, gradients = told(model, captions(SMALL, torch.float32), torch.float32)
     assert output.prediction.abs().max() == 0
     moved = {name for name, gradient in gradients.items() if gradient.abs().max() > 0}
-    assert moved == {"head.projection.weight", "head.projection.bias"} | {name for name in gradients if "predictor" in name}
+    assert moved == {"head.projection.weight", "head.projection.bias"} | {
+        name for name in gradients if "predictor" in name
+    }
 
 
 def test_the_large_models_to_the_digit() -> None:
     """SPEC's totals and parts."""
-    large = ModelConfig(family="diffmoe", condition="text", hidden_size=1408, num_blocks=28, num_heads=22, out_channels=4, num_experts=16)
+    large = ModelConfig(
+        family="diffmoe",
+        condition="text",
+        hidden_size=1408,
+        num_blocks=28,
+        num_heads=22,
+        out_channels=4,
+        num_experts=16,
+    )
     dense = dataclasses.replace(large, family="dense")
     for model, total in ((large, 4_596_486_512), (dense, 1_236_063_376)):
         with torch.device("meta"):

@@ -1,4 +1,6 @@
-"""Rows there and back: against the dense sum, each verb as the other's backward, on ranks that send or get nothing, and what it costs."""
+"""Rows there and back: against the dense sum, each verb as the other's backward, on ranks that send or get nothing, and
+what it costs.
+"""
 
 import dataclasses
 import itertools
@@ -22,7 +24,15 @@ from diffmoe_ep.parallel.collectives import Group
 from ranks import run
 
 N, D = 8, 6
-CASES = ["ragged", "nobody", "everybody", "all to the first", "all to the last", "a rank sends nothing", "a rank has no tokens"]
+CASES = [
+    "ragged",
+    "nobody",
+    "everybody",
+    "all to the first",
+    "all to the last",
+    "a rank sends nothing",
+    "a rank has no tokens",
+]
 LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4)]  # (W, EP)
 
 
@@ -62,7 +72,9 @@ def against_the_dense_sum(rank: int, ep: int) -> None:
         rows = dispatcher.dispatch(tokens, route)
         assert len(route.counts) == N // ep
         assert sum(route.counts) == len(rows)
-        scale = torch.arange(first + 1.0, first + len(route.counts) + 1, dtype=torch.float64).repeat_interleave(torch.tensor(route.counts))
+        scale = torch.arange(first + 1.0, first + len(route.counts) + 1, dtype=torch.float64).repeat_interleave(
+            torch.tensor(route.counts)
+        )
         mixed = dispatcher.combine(rows * scale[:, None], route, weight)
         expected = tokens * (weight * chosen * torch.arange(1.0, N + 1)).sum(1, keepdim=True)
         torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12, msg=lambda text, case=case: f"{case}: {text}")
@@ -85,7 +97,9 @@ def each_is_the_others_backward(rank: int, ep: int) -> None:
         ones = torch.ones_like(weight)
         route = dispatcher.route(Assignment(chosen, weight))
         rows = dispatcher.dispatch(tokens, route)
-        slope = torch.randn(rows.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).requires_grad_()
+        slope = torch.randn(
+            rows.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
+        ).requires_grad_()
         back = dispatcher.combine(slope, route, ones)
         assert torch.equal(torch.autograd.grad(rows, tokens, slope.detach())[0], back)
         assert torch.equal(torch.autograd.grad(back, slope, tokens.detach())[0], rows)
@@ -138,7 +152,7 @@ def test_pairs_are_listed_as_they_travel(order: list[int] | None) -> None:
     assert pairs.first.tolist() == [0, 2, 2]
 
 
-# -- in parts that overlap --------------------------------------------------------------------------------------------------------------
+# -- in parts that overlap ---------------------------------------------------------------------------------------------
 
 
 WIDE = 32  # whole cache lines, as real sizes are: matmuls of rows that start elsewhere in one may round otherwise
@@ -147,7 +161,9 @@ WIDE = 32  # whole cache lines, as real sizes are: matmuls of rows that start el
 def experts_of(first: int, here: int, dtype: torch.dtype, kernel: Any) -> Experts:
     made = Experts(here, WIDE, kernel).to(dtype)
     for name, parameter in made.named_parameters():
-        whole = torch.randn(N, *parameter.shape[1:], generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
+        whole = torch.randn(
+            N, *parameter.shape[1:], generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64
+        )
         parameter.data = whole[first : first + here].to(dtype)
     return made
 
@@ -155,7 +171,9 @@ def experts_of(first: int, here: int, dtype: torch.dtype, kernel: Any) -> Expert
 def in_parts(rank: int, ep: int) -> None:
     """Every number of chunks gives the same bits, forward and backward, twice in a row."""
     group = meshes.start(ep, 1, 1.0).expert
-    for case, dtype, kernel in itertools.product(CASES, (torch.float32, torch.float64, torch.bfloat16), ("auto", "loop")):
+    for case, dtype, kernel in itertools.product(
+        CASES, (torch.float32, torch.float64, torch.bfloat16), ("auto", "loop")
+    ):
         tokens, weight, chosen = problem(case, rank, dtype, WIDE)
         experts = experts_of(group.rank * N // ep, N // ep, dtype, kernel)
         results = []
@@ -168,7 +186,9 @@ def in_parts(rank: int, ep: int) -> None:
                 assert len(route.parts) == min(chunks, N // ep)
                 mixed = overlapped(experts, tokens, route, weight)
             slope = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-            results.append([mixed.detach(), *torch.autograd.grad(mixed, [tokens, weight, *experts.parameters()], slope)])
+            results.append(
+                [mixed.detach(), *torch.autograd.grad(mixed, [tokens, weight, *experts.parameters()], slope)]
+            )
         for result in results[1:]:
             same = [torch.equal(one, other) for one, other in zip(result, results[0], strict=True)]
             assert all(same), f"{case}, {dtype}, {kernel}: {same}"
@@ -201,22 +221,46 @@ def in_flight_at_once(rank: int) -> list[str]:
 
 def test_parts_travel_while_others_compute() -> None:
     forward = ["start", "start", "land", "compute", "start", "land", "compute", "start", "land", "land"]
-    backward = ["start", "start", "land", "start", "land", "start", "land", "land"]  # experts compute between a land and the next start
+    backward = [
+        "start",
+        "start",
+        "land",
+        "start",
+        "land",
+        "start",
+        "land",
+        "land",
+    ]  # experts compute between a land and the next start
     assert run(2, in_flight_at_once) == [[*forward, "backward", *backward]] * 2
 
 
-# -- what it costs ----------------------------------------------------------------------------------------------------------------------
+# -- what it costs -----------------------------------------------------------------------------------------------------
 
 MODEL = ModelConfig(
-    input_size=8, in_channels=1, out_channels=1, hidden_size=64, num_heads=2, num_blocks=1, num_classes=3, num_experts=8, interleave=False
+    input_size=8,
+    in_channels=1,
+    out_channels=1,
+    hidden_size=64,
+    num_heads=2,
+    num_blocks=1,
+    num_classes=3,
+    num_experts=8,
+    interleave=False,
 )
 
 
-COSTS = [("diffmoe", True, 1), ("tc", True, 1), ("diffmoe", False, 1), ("ec", True, 0)]  # family, training, host waits of a forward
+COSTS = [
+    ("diffmoe", True, 1),
+    ("tc", True, 1),
+    ("diffmoe", False, 1),
+    ("ec", True, 0),
+]  # family, training, host waits of a forward
 
 
 def costs(rank: int, ep: int) -> None:
-    """What one layer's forward receives over the expert group is hardly more than the rows that must move, there and back."""
+    """What one layer's forward receives over the expert group is hardly more than the rows that must move, there and
+    back.
+    """
     mesh = meshes.start(ep, meshes.launched_world(), 1.0)
     for (family, training, syncs), chunks in itertools.product(COSTS, (1, 2)):
         layer = MoELayer(dataclasses.replace(MODEL, family=family), PoolConfig())  # type: ignore[arg-type]
@@ -235,7 +279,10 @@ def costs(rank: int, ep: int) -> None:
         elsewhere[mesh.expert.rank] = False
         home = int(kept.choice.route.chosen.sum(0)[elsewhere.flatten()].sum()) * row
         parts = kept.choice.route.parts
-        here = sum(count for part in parts for sender, count in enumerate(part.receive) if sender != mesh.expert.rank) * row
+        here = (
+            sum(count for part in parts for sender, count in enumerate(part.receive) if sender != mesh.expert.rank)
+            * row
+        )
         assert home + here <= traffic.received <= 1.02 * (home + here), (family, training, chunks)
         assert traffic.syncs == syncs
         assert traffic.rounds == syncs + 2 * min(chunks, 8 // ep)
@@ -243,11 +290,15 @@ def costs(rank: int, ep: int) -> None:
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4)])
 def test_bytes_are_those_of_the_chosen_rows(world: int, ep: int) -> None:
-    """At most 1.02 of the rows that live elsewhere, there and back; one small exchange of splits, or none; one host wait, or none."""
+    """At most 1.02 of the rows that live elsewhere, there and back; one small exchange of splits, or none; one host
+    wait, or none.
+    """
     run(world, costs, ep)
 
 
-@pytest.mark.parametrize(("family", "training", "syncs"), [("diffmoe", True, 0), ("ec", True, 0), ("tc", True, 1), ("diffmoe", False, 1)])
+@pytest.mark.parametrize(
+    ("family", "training", "syncs"), [("diffmoe", True, 0), ("ec", True, 0), ("tc", True, 1), ("diffmoe", False, 1)]
+)
 def test_one_rank_need_not_wait_in_training(family: Any, training: bool, syncs: int) -> None:
     layer = MoELayer(dataclasses.replace(MODEL, family=family), PoolConfig()).train(training)
     for parameter in layer.parameters():
@@ -258,7 +309,9 @@ def test_one_rank_need_not_wait_in_training(family: Any, training: bool, syncs: 
 
 
 def known_before_asking(rank: int) -> None:
-    """Where the pool is the expert group, or lies inside it, the rows of an expert are known; the splits still have to come."""
+    """Where the pool is the expert group, or lies inside it, the rows of an expert are known; the splits still have to
+    come.
+    """
     group = meshes.start(4, 1, 1.0).expert
     for pool in (2, 4):
         dispatcher = AllToAllDispatch(group)

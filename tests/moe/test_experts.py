@@ -39,7 +39,9 @@ def experts(kernel: Kernel, num: int = 4, kind: torch.dtype = torch.float64, gra
 def inputs(counts: Sequence[int], kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Rows that want a gradient, and the gradient of their answers."""
     generator = torch.Generator().manual_seed(1)
-    rows, gradient = (torch.randn(sum(counts), HIDDEN, generator=generator, dtype=torch.float64).to(kind) for _ in range(2))
+    rows, gradient = (
+        torch.randn(sum(counts), HIDDEN, generator=generator, dtype=torch.float64).to(kind) for _ in range(2)
+    )
     return rows.requires_grad_(), gradient
 
 
@@ -80,13 +82,20 @@ def test_kernels_are_the_formula(case: str, kernel: Kernel, granularity: int) ->
 @pytest.mark.parametrize("few", [0, 2**22])
 @pytest.mark.parametrize(("run", "piece"), [(1, 7), (2**7, 64), (2**9, 2**10), (300, 100)])
 @pytest.mark.parametrize("case", COUNTS)
-def test_the_cut_into_runs_and_pieces_changes_nothing(case: str, run: int, piece: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One expert at a time, two, four, and activations in several pieces, which sizes for tests would never make by themselves."""
+def test_the_cut_into_runs_and_pieces_changes_nothing(
+    case: str, run: int, piece: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert at a time, two, four, and activations in several pieces, which sizes for tests would never make by
+    themselves.
+    """
     counts = COUNTS[case]
     monkeypatch.setattr(fused_module, "RUN", run)
     monkeypatch.setattr(fused_module, "PIECE", piece)
     monkeypatch.setattr(fused_module, "FEW", few)
-    for kind, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):  # only the latter may be multiplied by oneDNN
+    for kind, tolerance in (
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),
+    ):  # only the latter may be multiplied by oneDNN
         module = experts("fused", len(counts), kind)
         close(computed(module, counts), formula(module.double(), counts), tolerance)
 
@@ -112,7 +121,9 @@ def test_onednn_multiplies_as_torch_does(case: str, monkeypatch: pytest.MonkeyPa
     assert not called
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
 def test_compiled_gelu_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept whole or computed again, trained or only run; and far out nothing overflows."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -145,7 +156,9 @@ def test_kernels_in_lower_precision(case: str, kernel: Kernel, kind: torch.dtype
 @pytest.mark.parametrize("kernel", ["loop", "grouped", "fused"])
 @pytest.mark.parametrize("rows_kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", COUNTS)
-def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(case: str, rows_kind: torch.dtype, kernel: Kernel) -> None:
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(
+    case: str, rows_kind: torch.dtype, kernel: Kernel
+) -> None:
     counts = COUNTS[case]
     module = experts(kernel, len(counts), torch.float32)
     rows, gradient = inputs(counts, rows_kind)
@@ -212,7 +225,9 @@ def test_fused_accumulates_into_gradients_that_are_there() -> None:
 
 
 @pytest.mark.parametrize(("few", "each"), [(0, 1), (2**22, 2)])
-def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_two_of_few(few: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_two_of_few(
+    few: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One is half of what autograd keeps for a dense FFN: nothing after GELU."""
     monkeypatch.setattr(fused_module, "FEW", few)
     module = experts("fused", kind=torch.float32)
@@ -231,9 +246,13 @@ def test_fused_keeps_one_activation_of_a_row_and_hidden_unit_or_two_of_few(few: 
 
 
 @pytest.mark.parametrize("few", [0, 2**24])
-@pytest.mark.parametrize("frozen", [("fc1_weight", "fc2_weight"), ("fc1_bias", "fc2_bias"), ("fc1_weight", "fc1_bias"), ("fc2_weight",)])
+@pytest.mark.parametrize(
+    "frozen", [("fc1_weight", "fc2_weight"), ("fc1_bias", "fc2_bias"), ("fc1_weight", "fc1_bias"), ("fc2_weight",)]
+)
 @pytest.mark.parametrize("case", ["even", "ragged"])
-def test_fused_leaves_frozen_weights_out(case: str, frozen: tuple[str, ...], few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_leaves_frozen_weights_out(
+    case: str, frozen: tuple[str, ...], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others' gradients are the same bits, and a frozen weight's matmul is not computed."""
     monkeypatch.setattr(fused_module, "FEW", few)
     counts = COUNTS[case]

@@ -1,4 +1,6 @@
-"""Token choice, expert choice, shared and fine-grained experts: against the algorithms written plainly in float64, alone and on ranks."""
+"""Token choice, expert choice, shared and fine-grained experts: against the algorithms written plainly in float64,
+alone and on ranks.
+"""
 
 import dataclasses
 from typing import Any
@@ -20,7 +22,15 @@ from ranks import run
 
 TOKENS = 4
 SMALL = ModelConfig(
-    input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=1, num_classes=3, num_experts=4, interleave=False
+    input_size=4,
+    in_channels=1,
+    out_channels=1,
+    hidden_size=8,
+    num_heads=2,
+    num_blocks=1,
+    num_classes=3,
+    num_experts=4,
+    interleave=False,
 )
 FAMILIES = {
     "tc": dataclasses.replace(SMALL, family="tc"),
@@ -66,7 +76,9 @@ def plain(layer: MoELayer, model: ModelConfig, x: Tensor) -> tuple[Tensor, Tenso
     y = torch.zeros_like(tokens)
     for i, n in chosen.nonzero().tolist():
         y = y.index_add(
-            0, torch.tensor([i]), p[i, n] * ffn(tokens[i : i + 1], e.fc1_weight[n], e.fc1_bias[n], e.fc2_weight[n], e.fc2_bias[n])
+            0,
+            torch.tensor([i]),
+            p[i, n] * ffn(tokens[i : i + 1], e.fc1_weight[n], e.fc1_bias[n], e.fc2_weight[n], e.fc2_bias[n]),
         )
     if layer.shared is not None:
         s = layer.shared
@@ -125,7 +137,9 @@ def test_equal_scores_go_to_the_first_expert() -> None:
 
 @pytest.mark.parametrize("pool", [None, 4, 16])
 def test_balance_loss(pool: int | None) -> None:
-    scores = torch.softmax(torch.randn(32, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1).requires_grad_()
+    scores = torch.softmax(
+        torch.randn(32, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1
+    ).requires_grad_()
     chosen = choose_by_token(scores, 2).chosen
     size, expected = pool or 32, torch.zeros((), dtype=torch.float64)
     for first in range(0, 32, size):
@@ -150,7 +164,9 @@ def on_ranks(rank: int, family: str, ep: int, span: Any) -> dict[str, Any]:
     holder.blocks[0].ffn = layer  # type: ignore[union-attr]
     widen_pools(shard_experts(holder, mesh), mesh)
     x = inputs()[rank * local : (rank + 1) * local].clone().requires_grad_()
-    weight = torch.linspace(-1, 1, 8 * TOKENS * 8, dtype=torch.float64).view(8, TOKENS, 8)[rank * local : (rank + 1) * local]
+    weight = torch.linspace(-1, 1, 8 * TOKENS * 8, dtype=torch.float64).view(8, TOKENS, 8)[
+        rank * local : (rank + 1) * local
+    ]
     y, report = layer(x)
     loss = (y * weight).sum() + (report.balance / world if report.balance is not None else 0.0)
     found = torch.autograd.grad(loss, [x, layer.router.weight, layer.experts.fc1_weight])
@@ -174,7 +190,9 @@ def test_ranks_do_what_one_rank_does(family: str, world: int, ep: int, span: Any
     parts = [sum(result["grads"][2] for result in results if result["expert_rank"] == part) for part in range(ep)]
     torch.testing.assert_close(torch.cat(parts), of_experts, rtol=0, atol=1e-12)
     if report.balance is not None:
-        torch.testing.assert_close(sum(result["balance"] for result in results) / world, report.balance, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            sum(result["balance"] for result in results) / world, report.balance, rtol=0, atol=1e-12
+        )
 
 
 def test_the_balance_loss_joins_the_auxiliary() -> None:
@@ -182,7 +200,11 @@ def test_the_balance_loss_joins_the_auxiliary() -> None:
     made = DiT(model).double()
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    output = made(torch.randn(8, 1, 4, 4, dtype=torch.float64), torch.rand(8, dtype=torch.float64), torch.zeros(8, dtype=torch.int64))
+    output = made(
+        torch.randn(8, 1, 4, 4, dtype=torch.float64),
+        torch.rand(8, dtype=torch.float64),
+        torch.zeros(8, dtype=torch.int64),
+    )
     assert output.layers[0].balance is not None
     assert output.auxiliary.item() == pytest.approx(0.5 * output.layers[0].balance.item())
 
@@ -195,7 +217,10 @@ def test_the_balance_loss_joins_the_auxiliary() -> None:
         (["model.family=tc", "model.top_k=17"], "model.top_k 17 is more than model.num_experts 16"),
         (["model.family=tc", "model.predictor=true"], "tokens choose and nothing is to predict"),
         (["model.family=ec", "pool.span=2"], "a pool is one sample; set pool.span=1"),
-        (["model.family=ec", "sample.selection=count"], "needs a capacity predictor, .* or train with model.predictor=true"),
+        (
+            ["model.family=ec", "sample.selection=count"],
+            "needs a capacity predictor, .* or train with model.predictor=true",
+        ),
         (["model.family=tc", "sample.selection=threshold"], "needs a capacity predictor"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The whole layer against the paper's algorithm written plainly in float64, forward and backward, alone and on ranks."""
+"""The whole layer against the paper's algorithm written plainly in float64, forward and backward, alone and on
+ranks.
+"""
 
 import dataclasses
 from typing import Any
@@ -21,7 +23,15 @@ from diffmoe_ep.parallel.collectives import Group
 from ranks import run
 
 MODEL = ModelConfig(
-    input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=2, num_classes=3, num_experts=4, interleave=False
+    input_size=4,
+    in_channels=1,
+    out_channels=1,
+    hidden_size=8,
+    num_heads=2,
+    num_blocks=2,
+    num_classes=3,
+    num_experts=4,
+    interleave=False,
 )
 TOKENS = 4  # of a sample
 
@@ -41,7 +51,10 @@ def inputs(samples: int = 8) -> Tensor:
 
 def expert(layer: MoELayer, index: int, x: Tensor) -> Tensor:
     e = layer.experts
-    return F.gelu(x @ e.fc1_weight[index] + e.fc1_bias[index], approximate="tanh") @ e.fc2_weight[index] + e.fc2_bias[index]
+    return (
+        F.gelu(x @ e.fc1_weight[index] + e.fc1_bias[index], approximate="tanh") @ e.fc2_weight[index]
+        + e.fc2_bias[index]
+    )
 
 
 def logits_of(layer: MoELayer, x: Tensor) -> Tensor:
@@ -49,7 +62,9 @@ def logits_of(layer: MoELayer, x: Tensor) -> Tensor:
     return F.silu(x.detach() @ p.fc1.weight.T + p.fc1.bias) @ p.fc2.weight.T + p.fc2.bias
 
 
-def plain(layer: MoELayer, x: Tensor, span: int, k: int | None = None, rule: InferenceRule | None = None) -> dict[str, Tensor]:
+def plain(
+    layer: MoELayer, x: Tensor, span: int, k: int | None = None, rule: InferenceRule | None = None
+) -> dict[str, Tensor]:
     """Algorithm 3 (training, k given) or 4 (inference, rule given), one token and one expert at a time."""
     tokens = x.reshape(-1, 8)
     p, logits = torch.softmax(tokens @ layer.router.weight.T, dim=-1), logits_of(layer, tokens)
@@ -82,7 +97,9 @@ def gradients(layer: MoELayer, x: Tensor, y: Tensor, loss: Tensor) -> list[Tenso
     return list(torch.autograd.grad((y * weight).sum() + loss, [x, *layer.parameters()]))
 
 
-@pytest.mark.parametrize(("span", "capacity"), [("all", 1.0), (8, 1.0), (2, 1.0), (1, 1.0), ("all", 0.7), (4, 1.9), (1, 4.0)])
+@pytest.mark.parametrize(
+    ("span", "capacity"), [("all", 1.0), (8, 1.0), (2, 1.0), (1, 1.0), ("all", 0.7), (4, 1.9), (1, 4.0)]
+)
 def test_training_is_algorithm_three(span: Any, capacity: float) -> None:
     layer, x = make_layer(PoolConfig(span=span, capacity=capacity)), inputs().requires_grad_()
     samples = 8 if span == "all" else span
@@ -159,7 +176,7 @@ def test_too_small_a_capacity_is_named() -> None:
         make_layer(PoolConfig(capacity=0.01))(inputs())
 
 
-# -- dispatch and combine ---------------------------------------------------------------------------------------------------------------
+# -- dispatch and combine ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -183,11 +200,13 @@ def test_identity_experts_give_the_gate_sum(density: float, dispatcher: Any) -> 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-# -- law 1 on ranks ---------------------------------------------------------------------------------------------------------------------
+# -- law 1 on ranks ----------------------------------------------------------------------------------------------------
 
 
 def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
-    """This rank's part of the layer: outputs, gradients of its tokens, of the shared weights and of its experts, and what was chosen."""
+    """This rank's part of the layer: outputs, gradients of its tokens, of the shared weights and of its experts, and
+    what was chosen.
+    """
     world, local = meshes.launched_world(), 8 // meshes.launched_world()
     samples = 8 if span == "all" else span
     mesh = meshes.start(ep, meshes.pool_ranks(samples, local), 1.0)
@@ -199,7 +218,9 @@ def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     layer.train(mode == "train")
     layer.rule = InferenceRule("count" if mode == "train" else mode)  # type: ignore[arg-type]
     x = inputs()[rank * local : (rank + 1) * local].clone().requires_grad_()
-    weight = torch.linspace(-1, 1, 8 * TOKENS * 8, dtype=torch.float64).view(8, TOKENS, 8)[rank * local : (rank + 1) * local]
+    weight = torch.linspace(-1, 1, 8 * TOKENS * 8, dtype=torch.float64).view(8, TOKENS, 8)[
+        rank * local : (rank + 1) * local
+    ]
     y, report = layer(x)
     loss = report.loss if report.loss is not None else torch.zeros((), dtype=torch.float64)
     found = torch.autograd.grad((y * weight).sum() + loss / world, [x, *layer.parameters()], allow_unused=True)
@@ -221,17 +242,26 @@ def test_ranks_do_what_one_rank_does(world: int, ep: int, span: Any) -> None:
     """Law 1: outputs and all gradients agree to 1e-12 in float64; the sets are the same."""
     layer, x = make_layer(PoolConfig(span=span)), inputs().requires_grad_()
     y, report = layer(x)
-    single = dict(zip(["x", *[name for name, _ in layer.named_parameters()]], gradients(layer, x, y, report.loss), strict=True))
+    single = dict(
+        zip(["x", *[name for name, _ in layer.named_parameters()]], gradients(layer, x, y, report.loss), strict=True)
+    )
     results = run(world, on_ranks, ep, span, "train")
     assert sum(result["processed"] for result in results).tolist() == report.processed.tolist()
     torch.testing.assert_close(torch.cat([result["y"] for result in results]), y, rtol=0, atol=1e-12)
-    torch.testing.assert_close(sum(result["quantile"] for result in results) / world, report.quantile, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        sum(result["quantile"] for result in results) / world, report.quantile, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(sum(result["loss"] for result in results) / world, report.loss, rtol=0, atol=1e-12)
     for name, wanted in single.items():
         if name == "x":
             found = torch.cat([result["grads"]["x"] for result in results])
         elif name.startswith("experts."):
-            found = torch.cat([sum(result["grads"][name] for result in results if result["expert_rank"] == part) for part in range(ep)])
+            found = torch.cat(
+                [
+                    sum(result["grads"][name] for result in results if result["expert_rank"] == part)
+                    for part in range(ep)
+                ]
+            )
         else:
             found = sum(result["grads"][name] for result in results)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
@@ -258,7 +288,9 @@ def lopsided(rank: int, wanted_by: list[int]) -> Tensor:
     weight = torch.full((len(tokens), 8), 0.5, dtype=torch.float64)
     route = dispatcher.route(Assignment(chosen, weight))
     rows = dispatcher.dispatch(tokens, route)
-    return dispatcher.combine(rows * (1 + mesh.expert.rank), route, weight) - 0.5 * tokens * sum(1 + expert // 2 for expert in wanted_by)
+    return dispatcher.combine(rows * (1 + mesh.expert.rank), route, weight) - 0.5 * tokens * sum(
+        1 + expert // 2 for expert in wanted_by
+    )
 
 
 @pytest.mark.parametrize("wanted_by", [[], [0], [7], [0, 1, 7], [2, 3, 4, 5]])
@@ -271,7 +303,9 @@ def initial(rank: int, order: str) -> dict[str, Tensor]:
     """A rank's experts, initialised before or after they are sharded."""
     mesh = meshes.start(2, 1, 1.0)
     model = DiT(MODEL)
-    model = shard_experts(initialize(model, 7), mesh) if order == "before" else initialize(shard_experts(model, mesh), 7)
+    model = (
+        shard_experts(initialize(model, 7), mesh) if order == "before" else initialize(shard_experts(model, mesh), 7)
+    )
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

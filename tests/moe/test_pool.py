@@ -32,7 +32,9 @@ def tied_scores(tokens: int, experts: int, levels: int, seed: int) -> np.ndarray
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99), st.data())
-def test_selection_is_the_sort(pools: int, pool: int, experts: int, levels: int, seed: int, data: st.DataObject) -> None:
+def test_selection_is_the_sort(
+    pools: int, pool: int, experts: int, levels: int, seed: int, data: st.DataObject
+) -> None:
     scores = tied_scores(pools * pool, experts, levels, seed)
     k = data.draw(st.lists(st.integers(0, pool), min_size=experts, max_size=experts))
     chosen, kth = reference(scores, k, pool)

@@ -29,7 +29,9 @@ def traced(rank: int, given: Config) -> dict[str, Any]:
 def test_every_algorithm_is_the_same_run(digits: Path, world: int, expert: int) -> None:
     runs = {}
     for algorithm in ("gather", "owner", "radix", "auto"):
-        given = layout(config(digits / "train", Path("unused"), "train.steps=5", f"compute.topk={algorithm}"), expert, 1)
+        given = layout(
+            config(digits / "train", Path("unused"), "train.steps=5", f"compute.topk={algorithm}"), expert, 1
+        )
         runs[algorithm] = run(world, traced, given, timeout=240)
         expected = {algorithm} if algorithm != "auto" else runs[algorithm][0]["searches"]
         assert len(expected) == 1

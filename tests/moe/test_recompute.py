@@ -23,7 +23,9 @@ from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import busy, config, layout
 
-SMALL = ModelConfig(input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_heads=2, num_blocks=4, num_classes=3, num_experts=8)
+SMALL = ModelConfig(
+    input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_heads=2, num_blocks=4, num_classes=3, num_experts=8
+)
 FAMILIES = {
     "diffmoe": SMALL,
     "ec": dataclasses.replace(SMALL, family="ec"),
@@ -34,7 +36,9 @@ FAMILIES = {
 AGAIN = ["ffn", "block"]
 
 
-def make(model: ModelConfig, span: Any = "all", compute: torch.dtype | None = None, dtype: torch.dtype = torch.float64) -> DiT:
+def make(
+    model: ModelConfig, span: Any = "all", compute: torch.dtype | None = None, dtype: torch.dtype = torch.float64
+) -> DiT:
     made = DiT(model, PoolConfig(span=span), compute).to(dtype)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -57,16 +61,30 @@ def pass_through(
         between()
     loss = output.prediction.square().mean() + output.auxiliary
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    reports = [tensor for report in output.layers for tensor in (report.processed, report.wanted, report.quantile) if tensor is not None]
-    return [output.prediction.detach(), output.auxiliary.detach(), *reports, *[one for one in gradients if one is not None]]
+    reports = [
+        tensor
+        for report in output.layers
+        for tensor in (report.processed, report.wanted, report.quantile)
+        if tensor is not None
+    ]
+    return [
+        output.prediction.detach(),
+        output.auxiliary.detach(),
+        *reports,
+        *[one for one in gradients if one is not None],
+    ]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        torch.equal(one, other) for one, other in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("recompute", AGAIN)
-@pytest.mark.parametrize(("dtype", "compute"), [(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "compute"), [(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_bits(family: str, dtype: torch.dtype, compute: torch.dtype | None, recompute: str) -> None:
     model, given = make(FAMILIES[family], compute=compute, dtype=dtype), inputs(dtype=dtype)
@@ -86,7 +104,7 @@ def test_without_gradient_nothing_is_kept(recompute: Any) -> None:
         assert not model(*given).prediction.requires_grad
 
 
-# -- the choice is kept -----------------------------------------------------------------------------------------------------------------
+# -- the choice is kept ------------------------------------------------------------------------------------------------
 
 
 def drifting() -> Any:
@@ -125,7 +143,9 @@ def test_the_second_forward_goes_the_first_ones_way(family: str, recompute: str)
     route, dispatch = LocalDispatch.route, LocalDispatch.dispatch
     with (
         mock.patch.object(LocalDispatch, "route", lambda self, a: routes.append(route(self, a)) or routes[-1]),
-        mock.patch.object(LocalDispatch, "dispatch", lambda self, tokens, way: used.append(way) or dispatch(self, tokens, way)),
+        mock.patch.object(
+            LocalDispatch, "dispatch", lambda self, tokens, way: used.append(way) or dispatch(self, tokens, way)
+        ),
     ):
         pass_through(model, recompute, inputs())
     assert len(routes) == 2
@@ -133,9 +153,15 @@ def test_the_second_forward_goes_the_first_ones_way(family: str, recompute: str)
 
 
 def moved(rank: int, family: str) -> None:
-    """Two expert-parallel ranks: the same bits, and in the backward the rows travel once more, but nothing is chosen or asked."""
+    """Two expert-parallel ranks: the same bits, and in the backward the rows travel once more, but nothing is chosen or
+    asked.
+    """
     mesh = meshes.start(2, 2 if family != "ec" else 1, 1.0)
-    given = inputs()[0][2 * rank : 2 * rank + 2], inputs()[1][2 * rank : 2 * rank + 2], inputs()[2][2 * rank : 2 * rank + 2]
+    given = (
+        inputs()[0][2 * rank : 2 * rank + 2],
+        inputs()[1][2 * rank : 2 * rank + 2],
+        inputs()[2][2 * rank : 2 * rank + 2],
+    )
     pool, expert = mesh.pool.traffic, mesh.expert.traffic
 
     def forget() -> None:
@@ -159,12 +185,18 @@ def test_ranks_choose_and_ask_once(family: str) -> None:
     run(2, moved, family)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(blocks: int, recompute: Any) -> int:
-    """Bytes that a forward keeps for its backward beside the weights: what blocks save, or the inputs of what is computed again."""
-    model, given, held = make(dataclasses.replace(SMALL, num_blocks=blocks), dtype=torch.float32), inputs(8, torch.float32), {}
+    """Bytes that a forward keeps for its backward beside the weights: what blocks save, or the inputs of what is
+    computed again.
+    """
+    model, given, held = (
+        make(dataclasses.replace(SMALL, num_blocks=blocks), dtype=torch.float32),
+        inputs(8, torch.float32),
+        {},
+    )
     model.recompute = recompute
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -174,12 +206,20 @@ def saved_bytes(blocks: int, recompute: Any) -> int:
         return tensor
 
     def inputs_of(function: Any, *args: Any, **kwargs: Any) -> Any:
-        for arg in [tensor for given in args for tensor in (given if isinstance(given, tuple) else [given]) if isinstance(tensor, Tensor)]:
+        for arg in [
+            tensor
+            for given in args
+            for tensor in (given if isinstance(given, tuple) else [given])
+            if isinstance(tensor, Tensor)
+        ]:
             keep(arg)
         return checkpoint(function, *args, **kwargs)
 
     checkpoint = torch.utils.checkpoint.checkpoint
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mock.patch("diffmoe_ep.model.block.checkpoint", inputs_of):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        mock.patch("diffmoe_ep.model.block.checkpoint", inputs_of),
+    ):
         output = model(*given)
     total = sum(size for size, _ in held.values())
     del output
@@ -191,7 +231,9 @@ def test_memory_falls_to_the_blocks_inputs() -> None:
     tokens = 8 * 16 * 32 * 4  # bytes of (B, T, D)
     per_block = {kind: (saved_bytes(6, kind) - saved_bytes(2, kind)) / 4 for kind in ("none", "ffn", "block")}
     assert per_block["block"] <= 1.1 * tokens
-    assert per_block["ffn"] <= per_block["none"] - 8 * tokens  # the hidden layer, before and after its GELU, is 4 D wide each
+    assert (
+        per_block["ffn"] <= per_block["none"] - 8 * tokens
+    )  # the hidden layer, before and after its GELU, is 4 D wide each
     assert per_block["none"] >= 15 * per_block["block"]
 
 
@@ -202,15 +244,24 @@ def test_what_is_kept_of_a_choice_is_small() -> None:
     layer(torch.randn(4, 16, 384), kept)
     assert isinstance(kept.choice, Choice)
     route = kept.choice.route
-    indices = [route.chosen, route.processed, route.pairs.token, route.pairs.place, route.pairs.by_token, route.pairs.first]
+    indices = [
+        route.chosen,
+        route.processed,
+        route.pairs.token,
+        route.pairs.place,
+        route.pairs.by_token,
+        route.pairs.first,
+    ]
     assert sum(tensor.nbytes for tensor in indices) <= 0.05 * 4 * 16 * wide
 
 
-# -- a training run ---------------------------------------------------------------------------------------------------------------------
+# -- a training run ----------------------------------------------------------------------------------------------------
 
 
 def trained(rank: int, given: Config, recompute: str, overlap: int = 1) -> dict[str, Any]:
-    """Losses and gradient norms of a run; its thresholds, and what a plain simulation makes of the predictions of its first forwards."""
+    """Losses and gradient norms of a run; its thresholds, and what a plain simulation makes of the predictions of its
+    first forwards.
+    """
     told: dict[str, Any] = {"loss": [], "grad_norm": [], "thresholds": [], "expected": [], "forwards": 0}
     seen: dict[Any, list[Tensor]] = {}
     predict, backwards = CapacityPredictor.forward, []
@@ -273,7 +324,14 @@ def kth(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("recompute", ["none", *AGAIN])
 def test_thresholds_move_once_a_step_for_a_hundred_steps(digits: Path, recompute: str) -> None:
     """Against the plain simulation, with three micro-steps a step, with and without recomputation."""
-    given = config(digits / "train", Path("unused"), "train.steps=100", "train.grad_accumulation=3", "model.hidden_size=16", "model.num_blocks=4")
+    given = config(
+        digits / "train",
+        Path("unused"),
+        "train.steps=100",
+        "train.grad_accumulation=3",
+        "model.hidden_size=16",
+        "model.num_blocks=4",
+    )
     told = run(1, trained, given, recompute, timeout=300)[0]
     assert told["updates"] == [100, 100]
     assert told["forwards"] == 100 * 3 * 2 * (1 if recompute == "none" else 2)
@@ -284,7 +342,9 @@ def test_thresholds_move_once_a_step_for_a_hundred_steps(digits: Path, recompute
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_run_is_the_same_with_recomputation(digits: Path, precision: str) -> None:
-    """Through the engine, experts on two ranks, ZeRO 2: the same bits with all of a block computed again, in two parts that overlap."""
+    """Through the engine, experts on two ranks, ZeRO 2: the same bits with all of a block computed again, in two parts
+    that overlap.
+    """
     overrides = ("train.steps=4", "train.grad_accumulation=3", f"train.precision={precision}", "model.shared_experts=1")
     given = layout(config(digits / "train", Path("unused"), *overrides), 2, 2)
     expected = run(2, trained, given, "none")

@@ -55,7 +55,12 @@ def test_collectives() -> None:
 
 def test_alone_they_are_identities() -> None:
     x = torch.arange(3.0)
-    for result in (all_gather(x, Group()), all_sum(x, Group()), all_to_all_even(x, Group()), all_to_all(x, [3], [3], Group())):
+    for result in (
+        all_gather(x, Group()),
+        all_sum(x, Group()),
+        all_to_all_even(x, Group()),
+        all_to_all(x, [3], [3], Group()),
+    ):
         assert torch.equal(result, x)
 
 
@@ -69,7 +74,8 @@ def disagree(rank: int, problems: list[str | None]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("problems", "told"), [([None, None], ""), (["no disk", "no disk"], "no disk"), ([None, "no disk"], "rank 1: no disk")]
+    ("problems", "told"),
+    [([None, None], ""), (["no disk", "no disk"], "no disk"), ([None, "no disk"], "rank 1: no disk")],
 )
 def test_one_ranks_problem_is_everyones(problems: list[str | None], told: str) -> None:
     assert run(2, disagree, problems) == [told, told]
@@ -78,7 +84,9 @@ def test_one_ranks_problem_is_everyones(problems: list[str | None], told: str) -
 def test_a_world_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT are not set|but MASTER_ADDR"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT are not set|but MASTER_ADDR"
+    ):
         meshes.start(1, 1, 1.0)
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK is 'first'"):

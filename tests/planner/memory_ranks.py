@@ -129,11 +129,18 @@ def held(rank: int, config: Config) -> dict[str, int]:
     bucket = reducer.allreduce_bucket
 
     def watched_reduce(*args: Any, **options: Any) -> Any:
-        most("gradients", sum(storages(p.grad for p in model.parameters() if p.grad is not None).values()) if zero < 2 else 0)
+        most(
+            "gradients",
+            sum(storages(p.grad for p in model.parameters() if p.grad is not None).values()) if zero < 2 else 0,
+        )
         return reduce(*args, **options)
 
     def watched_bucket(tensors: Any, *args: Any, **options: Any) -> Any:
-        buffers = sum(storages(tensor for found in optimizer.ipg_buckets.values() for tensor in found.buffer).values()) if zero else 0
+        buffers = (
+            sum(storages(tensor for found in optimizer.ipg_buckets.values() for tensor in found.buffer).values())
+            if zero
+            else 0
+        )
         most("gradient buckets", buffers + sum(tensor.nbytes for tensor in tensors))
         return bucket(tensors, *args, **options)
 
@@ -146,7 +153,12 @@ def held(rank: int, config: Config) -> dict[str, int]:
     with mock.patch.object(torch.distributed, "all_to_all_single", watched_exchange):
         step(True)
     found["dispatch buffers"] = sum(exchanged) // max(1, len(exchanged))
-    states = [value for state in engine.basic.state.values() for value in state.values() if torch.is_tensor(value) and value.numel() > 1]
+    states = [
+        value
+        for state in engine.basic.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.numel() > 1
+    ]
     masters = optimizer.single_partition_of_fp32_groups if zero else []
     found |= {
         "weights": sum(storages(model.parameters()).values()),

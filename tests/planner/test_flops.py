@@ -24,14 +24,28 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 IMAGENET = [path for path in CONFIGS if path.parent.name == "imagenet"]
 BATCH = 4
 
-SMALL: dict[str, Any] = {"input_size": 8, "in_channels": 2, "out_channels": 3, "patch": 2, "hidden_size": 24, "num_blocks": 3, "num_heads": 2}
+SMALL: dict[str, Any] = {
+    "input_size": 8,
+    "in_channels": 2,
+    "out_channels": 3,
+    "patch": 2,
+    "hidden_size": 24,
+    "num_blocks": 3,
+    "num_heads": 2,
+}
 SMALL |= {"num_classes": 5, "num_experts": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"family": "dense"},
     "diffmoe": {"family": "diffmoe"},
     "diffmoe, every block": {"family": "diffmoe", "interleave": False},
     "diffmoe, no predictor": {"family": "diffmoe", "predictor": False},
-    "diffmoe, fine and shared": {"family": "diffmoe", "granularity": 2, "num_experts": 8, "shared_experts": 3, "num_blocks": 4},
+    "diffmoe, fine and shared": {
+        "family": "diffmoe",
+        "granularity": 2,
+        "num_experts": 8,
+        "shared_experts": 3,
+        "num_blocks": 4,
+    },
     "ec": {"family": "ec"},
     "ec, predictor": {"family": "ec", "predictor": True},
     "tc": {"family": "tc"},
@@ -66,7 +80,9 @@ def counted(model: DiT, backward: bool = False) -> Counter[str]:
         out = model(x, torch.rand(BATCH, generator=generator), condition)
         if backward:
             (out.prediction.square().mean() + out.auxiliary).backward()
-    flops = {name.removeprefix("DiT."): sum(found.values()) / BATCH for name, found in counter.get_flop_counts().items()}
+    flops = {
+        name.removeprefix("DiT."): sum(found.values()) / BATCH for name, found in counter.get_flop_counts().items()
+    }
     parts = Counter({"other": flops["Global"]})
     kinds = {"experts": "experts", "shared": "shared experts", "router": "router", "predictor": "predictor"}
     for name, number in flops.items():
@@ -77,7 +93,12 @@ def counted(model: DiT, backward: bool = False) -> Counter[str]:
             parts[kinds[match[2]]] += number
             parts["FFN"] -= number
         else:
-            kind = {"attention": "attention", "cross_attention": "cross-attention", "modulation": "adaLN", "ffn": "FFN"}[match[1]]
+            kind = {
+                "attention": "attention",
+                "cross_attention": "cross-attention",
+                "modulation": "adaLN",
+                "ffn": "FFN",
+            }[match[1]]
             parts[kind] += number
             parts["other"] -= number
     return parts
@@ -103,7 +124,9 @@ def test_training_flops_are_three_forwards_but_for_gradients_that_nobody_needs(c
     tokens, layers = (model.input_size // model.patch) ** 2, len(built(config).moe_layers())
     predictors = layers if any(part.name == "predictor" and part.parameters for part in made.parts) else 0
     spared = 2 * (
-        tokens * model.in_channels * model.patch**2 * model.hidden_size + 256 * model.hidden_size + predictors * tokens * model.hidden_size * model.hidden_size
+        tokens * model.in_channels * model.patch**2 * model.hidden_size
+        + 256 * model.hidden_size
+        + predictors * tokens * model.hidden_size * model.hidden_size
     )
     assert made.training == 3 * made.forward
     assert made.training - spared == counted(built(config).train(), backward=True).total()
@@ -178,10 +201,14 @@ def test_as_plain_data() -> None:
     made = plan(small({"family": "diffmoe"}))
     data = json.loads(json.dumps(made.as_dict()))
     assert data["total"] == sum(part["parameters"] for part in data["parts"]) == made.total
-    assert data["activated"] == made.activated and data["forward"] == made.forward and data["equation_40"] == made.equation_40
+    assert (
+        data["activated"] == made.activated
+        and data["forward"] == made.forward
+        and data["equation_40"] == made.equation_40
+    )
 
 
-# -- the configs of the repository ----------------------------------------------------------------------------------------------------
+# -- the configs of the repository -------------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -230,8 +257,18 @@ def test_paper_configs_hold_only_what_differs_and_the_papers_recipe(path: Path) 
         assert value != defaults[key] or key in ("model.family", "model.size", "model.num_experts"), key
     train = to_tree(loaded(path))["train"]
     optimizer, schedule = train["optimizer"], train["schedule"]
-    assert (train["global_batch"], train["ema"]["decay"], optimizer["kind"], optimizer["lr"]) == (256, 0.9999, "adamw", 1e-4)
-    assert (optimizer["betas"], optimizer["weight_decay"], schedule["kind"], schedule["warmup"]) == ([0.9, 0.999], 0.0, "constant", 0)
+    assert (train["global_batch"], train["ema"]["decay"], optimizer["kind"], optimizer["lr"]) == (
+        256,
+        0.9999,
+        "adamw",
+        1e-4,
+    )
+    assert (optimizer["betas"], optimizer["weight_decay"], schedule["kind"], schedule["warmup"]) == (
+        [0.9, 0.999],
+        0.0,
+        "constant",
+        0,
+    )
     assert loaded(path).data.flip and loaded(path).data.condition_dropout == 0.1 and train["max_grad_norm"] == 0.0
 
 
@@ -245,7 +282,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_every_model_of_the_papers_tables_has_its_config() -> None:
     flow = ["dense_l", "dense_xl", "dense_xxl", "dense_xxxl", "tc_l_e16", "ec_l_e16"]
     flow += [f"diffmoe_{name}" for name in ("s_e16", "b_e16", "l_e8", "l_e16", "xl_e16")]
-    ddpm = ["dense_l", "dense_xl", "tc_l_e16", "ec_l_e16", *(f"diffmoe_{name}" for name in ("s_e16", "b_e16", "l_e8", "l_e16"))]
+    ddpm = [
+        "dense_l",
+        "dense_xl",
+        "tc_l_e16",
+        "ec_l_e16",
+        *(f"diffmoe_{name}" for name in ("s_e16", "b_e16", "l_e8", "l_e16")),
+    ]
     assert {path.stem for path in IMAGENET} == {f"{name}_flow" for name in flow} | {f"{name}_ddpm" for name in ddpm}
 
 
@@ -269,6 +312,8 @@ def test_text_configs_are_what_their_comments_say(name: str) -> None:
 
 
 def test_the_fine_tuned_model_is_the_pretrained_one() -> None:
-    trained, tuned = (loaded(ROOT / "configs" / "text" / f"{name}.yaml") for name in ("diffmoe_e16_4.6b", "sft_journeydb"))
+    trained, tuned = (
+        loaded(ROOT / "configs" / "text" / f"{name}.yaml") for name in ("diffmoe_e16_4.6b", "sft_journeydb")
+    )
     assert tuned.model == trained.model and tuned.pool == trained.pool
     assert tuned.init_from == trained.folder

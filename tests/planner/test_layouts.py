@@ -1,4 +1,6 @@
-"""Plans on clusters: every config on every cluster, traffic by few-line formulas, time by its own parts, tables, and bad files."""
+"""Plans on clusters: every config on every cluster, traffic by few-line formulas, time by its own parts, tables, and
+bad files.
+"""
 
 import dataclasses
 import json
@@ -57,11 +59,13 @@ def test_no_cluster_is_missing() -> None:
     assert {path.stem for path in CLUSTERS} == set(RANKS)
 
 
-# -- traffic ------------------------------------------------------------------------------------------------------------------------------
+# -- traffic -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_travel_only_within_the_expert_group() -> None:
-    """8 samples of 256 tokens on each of 32 ranks, D = 1024, bf16: a rank gets its share of the rows from each of its group."""
+    """8 samples of 256 tokens on each of 32 ranks, D = 1024, bf16: a rank gets its share of the rows from each of its
+    group.
+    """
     config = model()
     for expert, inside, across in ((1, 0, 0), (8, 7, 0), (16, 7, 8)):
         found = traffic(config, Layout(32, expert, 1, "none"), cluster("h800x32")).dispatch
@@ -107,7 +111,7 @@ def test_a_flow_takes_as_long_as_its_slower_link() -> None:
     assert Flow().seconds(where) == 0
 
 
-# -- time ---------------------------------------------------------------------------------------------------------------------------------
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 def made(config: Config, layout: Layout, where: Cluster) -> Estimate:
@@ -143,7 +147,7 @@ def test_accumulation_reduces_once_but_at_stage_2() -> None:
     assert first["optimiser"] == second["optimiser"]
 
 
-# -- the plan -----------------------------------------------------------------------------------------------------------------------------
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_said_and_the_best_is_the_fastest_that_does() -> None:
@@ -155,7 +159,10 @@ def test_what_does_not_fit_is_said_and_the_best_is_the_fastest_that_does() -> No
     )
     text = "\n".join(planned.lines())
     assert f"{size(own.over)} more than there is; most of it is activations" in text
-    assert f"parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero} compute.recompute={best.layout.recompute}" in text
+    assert (
+        f"parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero} compute.recompute={best.layout.recompute}"
+        in text
+    )
 
 
 def test_nothing_fits() -> None:
@@ -169,13 +176,17 @@ def test_days_follow_from_the_rate() -> None:
     one = planned.estimates[0]
     assert planned.days(one) == pytest.approx(1_281_167 / 256 * one.step.seconds / 86400)
     data = planned.as_dict()["layouts"][0]
-    assert data["samples_per_day"] == pytest.approx(86400 * 256 / one.step.seconds) and data["days"] == planned.days(one)
+    assert data["samples_per_day"] == pytest.approx(86400 * 256 / one.step.seconds) and data["days"] == planned.days(
+        one
+    )
 
 
 def test_a_layout_that_is_not_possible_is_told_with_its_reason() -> None:
     planned = plan_cluster(model(parallel={"expert_parallel": 8}), cluster("h200x1"))
     assert planned.own is None and planned.best is not None
-    assert re.search(r"not possible here: parallel\.expert_parallel is 8 but only 1 process", "\n".join(planned.lines()))
+    assert re.search(
+        r"not possible here: parallel\.expert_parallel is 8 but only 1 process", "\n".join(planned.lines())
+    )
     with pytest.raises(ConfigError, match=r"train\.global_batch .* do not divide over 256 ranks"):
         plan_cluster(model(batch=64), cluster("h800x256"))
 
@@ -189,13 +200,16 @@ def test_a_plan_takes_well_under_a_second() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(999, "999 B"), (1000, "1.00 kB"), (999_600, "1.00 MB"), (99_960_000, "100 MB"), (2.5e10, "25.0 GB")]
+    ("number", "text"),
+    [(999, "999 B"), (1000, "1.00 kB"), (999_600, "1.00 MB"), (99_960_000, "100 MB"), (2.5e10, "25.0 GB")],
 )
 def test_bytes_in_words(number: float, text: str) -> None:
     assert size(number) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.99996, "1.00 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us"), (1234.0, "1,234 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.99996, "1.00 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us"), (1234.0, "1,234 s")]
+)
 def test_times_in_words(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
@@ -203,11 +217,14 @@ def test_times_in_words(seconds: float, text: str) -> None:
 def test_tables_are_aligned() -> None:
     lines = plan_cluster(model(), cluster("h800x32")).lines()
     head = next(index for index, line in enumerate(lines) if line.startswith("EP"))
-    ends = [{match.end() for match in re.finditer(r"\S+(?: (?:[kMG]B[!~]?|ms|s|M))?", line)} for line in lines[head + 2 : head + 14]]
+    ends = [
+        {match.end() for match in re.finditer(r"\S+(?: (?:[kMG]B[!~]?|ms|s|M))?", line)}
+        for line in lines[head + 2 : head + 14]
+    ]
     assert len(set.intersection(*ends)) >= 11
 
 
-# -- files --------------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +249,9 @@ def test_cluster_files_are_strict(tmp_path: Path, change: str, message: str | No
     assert str(raised.value).startswith(str(path))
 
 
-@pytest.mark.parametrize(("text", "message"), [("- 1\n", "not a mapping"), ("a: [", "is not YAML"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1\n", "not a mapping"), ("a: [", "is not YAML"), (None, "does not exist")]
+)
 def test_what_is_no_cluster_file(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "cluster.yaml"
     if text is not None:
@@ -256,7 +275,9 @@ def test_a_comparison_tells_its_error() -> None:
     planned = plan_cluster(model(), cluster("h800x8"))
     one = planned.estimates[0]
     peak = one.memory.total * 2
-    found = Comparison("a step", Measurement(bf16_tflops=700.0), one, one.step.seconds / 1.25, 1.0, 2.0, 0.5, (1.5, 0.5), peak)
+    found = Comparison(
+        "a step", Measurement(bf16_tflops=700.0), one, one.step.seconds / 1.25, 1.0, 2.0, 0.5, (1.5, 0.5), peak
+    )
     assert found.utilisation == pytest.approx(1.25 * one.step.utilisation)
     assert found.error == pytest.approx(0.25)
     text = "\n".join(found.lines())

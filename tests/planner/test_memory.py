@@ -18,7 +18,15 @@ from diffmoe_ep.train.engine import settings
 from planner.memory_ranks import forward_allocates, held
 from ranks import run
 
-SMALL: dict[str, Any] = {"input_size": 16, "in_channels": 4, "out_channels": 8, "hidden_size": 64, "num_blocks": 4, "num_heads": 4, "num_classes": 10}
+SMALL: dict[str, Any] = {
+    "input_size": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "hidden_size": 64,
+    "num_blocks": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
 BUCKET = 200_000
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -48,10 +56,17 @@ LAYOUTS = [
 ]
 
 
-KERNELS = [("loop", "tc", "float32"), ("batched", "diffmoe", "bf16"), ("grouped", "diffmoe", "bf16"), ("fused", "tc", "float32")]
+KERNELS = [
+    ("loop", "tc", "float32"),
+    ("batched", "diffmoe", "bf16"),
+    ("grouped", "diffmoe", "bf16"),
+    ("fused", "tc", "float32"),
+]
 
 
-def small(folder: Path, family: str, precision: str, expert: int, zero: int, recompute: str = "none", **train: Any) -> Config:
+def small(
+    folder: Path, family: str, precision: str, expert: int, zero: int, recompute: str = "none", **train: Any
+) -> Config:
     """A model small enough for a test, with a bucket as small, so that gradients fill several."""
     path = folder / "deepspeed.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
@@ -74,8 +89,12 @@ def within(predicted: float, found: float, tolerance: float = 0.05) -> bool:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("family", "precision", "world", "expert", "zero"), LAYOUTS)
-def test_every_part_is_what_the_tensors_hold(tmp_path: Path, family: str, precision: str, world: int, expert: int, zero: int) -> None:
-    """Rows differ from rank to rank, so what depends on them is compared in the mean, which is exact, and bounded by the most."""
+def test_every_part_is_what_the_tensors_hold(
+    tmp_path: Path, family: str, precision: str, world: int, expert: int, zero: int
+) -> None:
+    """Rows differ from rank to rank, so what depends on them is compared in the mean, which is exact, and bounded by
+    the most.
+    """
     config = small(tmp_path, family, precision, expert, zero)
     found = run(world, held, config, timeout=240)
     mean, most = (memory(config, layout(config, world), "cpu", which) for which in (False, True))
@@ -96,13 +115,17 @@ def test_every_part_is_what_the_tensors_hold(tmp_path: Path, family: str, precis
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recompute", ["none", "ffn", "block"])
-@pytest.mark.parametrize(("family", "precision"), [("dense", "float32"), ("diffmoe", "bf16"), ("diffmoe", "float32"), ("text", "bf16")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("dense", "float32"), ("diffmoe", "bf16"), ("diffmoe", "float32"), ("text", "bf16")]
+)
 def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision: str, recompute: str) -> None:
     """The allocator's own account of a forward, with activations kept and computed again."""
     config = small(tmp_path, family, precision, 1, 0, recompute=recompute)
     (found,) = run(1, forward_allocates, config, timeout=240)
     kept = memory(config, layout(config, 1), "cpu").moments["end of the forward"]["activations"]
-    kept += copies(config, config.compute.recompute, weights(config.model, 1), kernel_of(config, layout(config, 1), "cpu"))[0]
+    kept += copies(
+        config, config.compute.recompute, weights(config.model, 1), kernel_of(config, layout(config, 1), "cpu")
+    )[0]
     assert within(kept, found), f"predicted {kept:,}, found {found:,}"
 
 
@@ -119,13 +142,17 @@ def test_what_each_kernel_keeps(tmp_path: Path, kernel: Any, family: str, precis
 
 
 @pytest.mark.parametrize(
-    ("family", "expert"), [(family, expert) for family in FAMILIES for expert in (1, 2) if (family, expert) != ("dense", 2)]
+    ("family", "expert"),
+    [(family, expert) for family in FAMILIES for expert in (1, 2) if (family, expert) != ("dense", 2)],
 )
 def test_weights_are_those_of_the_model_in_order(family: str, expert: int) -> None:
     config = from_tree({"model": SMALL | FAMILIES[family], "parallel": {"expert_parallel": expert}})
     with torch.device("meta"):
         model = DiT(config.model, config.pool)
-    here = [(p.numel() // (expert if is_expert(name) else 1), is_expert(name) and expert > 1) for name, p in model.named_parameters()]
+    here = [
+        (p.numel() // (expert if is_expert(name) else 1), is_expert(name) and expert > 1)
+        for name, p in model.named_parameters()
+    ]
     assert [(weight.numel, weight.expert) for weight in weights(config.model, expert)] == here
 
 
@@ -136,14 +163,23 @@ def test_the_bucket_is_the_engines() -> None:
 @pytest.mark.parametrize(
     ("span", "world", "expert", "rows", "most_rows", "most_pairs"),
     [
-        ("all", 4, 4, 256, 256, 1024),  # the pool is the expert group: each of its 2 experts gets k = 128 rows; one rank may send them all
+        (
+            "all",
+            4,
+            4,
+            256,
+            256,
+            1024,
+        ),  # the pool is the expert group: each of its 2 experts gets k = 128 rows; one rank may send them all
         ("all", 4, 2, 256, 512, 1024),  # wider than the group: 4 experts get up to k = 128 each
         ("all", 4, 1, 256, 1024, 1024),
         (4, 4, 2, 256, 256, 256),  # a pool inside each rank: k = 32 of each
         (8, 4, 2, 256, 256, 512),  # two ranks
     ],
 )
-def test_rows_that_experts_can_get(span: Any, world: int, expert: int, rows: int, most_rows: int, most_pairs: int) -> None:
+def test_rows_that_experts_can_get(
+    span: Any, world: int, expert: int, rows: int, most_rows: int, most_pairs: int
+) -> None:
     """8 experts, 16 samples of 64 tokens over 4 ranks: 256 tokens each."""
     config = from_tree({"model": SMALL | FAMILIES["diffmoe"], "train": {"global_batch": 16}, "pool": {"span": span}})
     part = share(config, Layout(world, expert, 1, "none"))
@@ -157,7 +193,11 @@ def test_recomputation_saves_activations_and_zero_saves_moments() -> None:
     assert activations[0] > 1.5 * activations[1] > 3 * activations[2]
     without, stage = (memory(config, Layout(8, 1, zero, "none")) for zero in (0, 1))
     assert within(stage.peak["moments"] * 8, without.peak["moments"], 0.001)
-    assert isinstance(kept, Memory) and kept.total == sum(kept.peak.values()) and kept.peak[kept.largest] == max(kept.peak.values())
+    assert (
+        isinstance(kept, Memory)
+        and kept.total == sum(kept.peak.values())
+        and kept.peak[kept.largest] == max(kept.peak.values())
+    )
 
 
 def test_most_is_never_less_than_the_mean() -> None:

@@ -1,4 +1,6 @@
-"""From a prompt to a picture: text encoder, model, VAE; the same pictures for any number of ranks; and VAEs that are not the data's."""
+"""From a prompt to a picture: text encoder, model, VAE; the same pictures for any number of ranks; and VAEs that are
+not the data's.
+"""
 
 import json
 import re
@@ -21,7 +23,9 @@ TEXT = ("model.condition=text", "model.text_width=16", "model.text_length=20")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a VAE and a T5 of random weights (vae, t5), latents and features that they made (data), and a run on them (run)."""
+    """A folder with a VAE and a T5 of random weights (vae, t5), latents and features that they made (data), and a run
+    on them (run).
+    """
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from data_prep.__main__ import main
@@ -33,11 +37,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3)).astype(np.uint8)):
         Image.fromarray(pixels).save(folder / f"source/{number:03d}.png")
         (folder / f"source/{number:03d}.txt").write_text(f"picture {number}")
-    encoders = ["--vae", str(folder / "vae"), "--t5", str(folder / "t5"), "--t5-length", "20", "--image-size", "16", "--min-side", "1"]
+    encoders = [
+        "--vae",
+        str(folder / "vae"),
+        "--t5",
+        str(folder / "t5"),
+        "--t5-length",
+        "20",
+        "--image-size",
+        "16",
+        "--min-side",
+        "1",
+    ]
     main(["text_image", "--source", str(folder / "source"), "--out", str(folder / "data"), *encoders])
-    grids = (f"sample.vae={folder / 'vae'}", f"text.folder={folder / 't5'}", "sample.grid_every=2", "sample.grid_size=4")
+    grids = (
+        f"sample.vae={folder / 'vae'}",
+        f"text.folder={folder / 't5'}",
+        "sample.grid_every=2",
+        "sample.grid_size=4",
+    )
     settings = (*TINY, *SIZES, *TEXT, "data.flip=false", *grids)
-    arguments = ("train", "configs/digits.yaml", f"data.folder={folder / 'data'}", f"folder={folder / 'run'}", *settings)
+    arguments = (
+        "train",
+        "configs/digits.yaml",
+        f"data.folder={folder / 'data'}",
+        f"folder={folder / 'run'}",
+        *settings,
+    )
     code, _, err = run(1, train_busy, *arguments)[0]
     assert code == 0, err
     return folder
@@ -58,7 +84,9 @@ def test_pictures_are_what_diffusers_decodes_on_any_number_of_ranks(made: Path, 
     assert found["pixels"].shape == (6, 3, 16, 16)
     vae = AutoencoderKL.from_pretrained(made / "vae").eval()
     with torch.no_grad():
-        expected = vae.decode(torch.from_numpy(found["latents"]) / 0.5 + 0.25).sample  # diffusers: (sample - shift) * scale
+        expected = vae.decode(
+            torch.from_numpy(found["latents"]) / 0.5 + 0.25
+        ).sample  # diffusers: (sample - shift) * scale
     expected = ((expected.clamp(-1, 1) + 1) * 127.5).numpy()
     assert np.abs(found["pixels"] - expected).max() < 0.51
     assert expected.std() > 1  # not one colour
@@ -81,7 +109,9 @@ def test_training_draws_grids_of_pictures(made: Path) -> None:
 
 
 def test_without_a_vae_there_are_latents_and_a_word_on_it(made: Path, tmp_path: Path) -> None:
-    code, said, err = run(1, call, "sample", str(made / "run"), "--out", str(tmp_path), "--prompt", "one", "sample.vae=null")[0]
+    code, said, err = run(
+        1, call, "sample", str(made / "run"), "--out", str(tmp_path), "--prompt", "one", "sample.vae=null"
+    )[0]
     assert code == 0, err
     assert "to see pictures, set sample.vae" in said
     assert not (tmp_path / "grid.png").exists()
@@ -105,7 +135,9 @@ def test_capacity_by_prompt_shows_pictures(made: Path, tmp_path: Path) -> None:
         ({"latent_channels": 3}, r"has latents of 3 channels, the model of 4"),
     ],
 )  # fmt: skip
-def test_another_vae_is_refused_on_all_ranks(made: Path, tmp_path: Path, change: dict[str, float], message: str) -> None:
+def test_another_vae_is_refused_on_all_ranks(
+    made: Path, tmp_path: Path, change: dict[str, float], message: str
+) -> None:
     other = save_vae(tmp_path / "other", **{**SCALE, **change})  # type: ignore[arg-type]
     words = ("sample", str(made / "run"), "--out", str(tmp_path / "out"), "--prompt", "one", f"sample.vae={other}")
     results = run(2, call, *words)
@@ -115,7 +147,9 @@ def test_another_vae_is_refused_on_all_ranks(made: Path, tmp_path: Path, change:
 
 
 def test_a_folder_that_is_missing_says_where_one_comes_from(made: Path, tmp_path: Path) -> None:
-    code, _, err = run(1, call, "sample", str(made / "run"), "--out", str(tmp_path), "--prompt", "one", "sample.vae=/absent")[0]
+    code, _, err = run(
+        1, call, "sample", str(made / "run"), "--out", str(tmp_path), "--prompt", "one", "sample.vae=/absent"
+    )[0]
     assert code == 2
     assert "the VAE folder /absent is not a folder" in err
     assert "stabilityai/sd-vae-ft-mse" in err
@@ -126,7 +160,9 @@ def test_fine_tuning_on_latents_of_another_scale_is_refused(made: Path, tmp_path
     other = shutil.copytree(made / "data", tmp_path / "data")
     (other / "manifest.json").write_text(json.dumps(manifest | {"scale": 0.7}))
     sizes = (*TINY, *SIZES, *TEXT, "data.flip=false", f"init_from={made / 'run'}")
-    code, _, err = run(1, call, "train", "configs/digits.yaml", f"data.folder={other}", f"folder={tmp_path / 'run'}", *sizes)[0]
+    code, _, err = run(
+        1, call, "train", "configs/digits.yaml", f"data.folder={other}", f"folder={tmp_path / 'run'}", *sizes
+    )[0]
     assert code == 2
     assert "was trained on data whose scale is 0.5, but that of this run's data is 0.7" in err
 

@@ -19,7 +19,9 @@ NULL = torch.tensor([3])
 
 
 class ToyModel:
-    """Deterministic, but every result depends on what shares the batch, as an inference pool does; keeps what it saw."""
+    """Deterministic, but every result depends on what shares the batch, as an inference pool does; keeps what it
+    saw.
+    """
 
     def __init__(self, moe: bool = True, ddpm: bool = False):
         self.moe = moe
@@ -34,13 +36,17 @@ class ToyModel:
         first = torch.sin(3 * x) * times + condition.view(-1, 1, 1, 1) * 0.3 + shared
         processed = [torch.full((EXPERTS,), float(len(x) * (layer + 1))) + condition.sum() for layer in range(LAYERS)]
         self.calls.append((t[0].item() if len(t) else None, condition.tolist(), torch.stack(processed).numpy()))
-        layers = tuple(SimpleNamespace(processed=rows, num_tokens=TOKENS * len(x)) for rows in processed) if self.moe else ()
+        layers = (
+            tuple(SimpleNamespace(processed=rows, num_tokens=TOKENS * len(x)) for rows in processed) if self.moe else ()
+        )
         second = torch.tanh(first) if self.ddpm else 100 + first
         return SimpleNamespace(prediction=torch.cat([first, second], 1), auxiliary=torch.zeros(()), layers=layers)
 
 
 class TextToy:
-    """The toy model for captions: what it makes of one is the sum of its tokens, so that padding and neighbours would show."""
+    """The toy model for captions: what it makes of one is the sum of its tokens, so that padding and neighbours would
+    show.
+    """
 
     def __init__(self, ddpm: bool = False):
         self.toy = ToyModel(ddpm=ddpm)
@@ -60,7 +66,15 @@ def captions(count: int) -> Text:
 
 
 def _parts(
-    world: int, guidance: float = 1.5, chunk: int = 3, model=None, conditions=CONDITIONS, steps: int = STEPS, null=NULL, seed=7, **options
+    world: int,
+    guidance: float = 1.5,
+    chunk: int = 3,
+    model=None,
+    conditions=CONDITIONS,
+    steps: int = STEPS,
+    null=NULL,
+    seed=7,
+    **options,
 ):
     return [
         generate(
@@ -100,7 +114,9 @@ def test_samples_agree_with_a_plain_loop_over_chunks():
     model = ToyModel()
     for first in range(0, 11, 3):
         numbers = range(first, min(first + 3, 11))
-        x = torch.stack([torch.from_numpy(keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32)) for i in numbers])
+        x = torch.stack(
+            [torch.from_numpy(keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32)) for i in numbers]
+        )
         condition = CONDITIONS[first : first + 3]
         for t in (1.0, 2 / 3, 1 / 3):
             times = torch.full((len(x),), t)
@@ -116,7 +132,9 @@ def test_every_rank_takes_part_in_every_round_with_zero_samples_where_no_chunk_i
     parts = _parts(2, model=model, conditions=conditions)
     assert [part.index.tolist() for part in parts] == [[0, 1, 2, 6], [3, 4, 5]]
     a_round = 2 * STEPS  # forward passes, the two halves of guidance in each step
-    assert [len(condition) for _, condition, _ in model.calls] == [3] * a_round + [1] * a_round + [3] * a_round + [0] * a_round
+    assert [len(condition) for _, condition, _ in model.calls] == [3] * a_round + [1] * a_round + [3] * a_round + [
+        0
+    ] * a_round
     assert join(_parts(5, conditions=conditions))[0].shape == (7, *SHAPE)  # two ranks have nothing in any round
 
 
@@ -143,7 +161,10 @@ def test_captions_give_the_same_bits_on_any_number_of_ranks(world, objective):
     others, other_capacity = join(_parts(world, model=toy(), **given))
     assert torch.equal(latents, others)
     assert torch.equal(capacity.processed, other_capacity.processed)
-    behind = Text(torch.where(torch.arange(5)[None, :, None] < text.lengths[:, None, None], text.features, torch.nan), text.lengths)
+    behind = Text(
+        torch.where(torch.arange(5)[None, :, None] < text.lengths[:, None, None], text.features, torch.nan),
+        text.lengths,
+    )
     assert torch.equal(join(_parts(1, model=toy(), **(given | {"conditions": behind})))[0], latents)
     assert torch.equal(join(_parts(1, model=toy(), **(given | {"conditions": text[:3]})))[0], latents[:3])
 
@@ -204,7 +225,9 @@ def test_capacity_is_one_when_experts_take_their_even_share():
 
 def test_merging_weighs_ranks_by_their_tokens_and_leaves_out_idle_ones():
     def record(processed: float, tokens: float) -> CapacityRecord:
-        return CapacityRecord(torch.full((1, 1, 2), processed, dtype=torch.float64), torch.full((1, 1), tokens, dtype=torch.float64))
+        return CapacityRecord(
+            torch.full((1, 1, 2), processed, dtype=torch.float64), torch.full((1, 1), tokens, dtype=torch.float64)
+        )
 
     assert record(10, 10).merge(record(0, 30)).average() == 0.5
     assert record(5, 10).merge(record(0, 0)).average() == 1
@@ -300,13 +323,17 @@ def test_ancestral_samples_agree_with_a_plain_loop_with_keyed_noise_and_one_pool
     for first in range(0, 11, 3):
         numbers = range(first, min(first + 3, 11))
         count = len(numbers)
-        x = np.stack([keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32) for i in numbers]).astype(np.float64)
+        x = np.stack([keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32) for i in numbers]).astype(
+            np.float64
+        )
         condition = torch.cat([CONDITIONS[first : first + count], torch.full((count,), 3)])
         for step, t in enumerate((999, 666, 333, 0)):
             here, before = signal[t], signal[t - 333] if t else 1.0
             now = torch.from_numpy(x).float()
             prediction = (
-                ToyModel(ddpm=True)(torch.cat([now, now]), torch.full((2 * count,), float(t)), condition).prediction.double().numpy()
+                ToyModel(ddpm=True)(torch.cat([now, now]), torch.full((2 * count,), float(t)), condition)
+                .prediction.double()
+                .numpy()
             )
             towards, away, v = prediction[:count, :2], prediction[count:, :2], prediction[:count, 2:]
             eps = away + 2.0 * (towards - away)
@@ -314,7 +341,9 @@ def test_ancestral_samples_agree_with_a_plain_loop_with_keyed_noise_and_one_pool
             x = (x - added / np.sqrt(1 - here) * eps) / np.sqrt(1 - added)
             if t:
                 low = added * (1 - before) / (1 - here)
-                noise = np.stack([keyed(7, i, "start", step + 1).standard_normal(SHAPE, dtype=np.float32) for i in numbers])
+                noise = np.stack(
+                    [keyed(7, i, "start", step + 1).standard_normal(SHAPE, dtype=np.float32) for i in numbers]
+                )
                 x = x + np.sqrt(added ** ((1 + v) / 2) * low ** ((1 - v) / 2)) * noise
         np.testing.assert_allclose(latents[first : first + count].numpy(), x, rtol=1e-3, atol=1e-3)
 
@@ -330,7 +359,10 @@ def test_the_noise_of_a_sampling_step_differs_from_every_other():
     [
         (FLOW, [1] * 1 + [2] * 2 + [1]),  # t = 1, 3/4, 1/2, 1/4: guided at the middle two
         (DDPM | {"sampler": "ddim"}, [1, 2, 2, 1]),  # t = 999, 666, 333, 0 are 1, 0.667, 0.334, 0.001
-        (DDPM | {"sampler": "euler"}, [1, 2, 2, 2]),  # the flow's t = 1/4 has signal 0.9, which the chain has after 0.0978
+        (
+            DDPM | {"sampler": "euler"},
+            [1, 2, 2, 2],
+        ),  # the flow's t = 1/4 has signal 0.9, which the chain has after 0.0978
     ],
     ids=["flow", "ddim", "euler on a chain"],
 )
@@ -407,7 +439,9 @@ class Meeting:
 @pytest.mark.parametrize("objective", [FLOW, DDPM], ids=["flow", "ddpm"])
 @pytest.mark.parametrize("world", [2, 5])
 def test_adaptive_ranks_whose_passes_wait_for_each_other_all_finish(monkeypatch, world, objective, options):
-    """Chunks need different numbers of passes and one rank has no chunk: a pass that the others do not make would break the barrier."""
+    """Chunks need different numbers of passes and one rank has no chunk: a pass that the others do not make would break
+    the barrier.
+    """
     monkeypatch.setitem(sys.modules, "torchdiffeq", SimpleNamespace(odeint=_uneven_odeint))
     options = objective | options | {"sampler": "dopri5"}
     expected, alone = join(_parts(1, **options))
@@ -428,7 +462,9 @@ def test_adaptive_ranks_whose_passes_wait_for_each_other_all_finish(monkeypatch,
     assert torch.equal(capacity.processed, alone.processed)
     assert torch.equal(capacity.tokens, alone.tokens)
     assert len({len(model.calls) for model in models}) == 1
-    assert capacity.tokens[0, 0] > capacity.tokens[-1, 0] > 0  # the last evaluations are those of the slowest chunks alone
+    assert (
+        capacity.tokens[0, 0] > capacity.tokens[-1, 0] > 0
+    )  # the last evaluations are those of the slowest chunks alone
 
 
 def test_adaptive_ranks_on_their_own_do_no_idle_work(monkeypatch):
@@ -440,7 +476,9 @@ def test_adaptive_ranks_on_their_own_do_no_idle_work(monkeypatch):
     assert part.capacity.is_empty
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchdiffeq") is None, reason="torchdiffeq is not installed (extra: sample)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchdiffeq") is None, reason="torchdiffeq is not installed (extra: sample)"
+)
 @pytest.mark.parametrize("options", [FLOW, DDPM], ids=["flow", "ddpm"])
 def test_dopri5_gives_the_same_bits_on_any_number_of_ranks_and_ends_near_heun(options):
     seen: list[tuple[int, int]] = []

@@ -91,7 +91,9 @@ def test_words_are_wrapped_within_the_width_and_cut_after_five_lines():
         assert 1 <= len(lines) <= 5
         assert all(font.getlength(line) <= 100 for line in lines)
         whole = "".join(lines).replace(" ", "")
-        assert whole == text.replace(" ", "") if not whole.endswith("…") else text.replace(" ", "").startswith(whole[:-1])
+        assert (
+            whole == text.replace(" ", "") if not whole.endswith("…") else text.replace(" ", "").startswith(whole[:-1])
+        )
     assert wrap("so it goes " * 40, font, 100)[-1].endswith("…")
 
 
@@ -134,7 +136,10 @@ def test_curves_fill_four_panels(tmp_path):
 @pytest.mark.parametrize("kept", [{"loss"}, {"loss", "rate"}, set()])
 def test_curves_of_a_dense_run_leave_panels_empty(tmp_path, kept):
     pytest.importorskip("matplotlib")
-    records = [{key: value for key, value in _record(step).items() if key in {"step", "samples", *kept}} for step in range(1, 41)]
+    records = [
+        {key: value for key, value in _record(step).items() if key in {"step", "samples", *kept}}
+        for step in range(1, 41)
+    ]
     curves(_log(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
     loss, capacity, rate, speed = _ink(tmp_path / "curves.png")
     assert capacity == speed == 0
@@ -154,7 +159,9 @@ def test_steps_logged_again_after_a_resume_replace_the_first_and_torn_lines_do_n
     steps = [_record(step) for step in range(1, 21)]
     curves(_log(tmp_path / "clean.jsonl", steps), tmp_path / "clean.png")
     torn = _log(tmp_path / "torn.jsonl", [*steps[:9], {**_record(10), "rate": 1.0}, {**_record(11), "rate": 1.0}])
-    torn.write_text(torn.read_text() + '{"step": 12, "sam\n' + "".join(json.dumps(record) + "\n" for record in steps[9:]))
+    torn.write_text(
+        torn.read_text() + '{"step": 12, "sam\n' + "".join(json.dumps(record) + "\n" for record in steps[9:])
+    )
     curves(torn, tmp_path / "torn.png")
     assert (_read(tmp_path / "clean.png") == _read(tmp_path / "torn.png")).all()
 

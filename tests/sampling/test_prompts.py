@@ -1,4 +1,6 @@
-"""Prompts: the features of their words alone, as stored ones are; what is empty or cut is said, and another encoder is refused."""
+"""Prompts: the features of their words alone, as stored ones are; what is empty or cut is said, and another encoder is
+refused.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,12 +29,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
     save_t5(folder / "t5")
     for name, more in (("stored", ["--t5", str(folder / "t5"), "--t5-length", "30"]), ("words", [])):
-        main(["digits_captions", "--out", str(folder / name), "--samples", "30", "--heldout", "5", "--shard-size", "20", *more])
+        main(
+            [
+                "digits_captions",
+                "--out",
+                str(folder / name),
+                "--samples",
+                "30",
+                "--heldout",
+                "5",
+                "--shard-size",
+                "20",
+                *more,
+            ]
+        )
     return folder
 
 
 def config(folder: Path, *overrides: str) -> Config:
-    model = {"condition": "text", "text_width": WIDTH, "text_length": PLACES, "input_size": 24, "in_channels": 1, "out_channels": 1}
+    model = {
+        "condition": "text",
+        "text_width": WIDTH,
+        "text_length": PLACES,
+        "input_size": 24,
+        "in_channels": 1,
+        "out_channels": 1,
+    }
     return from_tree({"model": model, "text": {"folder": str(folder / "t5")}}, overrides)
 
 
@@ -93,7 +115,9 @@ def test_what_is_empty_or_cut_is_said(encoder: TextEncoder) -> None:
     assert prompts[0:4].lengths.tolist() == [0, 6, 0, 20]
     assert said[0] == said[1] == "an empty prompt is drawn as the null caption, without any guidance by words"
     assert said[2:] == [f"the prompt '{long}' has more than 20 tokens and is cut there"]
-    assert encode(encoder, [long], PLACES)[1] == [f"the prompt '{long}' has more than 30 tokens and is cut there"]  # of the stored features
+    assert encode(encoder, [long], PLACES)[1] == [
+        f"the prompt '{long}' has more than 30 tokens and is cut there"
+    ]  # of the stored features
     assert "…' has more" in encode(encoder, ["x" * 500], PLACES)[1][0]
 
 

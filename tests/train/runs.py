@@ -1,4 +1,6 @@
-"""A small training run as a function of its layout, for the laws: what is trained is fixed, how it is laid out is given."""
+"""A small training run as a function of its layout, for the laws: what is trained is fixed, how it is laid out is
+given.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -37,7 +39,14 @@ def config(data: Path, folder: Path, *overrides: str) -> Config:
             "num_classes": 10,
             "num_experts": 8,
         },
-        "train": {"steps": STEPS, "global_batch": 24, "precision": "float32", "max_grad_norm": 0.3, "optimizer": {"lr": 1e-3}, "ema": {"decay": 0.9}},
+        "train": {
+            "steps": STEPS,
+            "global_batch": 24,
+            "precision": "float32",
+            "max_grad_norm": 0.3,
+            "optimizer": {"lr": 1e-3},
+            "ema": {"decay": 0.9},
+        },
         "log": {"every": 1},
         "checkpoint": {"every": 1000},
     }
@@ -59,10 +68,12 @@ def busy(std: float) -> Callable[[DiT, int], DiT]:
 
 
 def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
-    """Train, and tell each step's loss, gradient norm and thresholds, and the final averaged weights of what this rank holds.
+    """Train, and tell each step's loss, gradient norm and thresholds, and the final averaged weights of what this rank
+    holds.
 
-    The start is N(0, 0.02) under AdamW, which makes every gradient count alike. Under SGD experts get 4e-4 of the gradient norm from that
-    start, so that a wrong factor on them would stay below the law's tolerance; from N(0, 0.1) it shows.
+    The start is N(0, 0.02) under AdamW, which makes every gradient count alike. Under SGD experts get 4e-4 of the
+    gradient norm from that start, so that a wrong factor on them would stay below the law's tolerance; from N(0, 0.1)
+    it shows.
     """
     told: dict[str, list[Any]] = {"loss": [], "grad_norm": [], "thresholds": []}
     start = busy(0.02 if given.train.optimizer.kind == "adamw" else 0.1)
@@ -81,7 +92,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
     return {**told, "ema": ema, "expert_rank": mesh.expert.rank}
 
 
-# -- faults that law 3 must see -----------------------------------------------------------------------------------------------------------
+# -- faults that law 3 must see ----------------------------------------------------------------------------------------
 
 
 def _pool_of_one_rank() -> Any:
@@ -127,4 +138,6 @@ FAULTS: dict[str | None, Callable[[], Any]] = {
 
 def layout(given: Config, expert: int, zero: int) -> Config:
     """The same run, laid out otherwise."""
-    return dataclasses.replace(given, parallel=dataclasses.replace(given.parallel, expert_parallel=expert, zero_stage=zero))
+    return dataclasses.replace(
+        given, parallel=dataclasses.replace(given.parallel, expert_parallel=expert, zero_stage=zero)
+    )

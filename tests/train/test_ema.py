@@ -10,14 +10,19 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.train.ema import Ema
 from train.runs import busy
 
-SMALL = ModelConfig(input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=2, num_classes=3, num_experts=4)
+SMALL = ModelConfig(
+    input_size=4, in_channels=1, out_channels=1, hidden_size=8, num_heads=2, num_blocks=2, num_classes=3, num_experts=4
+)
 
 
 @pytest.mark.parametrize("ramp", [False, True])
 def test_the_average_is_the_recursion(ramp: bool) -> None:
     model = initialize(DiT(SMALL), 0)
     ema = Ema(model, EmaConfig(decay=0.8, ramp=ramp))
-    expected, weight = model.blocks[0].attention.qkv.weight.detach().double().numpy().copy(), model.blocks[0].attention.qkv.weight
+    expected, weight = (
+        model.blocks[0].attention.qkv.weight.detach().double().numpy().copy(),
+        model.blocks[0].attention.qkv.weight,
+    )
     for step in range(1, 30):
         weight.data += 0.1 * step
         ema.update(step)

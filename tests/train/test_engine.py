@@ -19,8 +19,15 @@ def config(tmp_path: Path, user: Any, *overrides: str) -> Config:
 
 
 def test_batch_sizes_follow_the_config(tmp_path: Path) -> None:
-    found = settings(config(tmp_path, {}, "train.global_batch=96", "train.grad_accumulation=3", "train.max_grad_norm=0.5"), Mesh(world=Group(size=4)))
-    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (96, 8, 3)
+    found = settings(
+        config(tmp_path, {}, "train.global_batch=96", "train.grad_accumulation=3", "train.max_grad_norm=0.5"),
+        Mesh(world=Group(size=4)),
+    )
+    assert (
+        found["train_batch_size"],
+        found["train_micro_batch_size_per_gpu"],
+        found["gradient_accumulation_steps"],
+    ) == (96, 8, 3)
     assert found["gradient_clipping"] == 0.5
 
 

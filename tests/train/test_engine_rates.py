@@ -21,14 +21,27 @@ from train.runs import busy, config, layout
 LAYOUTS = [(1, 1, 0), (1, 1, 2), (2, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
 STEPS = 4
 KINDS = {
-    "sgd": ["train.optimizer.kind=sgd", "train.optimizer.momentum=0.9", "train.optimizer.lr=0.05", "train.optimizer.weight_decay=0.1"],
+    "sgd": [
+        "train.optimizer.kind=sgd",
+        "train.optimizer.momentum=0.9",
+        "train.optimizer.lr=0.05",
+        "train.optimizer.weight_decay=0.1",
+    ],
     # eps as large as the gradients: without it Adam's first step is a sign, which rounding turns over
-    "adamw": ["train.optimizer.kind=adamw", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0.1", "train.optimizer.eps=0.01"],
+    "adamw": [
+        "train.optimizer.kind=adamw",
+        "train.optimizer.lr=0.01",
+        "train.optimizer.weight_decay=0.1",
+        "train.optimizer.eps=0.01",
+    ],
 }
 
 
 def given_for(digits: Path, folder: Path, kind: str, expert_lr_scale: float, router_lr_scale: float) -> Config:
-    groups = (f"train.optimizer.expert_lr_scale={expert_lr_scale}", f"train.optimizer.router_lr_scale={router_lr_scale}")
+    groups = (
+        f"train.optimizer.expert_lr_scale={expert_lr_scale}",
+        f"train.optimizer.router_lr_scale={router_lr_scale}",
+    )
     schedule = ("train.schedule.kind=cosine", "train.schedule.warmup=2", "train.steps=8", "train.grad_accumulation=2")
     return config(digits / "train", folder, *KINDS[kind], *groups, *schedule)
 
@@ -40,13 +53,17 @@ def plain(given: Config) -> dict[str, torch.Tensor]:
     groups, factors = [], []
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        factors.append(settings.expert_lr_scale if "experts" in parts else settings.router_lr_scale if "router" in parts else 1.0)
+        factors.append(
+            settings.expert_lr_scale if "experts" in parts else settings.router_lr_scale if "router" in parts else 1.0
+        )
         groups.append({"params": [parameter]})
     optimizer: torch.optim.Optimizer
     if settings.kind == "sgd":
         optimizer = torch.optim.SGD(groups, lr=1.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, lr=1.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
     stream = Stream(
         Dataset.open(given.data.folder), seed=given.seed, batch=given.train.global_batch, accumulation=micro_steps, rank=0, world=1,
         drop_condition=given.data.condition_dropout, flip=False, shuffle_block=given.data.shuffle_block, workers=0, prefetch=1,
@@ -92,7 +109,9 @@ def test_weights_move_as_by_torch_with_a_rate_for_each(
                     here, before = (whole.chunk(expert)[found["expert"]] for whole in (here, before))
                     assert torch.equal(tensor, before) == (expert_lr_scale == 0), name
                 moved = float((here - before).abs().max())
-                torch.testing.assert_close(tensor, here, rtol=1e-6, atol=2e-3 * moved, msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    tensor, here, rtol=1e-6, atol=2e-3 * moved, msg=lambda text, name=name: f"{name}: {text}"
+                )
             common = rate(given.train, STEPS - 1)
             assert found["told"]["lr"] == common
             assert found["told"]["lr_experts"] == expert_lr_scale * common

@@ -49,7 +49,11 @@ def test_speed_leaves_out_what_is_no_training() -> None:
         clock.pause(lambda: None)  # 120 to 124
         first = clock.lap(50, 8)  # at 130: 30 s less a pause of 4
         second = clock.lap(60, 8)  # at 140
-    assert first == {"samples_per_second": pytest.approx(10 * 8 / 26), "data_wait": pytest.approx(2 / 26), "seconds": 30.0}
+    assert first == {
+        "samples_per_second": pytest.approx(10 * 8 / 26),
+        "data_wait": pytest.approx(2 / 26),
+        "seconds": 30.0,
+    }
     assert second == {"samples_per_second": pytest.approx(10 * 8 / 10), "data_wait": 0.0, "seconds": 40.0}
 
 
@@ -85,7 +89,9 @@ def diverges(rank: int, given: Config) -> tuple[str, bool, list[str]]:
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_a_diverged_run_stops_on_every_rank_and_is_not_saved(digits: Path, tmp_path: Path, zero: int) -> None:
-    given = config(digits / "train", tmp_path / "run", "log.every=4", "checkpoint.every=4", f"parallel.zero_stage={zero}")
+    given = config(
+        digits / "train", tmp_path / "run", "log.every=4", "checkpoint.every=4", f"parallel.zero_stage={zero}"
+    )
     for told, everywhere, saved in run(2, diverges, given):
         assert "the run has diverged and is not saved" in told
         assert everywhere
@@ -101,7 +107,14 @@ def finishes(rank: int, given: Config) -> list[str]:
 def test_a_picture_that_fails_costs_no_run(digits: Path, tmp_path: Path) -> None:
     """A folder stands where the grid should go: the run says so and saves its checkpoint all the same."""
     (tmp_path / "run/samples/step-0000002.png").mkdir(parents=True)
-    given = config(digits / "train", tmp_path / "run", "train.steps=2", "sample.grid_every=2", "sample.steps=1", "parallel.expert_parallel=2")
+    given = config(
+        digits / "train",
+        tmp_path / "run",
+        "train.steps=2",
+        "sample.grid_every=2",
+        "sample.steps=1",
+        "parallel.expert_parallel=2",
+    )
     files: list[Any] = run(2, finishes, given)
     assert "checkpoints/step-0000002/meta.json" in files[0]
     assert "curves.png" in files[0]

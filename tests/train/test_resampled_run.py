@@ -18,7 +18,10 @@ STEPS = 12
 
 def plain(digits: Path, *overrides: str) -> Config:
     """The tars of the digits, their manifest and indexes not looked at."""
-    given = ["data.mode=resampled", "data.plain={kind: pixels, array: pixels.npy, scale: 0.125, shift: -1.0, shuffle: 100}"]
+    given = [
+        "data.mode=resampled",
+        "data.plain={kind: pixels, array: pixels.npy, scale: 0.125, shift: -1.0, shuffle: 100}",
+    ]
     return config(digits / "train", Path("unused"), f"train.steps={STEPS}", *given, *overrides)
 
 

@@ -1,4 +1,6 @@
-"""Law 4 for the same shape of run: interrupted and resumed, it continues to the bit; and a checkpoint loads at any expert parallelism."""
+"""Law 4 for the same shape of run: interrupted and resumed, it continues to the bit; and a checkpoint loads at any
+expert parallelism.
+"""
 
 import dataclasses
 import json
@@ -31,12 +33,23 @@ def until(rank: int, given: Config) -> None:
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
+        for line in lines
+    ]
 
 
 def given_for(data: Path, folder: Path, kind: str, expert: int, zero: int) -> Config:
     sgd = ["train.optimizer.momentum=0.9", "train.optimizer.lr=0.01"] if kind == "sgd" else []
-    made = config(data, folder, f"train.optimizer.kind={kind}", "train.steps=12", "checkpoint.every=5", "train.grad_accumulation=2", *sgd)
+    made = config(
+        data,
+        folder,
+        f"train.optimizer.kind={kind}",
+        "train.steps=12",
+        "checkpoint.every=5",
+        "train.grad_accumulation=2",
+        *sgd,
+    )
     return layout(made, expert, zero)
 
 
@@ -47,7 +60,8 @@ def test_a_resumed_run_is_the_uncut_run(digits: Path, tmp_path: Path, shape: tup
     uncut = given_for(digits / "train", tmp_path / "uncut", kind, expert, zero)
     run(world, until, uncut)
     cut = dataclasses.replace(uncut, folder=str(tmp_path / "cut"))
-    # A kill at step 8: the checkpoint of step 5 is the newest, and lines of steps 6 to 8 are already written, the last one torn.
+    # A kill at step 8: the checkpoint of step 5 is the newest, and lines of steps 6 to 8 are already written, the last
+    # one torn.
     shutil.copytree(tmp_path / "uncut", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/checkpoints/step-0000010")
     shutil.rmtree(tmp_path / "cut/checkpoints/step-0000012")
@@ -55,7 +69,9 @@ def test_a_resumed_run_is_the_uncut_run(digits: Path, tmp_path: Path, shape: tup
     (tmp_path / "cut/metrics.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[7][:40])
     saved = given_for(digits / "train", tmp_path / "five", kind, expert, zero)
     run(world, until, dataclasses.replace(saved, train=dataclasses.replace(saved.train, steps=5)))
-    shutil.copytree(tmp_path / "five/checkpoints/step-0000005", tmp_path / "cut/checkpoints/step-0000005", dirs_exist_ok=True)
+    shutil.copytree(
+        tmp_path / "five/checkpoints/step-0000005", tmp_path / "cut/checkpoints/step-0000005", dirs_exist_ok=True
+    )
     run(world, until, cut)
     assert told(tmp_path / "cut") == told(tmp_path / "uncut")
     assert len(told(tmp_path / "cut")) == 12
@@ -145,5 +161,12 @@ def test_other_data_are_refused(trained: Path, digits: Path) -> None:
 
 
 def test_more_steps_and_another_rate_are_allowed(trained: Path, digits: Path) -> None:
-    other = config(digits / "train", trained, "train.grad_accumulation=2", "train.steps=99", "train.optimizer.lr=1e-5", "parallel.expert_parallel=1")
+    other = config(
+        digits / "train",
+        trained,
+        "train.grad_accumulation=2",
+        "train.steps=99",
+        "train.optimizer.lr=1e-5",
+        "parallel.expert_parallel=1",
+    )
     check_continues(store.resolve(trained), other, Dataset.open(digits / "train").fingerprint)

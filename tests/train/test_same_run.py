@@ -1,4 +1,6 @@
-"""Law 3: a run is the same run on any number of ranks, at any expert parallelism and ZeRO stage; and the test can fail."""
+"""Law 3: a run is the same run on any number of ranks, at any expert parallelism and ZeRO stage; and the test can
+fail.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,14 @@ def traced(given: Config, world: int, expert: int, zero: int, fault: str | None 
 
 
 def differences(traces: list[dict[str, Any]], single: dict[str, Any]) -> dict[str, float]:
-    """Largest difference of losses (absolute), norms and thresholds (relative), over all ranks and steps, to the run on one rank."""
+    """Largest difference of losses (absolute), norms and thresholds (relative), over all ranks and steps, to the run on
+    one rank.
+    """
     pairs = [(torch.tensor(one["loss"]), torch.tensor(single["loss"])) for one in traces]
     norms = [(torch.tensor(one["grad_norm"]), torch.tensor(single["grad_norm"])) for one in traces]
-    taus = [(torch.stack(one["thresholds"]), torch.stack(single["thresholds"])) for one in traces if single["thresholds"]]
+    taus = [
+        (torch.stack(one["thresholds"]), torch.stack(single["thresholds"])) for one in traces if single["thresholds"]
+    ]
     return {
         "loss": max(float((a - b).abs().max()) for a, b in pairs),
         "grad_norm": max(float(((a - b) / b).abs().max()) for a, b in norms),
@@ -57,7 +63,11 @@ def test_every_layout_is_the_same_run(digits: Path, kind: str, accumulation: int
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("fault", "layout_"),
-    [("a pool of one rank", (2, 2, 2)), ("expert gradients times the replicas", (4, 2, 1)), ("thresholds moved twice", (2, 1, 1))],
+    [
+        ("a pool of one rank", (2, 2, 2)),
+        ("expert gradients times the replicas", (4, 2, 1)),
+        ("thresholds moved twice", (2, 1, 1)),
+    ],
 )
 def test_planted_faults_break_the_law(digits: Path, fault: str, layout_: tuple[int, int, int]) -> None:
     for kind in KINDS:
@@ -109,14 +119,18 @@ def test_averaged_weights_are_the_same(digits: Path) -> None:
     given = config(digits / "train", Path("unused"), "train.grad_accumulation=1", *KINDS["sgd"])
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 4, 2, 1)
     for name, wanted in single["ema"].items():
-        found = torch.cat([traces[rank]["ema"][name] for rank in (0, 1)]) if ".experts." in name else traces[3]["ema"][name]
+        found = (
+            torch.cat([traces[rank]["ema"][name] for rank in (0, 1)]) if ".experts." in name else traces[3]["ema"][name]
+        )
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.timeout(600)
 def test_bf16_trains_the_same_weights_closely(digits: Path) -> None:
     """In bf16 the choice of single tokens may flip, but the run stays close, and its state is float32."""
-    given = config(digits / "train", Path("unused"), "train.precision=bf16", "train.grad_accumulation=1", *KINDS["adamw"])
+    given = config(
+        digits / "train", Path("unused"), "train.precision=bf16", "train.grad_accumulation=1", *KINDS["adamw"]
+    )
     single, traces = traced(given, 1, 1, 0)[0], traced(given, 2, 2, 1)
     full = traced(config(digits / "train", Path("unused"), "train.grad_accumulation=1", *KINDS["adamw"]), 1, 1, 0)[0]
     assert differences(traces, single)["loss"] < 5e-3

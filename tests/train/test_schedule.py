@@ -11,7 +11,9 @@ from diffmoe_ep.train.schedule import rate
 
 
 def rates(kind: Any, **others: Any) -> list[float]:
-    train = replace(TrainConfig(), steps=100, optimizer=OptimizerConfig(lr=2.0), schedule=ScheduleConfig(kind=kind, **others))
+    train = replace(
+        TrainConfig(), steps=100, optimizer=OptimizerConfig(lr=2.0), schedule=ScheduleConfig(kind=kind, **others)
+    )
     return [rate(train, step) for step in range(100)]
 
 

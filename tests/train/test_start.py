@@ -1,4 +1,6 @@
-"""Starting from another run's weights: at any layout the same bits, once only, thresholds carried, and a chain that can be read."""
+"""Starting from another run's weights: at any layout the same bits, once only, thresholds carried, and a chain that can
+be read.
+"""
 
 import dataclasses
 import json
@@ -48,7 +50,9 @@ def begun(rank: int, given: Config, steps: int) -> dict[str, Any]:
 def source(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps on two ranks, EP 2, whose averaged and live weights differ."""
     folder = tmp_path_factory.mktemp("start") / "source"
-    given = config(digits / "train", folder, f"train.steps={STEPS}", "train.ema.thresholds=averaged", "parallel.zero_stage=2")
+    given = config(
+        digits / "train", folder, f"train.steps={STEPS}", "train.ema.thresholds=averaged", "parallel.zero_stage=2"
+    )
     run(2, until, layout(given, 2, 2))
     return folder
 
@@ -64,9 +68,13 @@ def tuned(digits: Path, folder: Path, source: Path, *overrides: str) -> Config:
 def test_the_weights_are_those_of_the_source_to_the_bit(
     digits: Path, source: Path, tmp_path: Path, world: int, expert: int, zero: int, weights: str
 ) -> None:
-    """Live weights, averaged weights and thresholds; and a step at a rate of almost nothing leaves them, wherever ZeRO keeps its copy."""
+    """Live weights, averaged weights and thresholds; and a step at a rate of almost nothing leaves them, wherever ZeRO
+    keeps its copy.
+    """
     stored = store.read(store.resolve(source), sorted(store.tensors(store.resolve(source))))
-    given = layout(tuned(digits, tmp_path / "run", source, f"init_weights={weights}", "train.optimizer.lr=1e-30"), expert, zero)
+    given = layout(
+        tuned(digits, tmp_path / "run", source, f"init_weights={weights}", "train.optimizer.lr=1e-30"), expert, zero
+    )
     for steps in (0, 1):
         for found in run(world, begun, given, steps):
             for name, tensor in found["model"].items():
@@ -86,7 +94,9 @@ def test_the_weights_are_those_of_the_source_to_the_bit(
 
 
 @pytest.mark.parametrize(("world", "expert"), [(1, 1), (2, 2)])
-def test_the_first_loss_is_the_sources_loss_on_that_batch(digits: Path, source: Path, tmp_path: Path, world: int, expert: int) -> None:
+def test_the_first_loss_is_the_sources_loss_on_that_batch(
+    digits: Path, source: Path, tmp_path: Path, world: int, expert: int
+) -> None:
     given = layout(tuned(digits, tmp_path / "run", source, "train.optimizer.lr=1e-30"), expert, 1)
     model = load_model(source, weights="ema").train()
     stream = Stream(
@@ -115,7 +125,10 @@ def test_thresholds_mean_the_same_under_another_decay(digits: Path, source: Path
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
+        for line in lines
+    ]
 
 
 @pytest.mark.timeout(300)
@@ -123,7 +136,12 @@ def test_a_killed_run_goes_on_and_does_not_start_again(digits: Path, source: Pat
     """With expert and router rates of their own and frozen parts; the source may be gone by then."""
     gone = tmp_path / "gone"
     shutil.copytree(source, gone)
-    knobs = ("checkpoint.every=2", "train.optimizer.expert_lr_scale=3", "train.optimizer.router_lr_scale=0.5", 'train.freeze=["blocks.0.*"]')
+    knobs = (
+        "checkpoint.every=2",
+        "train.optimizer.expert_lr_scale=3",
+        "train.optimizer.router_lr_scale=0.5",
+        'train.freeze=["blocks.0.*"]',
+    )
     uncut = layout(tuned(digits, tmp_path / "uncut", gone, *knobs), 2, 1)
     run(2, until, uncut)
     cut = dataclasses.replace(uncut, folder=str(tmp_path / "cut"))
@@ -150,7 +168,14 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
     provenance = {"ancestry": meta["ancestry"]}
     kept = override(config_of(checkpoint), ["sample.weights=model"])
     save_single(load_model(checkpoint, "model"), kept, facts_of(checkpoint), tmp_path / "single", provenance=provenance)
-    given = tuned(digits, tmp_path / "second", tmp_path / "single", "train.steps=1", "init_weights=model", 'train.freeze=["patches.*"]')
+    given = tuned(
+        digits,
+        tmp_path / "second",
+        tmp_path / "single",
+        "train.steps=1",
+        "init_weights=model",
+        'train.freeze=["patches.*"]',
+    )
     found = run(1, begun, given, 0)[0]
     assert found["line"] == (
         f"begun with the model weights of {tmp_path / 'single'} <- ema weights of {store.resolve(source)} (step {STEPS}), "
@@ -169,11 +194,16 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
         ("model.hidden_size=64", r"holds weights of another model: model\.hidden_size is 32 there and 64 here"),
         ("model.condition=text", r"model\.condition is class there and text here"),
         ("init_from=/nowhere/at/all", r"init_from /nowhere/at/all is not a folder"),
-        ('train.freeze=["pathces.*"]', r"train\.freeze: pathces\.\* matches none of the \d+ parameters; near are patches\.projection"),
+        (
+            'train.freeze=["pathces.*"]',
+            r"train\.freeze: pathces\.\* matches none of the \d+ parameters; near are patches\.projection",
+        ),
         ('train.freeze=["*"]', r"so that nothing is trained"),
     ],
 )
-def test_what_does_not_fit_is_told_on_all_ranks(digits: Path, source: Path, tmp_path: Path, override_: str, message: str) -> None:
+def test_what_does_not_fit_is_told_on_all_ranks(
+    digits: Path, source: Path, tmp_path: Path, override_: str, message: str
+) -> None:
     given = layout(tuned(digits, tmp_path / "run", source, override_), 2, 1)
     with pytest.raises(RankError, match=message) as raised:
         run(2, starting, given)

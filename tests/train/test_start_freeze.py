@@ -1,4 +1,6 @@
-"""Frozen parameters keep their bits, others are trained as if those were constants, whatever the layout; and resuming works."""
+"""Frozen parameters keep their bits, others are trained as if those were constants, whatever the layout; and resuming
+works.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +24,14 @@ PATTERNS = {
     "all experts": ["*.experts.*"],
     "the experts of one layer, the patches": ["blocks.1.ffn.experts.*", "patches.*"],
     "experts' biases, router, predictor": ["*.experts.*_bias", "*.router.*", "*.predictor.*"],
-    "all but experts": ["[!b]*", "blocks.?.attention.*", "*.modulation.*", "blocks.[02].ffn.*", "*.router.*", "*.predictor.*"],
+    "all but experts": [
+        "[!b]*",
+        "blocks.?.attention.*",
+        "*.modulation.*",
+        "blocks.[02].ffn.*",
+        "*.router.*",
+        "*.predictor.*",
+    ],
     "all but one tiny tensor": ["[!h]*", "head.modulation.*", "head.projection.weight"],
 }
 
@@ -45,7 +54,9 @@ def steps(rank: int, given: Config, kernel: str = "auto") -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", PATTERNS)
-def test_frozen_parameters_keep_their_bits_and_the_rest_is_the_same_run(digits: Path, tmp_path: Path, what: str) -> None:
+def test_frozen_parameters_keep_their_bits_and_the_rest_is_the_same_run(
+    digits: Path, tmp_path: Path, what: str
+) -> None:
     patterns = PATTERNS[what]
     sgd = ("train.optimizer.kind=sgd", "train.optimizer.lr=0.05", "train.max_grad_norm=0.05")
     given = config(digits / "train", tmp_path / "run", f"train.freeze={patterns}", *sgd)
@@ -59,14 +70,20 @@ def test_frozen_parameters_keep_their_bits_and_the_rest_is_the_same_run(digits: 
             alone = alone or found
             torch.testing.assert_close(torch.tensor(found["told"]), torch.tensor(alone["told"]), rtol=1e-5, atol=0)
             torch.testing.assert_close(found["thresholds"], alone["thresholds"], rtol=1e-5, atol=0)
-            assert all((threshold > 0).all() for threshold in found["thresholds"])  # they follow, also where the predictor is frozen
+            assert all(
+                (threshold > 0).all() for threshold in found["thresholds"]
+            )  # they follow, also where the predictor is frozen
 
 
 def test_what_is_not_frozen_gets_the_gradients_that_it_would_get(digits: Path, tmp_path: Path) -> None:
     """One step of SGD: the trained part moves exactly as it does without freezing."""
-    given = config(digits / "train", tmp_path / "run", "train.optimizer.kind=sgd", "train.max_grad_norm=0", "train.steps=1")
+    given = config(
+        digits / "train", tmp_path / "run", "train.optimizer.kind=sgd", "train.max_grad_norm=0", "train.steps=1"
+    )
     free = run(1, once, given)[0]
-    frozen = run(1, once, dataclasses.replace(given, train=dataclasses.replace(given.train, freeze=("blocks.1.*", "time.*"))))[0]
+    frozen = run(
+        1, once, dataclasses.replace(given, train=dataclasses.replace(given.train, freeze=("blocks.1.*", "time.*")))
+    )[0]
     for name, tensor in frozen.items():
         if not name.startswith(("blocks.1.", "time.")):
             assert torch.equal(tensor, free[name]), name
@@ -104,7 +121,9 @@ def until(rank: int, given: Config) -> None:
 def test_a_frozen_run_resumes_at_another_layout(digits: Path, tmp_path: Path, what: str) -> None:
     """Checkpoints hold all weights, but moments of the trained ones only."""
     patterns = PATTERNS[what]
-    given = config(digits / "train", tmp_path / "run", f"train.freeze={patterns}", "train.steps=4", "checkpoint.every=2")
+    given = config(
+        digits / "train", tmp_path / "run", f"train.freeze={patterns}", "train.steps=4", "checkpoint.every=2"
+    )
     run(4, until, layout(dataclasses.replace(given, train=dataclasses.replace(given.train, steps=2)), 2, 2))
     names = list(store.tensors(store.resolve(tmp_path / "run")))
     parameters = {name.removeprefix("ema.") for name in names if name.startswith("ema.")}
@@ -122,5 +141,7 @@ def test_other_patterns_are_another_run(digits: Path, tmp_path: Path) -> None:
     given = config(digits / "train", tmp_path / "run", 'train.freeze=["time.*"]', "train.steps=1")
     run(1, until, given)
     other = dataclasses.replace(given, train=dataclasses.replace(given.train, freeze=()))
-    with pytest.raises(store.CheckpointError, match=r"was trained with train\.freeze \['time\.\*'\], this run has \[\]"):
+    with pytest.raises(
+        store.CheckpointError, match=r"was trained with train\.freeze \['time\.\*'\], this run has \[\]"
+    ):
         check_continues(store.resolve(tmp_path / "run"), other, Dataset.open(digits / "train").fingerprint)

@@ -1,4 +1,6 @@
-"""Law 3 for captions: a text-to-image run is the same run on any number of ranks, its features stored or made while it trains."""
+"""Law 3 for captions: a text-to-image run is the same run on any number of ranks, its features stored or made while it
+trains.
+"""
 
 from pathlib import Path
 
@@ -20,14 +22,34 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     folder, encoder = tmp_path_factory.mktemp("captioned"), tmp_path_factory.mktemp("t5") / "t5"
     main(["tiny_t5", "--out", str(encoder), "--steps", "0", "--width", str(WIDTH), "--layers", "1"])
-    main(["digits_captions", "--out", str(folder), "--samples", "96", "--heldout", "8", "--t5", str(encoder), "--t5-length", "40"])
+    main(
+        [
+            "digits_captions",
+            "--out",
+            str(folder),
+            "--samples",
+            "96",
+            "--heldout",
+            "8",
+            "--t5",
+            str(encoder),
+            "--t5-length",
+            "40",
+        ]
+    )
     return folder / "train", encoder
 
 
 def text_config(captioned: tuple[Path, Path], *overrides: str) -> Config:
     """The laws' small model, with captions in place of labels."""
     data, encoder = captioned
-    text = ["model.condition=text", f"model.text_width={WIDTH}", "model.text_length=40", "model.input_size=24", "model.patch=6"]
+    text = [
+        "model.condition=text",
+        f"model.text_width={WIDTH}",
+        "model.text_length=40",
+        "model.input_size=24",
+        "model.patch=6",
+    ]
     return config(data, Path("unused"), "train.steps=8", f"text.folder={encoder}", *text, *overrides)
 
 
@@ -58,7 +80,13 @@ def test_captions_encoded_while_training_are_those_that_were_stored(captioned: t
 def test_captions_matter(captioned: tuple[Path, Path]) -> None:
     """Dropping all of them is another run, in which the null caption alone is trained."""
     given = text_config(captioned, "data.condition_dropout=0.999", *KINDS["sgd"])
-    single, other = traced(given, 1, 1, 0)[0], traced(text_config(captioned, "data.condition_dropout=0", *KINDS["sgd"]), 1, 1, 0)[0]
+    single, other = (
+        traced(given, 1, 1, 0)[0],
+        traced(text_config(captioned, "data.condition_dropout=0", *KINDS["sgd"]), 1, 1, 0)[0],
+    )
     assert differences([single], other)["loss"] > 1e-6
-    moved = {name: torch.linalg.vector_norm(single["ema"][name] - other["ema"][name]) for name in ("caption.null", "caption.fc1.weight")}
+    moved = {
+        name: torch.linalg.vector_norm(single["ema"][name] - other["ema"][name])
+        for name in ("caption.null", "caption.fc1.weight")
+    }
     assert all(float(distance) > 0 for distance in moved.values())

@@ -135,7 +135,15 @@ def test_sound_ranks_pass(world: int) -> None:
     names = " ".join(row[0] for row in results[0])
     for expert in (1, 2, 4)[: world.bit_length()]:
         assert f"EP {expert}," in names
-    for part in ("1 choice", "radix", "1 layer outputs", "1 expert gradients", "2 dispatch", "2 expert kernel loop", "3 losses"):
+    for part in (
+        "1 choice",
+        "radix",
+        "1 layer outputs",
+        "1 expert gradients",
+        "2 dispatch",
+        "2 expert kernel loop",
+        "3 losses",
+    ):
         assert part in names
 
 
@@ -149,7 +157,13 @@ def test_sound_ranks_pass(world: int) -> None:
         ("doubled answers", 2, Layout(2, 2), "1 layer outputs", "rank 1: "),
         ("forgotten bias", 1, Layout(1, 1), "2 expert kernel", "gradient of fc2_bias, expert 2 "),
         ("forgotten bias", 2, Layout(2, 2), "1 expert gradients", "gradient of experts.fc2_bias, expert 2 "),
-        ("expert gradients times replicas", 4, Layout(2, 2), "3 moves of experts", " moves 2 times as far as on one rank; move["),
+        (
+            "expert gradients times replicas",
+            4,
+            Layout(2, 2),
+            "3 moves of experts",
+            " moves 2 times as far as on one rank; move[",
+        ),
         ("unshared training pools", 2, Layout(2, 2), "3 losses", "loss of step["),
         ("thresholds twice", 1, Layout(1, 1), "3 norms and thresholds", "threshold of step, layer, expert["),
     ],

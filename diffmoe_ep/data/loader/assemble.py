@@ -12,16 +12,20 @@ from diffmoe_ep.data.loader.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.sample import Batch, Caption
 
-# What was read of a stored sample: its dataset's manifest; (C, H, W) pixels or (flips, 2C, H, W) moments; its label, or the one of its
-# captions that is taken.
+# What was read of a stored sample: its dataset's manifest; (C, H, W) pixels or (flips, 2C, H, W) moments; its label, or
+# the one of its captions that is taken.
 Stored = tuple[Manifest, np.ndarray, int | Caption]
 
 
 class Assembler:
-    """Batches from stored samples: every draw has a stream of its own, keyed by seed and position, so none shifts another."""
+    """Batches from stored samples: every draw has a stream of its own, keyed by seed and position, so none shifts
+    another.
+    """
 
     def __init__(self, seed: int, drop_condition: float, flip: bool, text: TextFields | None) -> None:
-        """drop_condition: how often a condition is replaced by the null condition; flip: mirror every second sample, about."""
+        """drop_condition: how often a condition is replaced by the null condition; flip: mirror every second sample,
+        about.
+        """
         self.text = text
         self._drop_condition = drop_condition
         self._flip = flip
@@ -33,9 +37,15 @@ class Assembler:
         return self._draws.at(position, "caption").random()
 
     def draw(
-        self, positions: range, kind: Literal["pixels", "moments"], noise: np.ndarray, posterior: np.ndarray, u: np.ndarray
+        self,
+        positions: range,
+        kind: Literal["pixels", "moments"],
+        noise: np.ndarray,
+        posterior: np.ndarray,
+        u: np.ndarray,
     ) -> tuple[list[bool], list[bool]]:
-        """Draw noise and posterior (B, C, H, W) standard normal, the latter for moments only, and u (B,) in [0, 1), of these positions.
+        """Draw noise and posterior (B, C, H, W) standard normal, the latter for moments only, and u (B,) in [0, 1), of
+        these positions.
 
         Gives whether each is mirrored, and whether its condition is dropped.
         """
@@ -53,14 +63,20 @@ class Assembler:
         self, positions: range, facts: Manifest, stored: Callable[[int], Stored], other: Callable[[int], Stored] | None = None,
         at_once: Callable[[int, Sequence[bool], np.ndarray], Sequence[int]] | None = None,
     ) -> Batch:  # fmt: skip
-        """The Batch of these positions, of samples like `facts`, from the stored samples of the rows, asked for in their order.
+        """The Batch of these positions, of samples like `facts`, from the stored samples of the rows, asked for in
+        their order.
 
-        A stored array is done with before the next is asked for. other: the sample to take for a row whose values are not finite.
-        at_once: of rows from this one on, mirrored or not, makes the latents in the place of the draws and gives the labels; -1 for those
-        that `stored` has to look at, whose draws it leaves. These are moments with labels.
+        A stored array is done with before the next is asked for. other: the sample to take for a row whose values are
+        not finite.
+        at_once: of rows from this one on, mirrored or not, makes the latents in the place of the draws and gives the
+        labels; -1 for those that `stored` has to look at, whose draws it leaves. These are moments with labels.
         """
         shape = (len(positions), *facts.shape)
-        noise, latent, u = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(len(positions), np.float32)
+        noise, latent, u = (
+            np.empty(shape, np.float32),
+            np.empty(shape, np.float32),
+            np.empty(len(positions), np.float32),
+        )
         conditions: list[int | Caption] = []
         dropped: list[bool] = []
         last, latents = facts, self._of(facts)
@@ -89,7 +105,9 @@ class Assembler:
             dropped += drops
         condition, captions = self._condition(conditions, dropped, facts.num_classes)
         position = torch.arange(positions.start, positions.stop)
-        return Batch(torch.from_numpy(latent), torch.from_numpy(noise), torch.from_numpy(u), condition, position, captions)
+        return Batch(
+            torch.from_numpy(latent), torch.from_numpy(noise), torch.from_numpy(u), condition, position, captions
+        )
 
     def _fill(self, latent: np.ndarray) -> list[int]:
         """Make the latents of what was put; the rows that are not finite, ascending."""

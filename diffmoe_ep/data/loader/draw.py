@@ -1,4 +1,6 @@
-"""The hot path of the loader: the draws of a position and the final latents of a batch, as `keyed` and `final_latent` give them."""
+"""The hot path of the loader: the draws of a position and the final latents of a batch, as `keyed` and `final_latent`
+give them.
+"""
 
 from typing import Any
 
@@ -13,7 +15,9 @@ AT_ONCE = 32  # samples whose latents are made together
 
 
 class Draws:
-    """The generators of `keyed`, one at a time: making one costs ten times as much as setting the state of one that is there."""
+    """The generators of `keyed`, one at a time: making one costs ten times as much as setting the state of one that is
+    there.
+    """
 
     def __init__(self, seed: int) -> None:
         self._philox = Philox(0)
@@ -36,9 +40,10 @@ class Draws:
 class Latents:
     """Final latents of a few stored samples of one dataset at a time: `final_latent` of each, equal to the bit.
 
-    What a sample needs of its stored array is copied at once, so that the bytes around it are free for the next one; and the memory is
-    used again, so that what lies between stored and final values stays in the processor's cache. Arithmetic is torch's, which converts
-    float16 twenty times as fast as NumPy and is faster on rows that do not lie together.
+    What a sample needs of its stored array is copied at once, so that the bytes around it are free for the next one;
+    and the memory is used again, so that what lies between stored and final values stays in the processor's cache.
+    Arithmetic is torch's, which converts float16 twenty times as fast as NumPy and is faster on rows that do not lie
+    together.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -53,7 +58,9 @@ class Latents:
         self._rows = []
 
     def put(self, row: int, array: np.ndarray, flipped: bool) -> None:
-        """Take a stored array, mirrored or not, for the latent in this row; rows ascend, at most `AT_ONCE` before they are filled in."""
+        """Take a stored array, mirrored or not, for the latent in this row; rows ascend, at most `AT_ONCE` before they
+        are filled in.
+        """
         if self._manifest.kind == "moments":
             self._stored[len(self._rows)] = array[1 if flipped else 0]
         else:
@@ -61,7 +68,8 @@ class Latents:
         self._rows.append(row)
 
     def fill(self, values: np.ndarray) -> list[int]:
-        """Make the final latents of what was put, in those rows of `values` (B, C, H, W) float32; gives the rows that are not finite.
+        """Make the final latents of what was put, in those rows of `values` (B, C, H, W) float32; gives the rows that
+        are not finite.
 
         Of moments, `values` holds the standard normal numbers that their posteriors are sampled with.
         """
@@ -79,7 +87,8 @@ class Latents:
         if manifest.kind == "moments":
             mean, deviation = floats[:, : few.shape[1]], floats[:, few.shape[1] :]
             deviation.clamp_(-30.0, 20.0).mul_(0.5)  # of the log-variance: the clip of latent-diffusion VAEs
-            # By NumPy, as `final_latent`. Between the rows lie the means, so each is a loop of its own, whatever the number of samples.
+            # By NumPy, as `final_latent`. Between the rows lie the means, so each is a loop of its own, whatever the
+            # number of samples.
             np.exp(deviation.numpy(), out=deviation.numpy())
             target.mul_(deviation).add_(mean)
         target.mul_(manifest.scale).add_(manifest.shift)

@@ -1,4 +1,6 @@
-"""The shortest way from a stored sample with a label to its array: for sound bytes in the usual form, which nearly all are."""
+"""The shortest way from a stored sample with a label to its array: for sound bytes in the usual form, which nearly all
+are.
+"""
 
 import os
 from typing import Any
@@ -16,7 +18,9 @@ NOTHING = [0] * native.REQUEST  # for a sample that shall not be read
 
 
 class Quick:
-    """Reads as `read_labelled` does, without looking at the values; gives None for whatever is unusual, so that it is looked at there."""
+    """Reads as `read_labelled` does, without looking at the values; gives None for whatever is unusual, so that it is
+    looked at there.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         """A dataset with labels."""
@@ -32,7 +36,9 @@ class Quick:
         assert manifest.fields == ("cls", f"{manifest.kind}.npy")
 
     def __call__(self, shard: int, sample: int) -> tuple[Manifest, np.ndarray, int] | None:
-        """Manifest, array, label; None where the bytes are bad or spelt in another way; Unavailable if the shard cannot be had."""
+        """Manifest, array, label; None where the bytes are bad or spelt in another way; Unavailable if the shard cannot
+        be had.
+        """
         try:
             opened = self._dataset.opened(shard)
             begin, length, offset, size, crc32, array_offset, array_size, array_crc32 = opened.members[sample].tolist()
@@ -56,7 +62,9 @@ class Quick:
         return self._manifest, np.ndarray(self._shape, self._dtype, block, start + len(self._header)), known[0]
 
     def request(self, shard: int, sample: int, mirrored: bool) -> list[int]:
-        """How `native.read_latents` is asked for a sample, where `makes_latents`; Unavailable if the shard cannot be had."""
+        """How `native.read_latents` is asked for a sample, where `makes_latents`; Unavailable if the shard cannot be
+        had.
+        """
         try:
             opened = self._dataset.opened(shard)
         except Unavailable:

@@ -23,12 +23,22 @@ Result = tuple[Batch, tuple[Fault, ...]] | DataError
 
 
 class MicroSteps(TorchDataset["Result"]):
-    """Micro-step number -> this rank's Batch and the bad samples met; or a DataError, which would arrive as a traceback if raised."""
+    """Micro-step number -> this rank's Batch and the bad samples met; or a DataError, which would arrive as a traceback
+    if raised.
+    """
 
     def __init__(
-        self, mixture: Mixture, order: MixedOrder, assembler: Assembler, micro_step_size: int, rows: range, retries: int, substitute: bool
+        self,
+        mixture: Mixture,
+        order: MixedOrder,
+        assembler: Assembler,
+        micro_step_size: int,
+        rows: range,
+        retries: int,
+        substitute: bool,
     ) -> None:
-        """micro_step_size: samples of a micro-step over all ranks; rows: this rank's of them; retries: for shards that cannot be had.
+        """micro_step_size: samples of a micro-step over all ranks; rows: this rank's of them; retries: for shards that
+        cannot be had.
 
         substitute: whether another sample takes the place of one whose bytes are bad.
         """
@@ -41,11 +51,17 @@ class MicroSteps(TorchDataset["Result"]):
         self._substitute = substitute
         self._quick: dict[int, Quick] = {}  # for datasets with labels
         if assembler.text is None:
-            self._quick = {number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)}
-        self._makes_latents = len(self._quick) == len(mixture.parts) and all(quick.makes_latents for quick in self._quick.values())
+            self._quick = {
+                number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)
+            }
+        self._makes_latents = len(self._quick) == len(mixture.parts) and all(
+            quick.makes_latents for quick in self._quick.values()
+        )
         latents = [part.manifest.kind == "moments" for part in mixture.parts] if self._quick else []
         self.slow = native.problem() if any(latents) else None  # why latents are not made by native code
-        self._ahead: dict[int, dict[int, tuple[int, list[int]]]] = {}  # dataset -> lane -> its latest block and the shards to be fetched
+        self._ahead: dict[
+            int, dict[int, tuple[int, list[int]]]
+        ] = {}  # dataset -> lane -> its latest block and the shards to be fetched
 
     def __getitem__(self, micro_step: int) -> Result:
         first = micro_step * self._micro_step_size
@@ -57,7 +73,9 @@ class MicroSteps(TorchDataset["Result"]):
         def other(row: int) -> Stored:
             part, place = self._mixture.parts[places[row].dataset], places[row]
             where, field = part.where(place.shard, place.sample), f"{part.manifest.kind}.npy"
-            return self._other(place, positions[row], faults, DataError(f"{where}: {field} holds values that are not finite; {REMEDY}"))
+            return self._other(
+                place, positions[row], faults, DataError(f"{where}: {field} holds values that are not finite; {REMEDY}")
+            )
 
         failed: dict[int, Unavailable] = {}  # rows that could not be had at the first attempt
 
@@ -80,7 +98,9 @@ class MicroSteps(TorchDataset["Result"]):
                 except Unavailable as error:
                     failed[row] = error
                     requests += NOTHING
-            if [quick.released for quick in self._quick.values()] != before:  # a descriptor may be closed again, or another file's
+            if [
+                quick.released for quick in self._quick.values()
+            ] != before:  # a descriptor may be closed again, or another file's
                 return [-1] * len(mirrored)
             return native.read_latents(requests, latents)
 
@@ -91,7 +111,9 @@ class MicroSteps(TorchDataset["Result"]):
             return error
 
     def _fetch_ahead(self, positions: range) -> None:
-        """Have the shards of the positions' blocks and of the blocks that follow fetched, if they are remote and not those of before."""
+        """Have the shards of the positions' blocks and of the blocks that follow fetched, if they are remote and not
+        those of before.
+        """
         if all(part.remote is None for part in self._mixture.parts):
             return
         for dataset, blocks in self.order.shards_ahead(positions).items():
@@ -102,10 +124,14 @@ class MicroSteps(TorchDataset["Result"]):
             if any(known.get(lane) != block for lane, block in latest.items()):
                 known.update(latest)
                 wanted = [*blocks.values(), *(shards for _, shards in known.values())]
-                self._mixture.parts[dataset].prefetch(list(dict.fromkeys(shard for shards in wanted for shard in shards)))
+                self._mixture.parts[dataset].prefetch(
+                    list(dict.fromkeys(shard for shards in wanted for shard in shards))
+                )
 
     def _stored(self, place: Place, position: int, faults: list[Fault], failed: Unavailable | None) -> Stored:
-        """The stored sample of a position or, if its bytes are bad, another; failed: why it could not be had at the first attempt."""
+        """The stored sample of a position or, if its bytes are bad, another; failed: why it could not be had at the
+        first attempt.
+        """
         try:
             return self._read(place, position, failed=failed)
         except Unavailable:
@@ -128,10 +154,14 @@ class MicroSteps(TorchDataset["Result"]):
                 continue
             faults.append(Fault(*self._names(place), str(bad), position, ", ".join(self._names(other))))
             return stored
-        raise DataError(f"{bad}; and none of {tried} other samples of its shuffle block can stand in for it, they are bad too") from bad
+        raise DataError(
+            f"{bad}; and none of {tried} other samples of its shuffle block can stand in for it, they are bad too"
+        ) from bad
 
     def _read(self, place: Place, position: int, finite: bool = False, failed: Unavailable | None = None) -> Stored:
-        """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the order."""
+        """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the
+        order.
+        """
         part, text = self._mixture.parts[place.dataset], self._assembler.text
         for attempt in itertools.count():
             try:
@@ -139,12 +169,20 @@ class MicroSteps(TorchDataset["Result"]):
                     raise failed
                 if text is None:
                     return part.manifest, *read_labelled(part, place.shard, place.sample, finite)
-                return part.manifest, *read_chosen(part, place.shard, place.sample, text, self._assembler.pick(position), finite)
+                return part.manifest, *read_chosen(
+                    part, place.shard, place.sample, text, self._assembler.pick(position), finite
+                )
             except Unavailable as error:
-                if attempt == self._retries or part.remote is not None:  # a remote shard has been asked for again already
+                if (
+                    attempt == self._retries or part.remote is not None
+                ):  # a remote shard has been asked for again already
                     raise
                 pause = min(2**attempt, LONGEST_PAUSE)
-                print(f"{error}; asking again in {pause:g} s ({attempt + 1} of {self._retries})", file=sys.stderr, flush=True)
+                print(
+                    f"{error}; asking again in {pause:g} s ({attempt + 1} of {self._retries})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             part.close()  # a descriptor may be stale
             time.sleep(pause)
         raise AssertionError  # the count has no end

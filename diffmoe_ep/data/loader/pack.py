@@ -1,6 +1,8 @@
-"""Batches on their way from a worker process: all tensors in one block of memory, so that one handle is passed on instead of one for each.
+"""Batches on their way from a worker process: all tensors in one block of memory, so that one handle is passed on
+instead of one for each.
 
-Whoever receives a tensor asks the sender for its memory, and waits until that process has time to answer: on a busy host milliseconds.
+Whoever receives a tensor asks the sender for its memory, and waits until that process has time to answer: on a busy
+host milliseconds.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,11 @@ def pack(batch: Batch) -> Packed:
     """Copy a batch into one block, of memory that processes share: so it is copied once, as it would be without."""
     tensors = {"latent": batch.latent, "noise": batch.noise, "u": batch.u, "position": batch.position}
     condition = batch.condition
-    tensors |= {"features": condition.features, "lengths": condition.lengths} if isinstance(condition, Text) else {"labels": condition}
+    tensors |= (
+        {"features": condition.features, "lengths": condition.lengths}
+        if isinstance(condition, Text)
+        else {"labels": condition}
+    )
     places, end = {}, 0
     for name, tensor in tensors.items():
         places[name] = (end, tensor.dtype, tuple(tensor.shape))

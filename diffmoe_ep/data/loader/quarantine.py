@@ -44,7 +44,9 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 def append(path: Path, faults: Sequence[Fault]) -> None:
-    """Add lines to a rank's file in one write; what a kill cut short in it is closed off first. DataError when the disk takes no more."""
+    """Add lines to a rank's file in one write; what a kill cut short in it is closed off first. DataError when the disk
+    takes no more.
+    """
     text = "".join(json.dumps(asdict(fault)) + "\n" for fault in faults)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,9 @@ def append(path: Path, faults: Sequence[Fault]) -> None:
             torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
             file.write(("\n" * torn + text).encode())
     except OSError as error:
-        raise DataError(f"{path}: cannot list a bad sample ({error.strerror}); make room, then run the same command to resume") from error
+        raise DataError(
+            f"{path}: cannot list a bad sample ({error.strerror}); make room, then run the same command to resume"
+        ) from error
 
 
 def read(folder: Path) -> list[BadSample]:
@@ -61,7 +65,10 @@ def read(folder: Path) -> list[BadSample]:
     found: dict[tuple[str, str], tuple[str, set[int]]] = {}
     for fault in (fault for path in sorted(folder.glob("quarantine-rank*.jsonl")) for fault in _lines(path)):
         found.setdefault((fault.shard, fault.key), (fault.reason, set()))[1].add(fault.position)
-    return [BadSample(shard, key, reason, tuple(sorted(positions))) for (shard, key), (reason, positions) in sorted(found.items())]
+    return [
+        BadSample(shard, key, reason, tuple(sorted(positions)))
+        for (shard, key), (reason, positions) in sorted(found.items())
+    ]
 
 
 def join(folder: Path) -> None:
@@ -71,7 +78,9 @@ def join(folder: Path) -> None:
         aside.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in read(folder)), encoding="utf-8")
         aside.replace(folder / NAME)
     except OSError as error:
-        raise DataError(f"{folder / NAME}: cannot be written ({error.strerror}); make room, then run the same command to resume") from error
+        raise DataError(
+            f"{folder / NAME}: cannot be written ({error.strerror}); make room, then run the same command to resume"
+        ) from error
 
 
 def _lines(path: Path) -> Iterable[Fault]:

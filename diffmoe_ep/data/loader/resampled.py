@@ -1,14 +1,18 @@
-"""The second mode of reading: plain webdataset tars that nobody has indexed, each worker drawing tars at random, with replacement.
+"""The second mode of reading: plain webdataset tars that nobody has indexed, each worker drawing tars at random, with
+replacement.
 
 It asks nothing of a dataset but its tars, and promises less than the indexed mode:
 
-- Which samples are read depends on ranks, workers and restarts. Each worker of each rank draws tars by a seed of its own, made of the
-  run's seed, its rank, its number and the position at which the stream was started; so a start can be repeated, but a run that goes on
-  from a checkpoint draws anew instead of reading what the uncut run would have read.
+- Which samples are read depends on ranks, workers and restarts. Each worker of each rank draws tars by a seed of its
+own, made of the
+  run's seed, its rank, its number and the position at which the stream was started; so a start can be repeated, but a
+  run that goes on from a checkpoint draws anew instead of reading what the uncut run would have read.
 - There are no epochs: after as many samples as there are, about a third were not seen.
-- A bad sample is passed over, counted and listed; the next one takes its place. What is missing at the end of a tar is not noticed.
+- A bad sample is passed over, counted and listed; the next one takes its place. What is missing at the end of a tar is
+not noticed.
 
-What does hold: positions go on where they stood, and noise, time, flips and dropping are keyed by them as ever; only the images differ.
+What does hold: positions go on where they stood, and noise, time, flips and dropping are keyed by them as ever; only
+the images differ.
 """
 
 import hashlib
@@ -61,10 +65,19 @@ class Tars:
     shuffle: int = 1000  # samples that a worker has at hand and draws from
 
     @classmethod
-    def open(cls, where: str, says: Foreign, access: Access, condition: Literal["class", "text"] = "class", shuffle: int = 1000) -> "Tars":
-        """Tars of a folder, of a URL, or of a pattern such as https://host/{000..127}.tar; the first sample tells what the others are.
+    def open(
+        cls,
+        where: str,
+        says: Foreign,
+        access: Access,
+        condition: Literal["class", "text"] = "class",
+        shuffle: int = 1000,
+    ) -> "Tars":
+        """Tars of a folder, of a URL, or of a pattern such as https://host/{000..127}.tar; the first sample tells what
+        the others are.
 
-        condition text: the member `says.label` holds a caption in words. ConfigError or DataError for what cannot be read.
+        condition text: the member `says.label` holds a caption in words. ConfigError or DataError for what cannot be
+        read.
         """
         urls = _expanded(where)
         for url in urls:
@@ -74,7 +87,9 @@ class Tars:
         where = f"{shown(first.url)}, key {first.key}"
         if says.array not in first.members or says.label not in first.members:
             held = ", ".join(sorted(first.members))
-            raise DataError(f"{where}: has no member {says.array} and {says.label} (it has {held}); say what its members are called")
+            raise DataError(
+                f"{where}: has no member {says.array} and {says.label} (it has {held}); say what its members are called"
+            )
         try:
             facts = facts_of(first.members[says.array], says)
         except ValueError as error:
@@ -142,7 +157,9 @@ class Tars:
 class ResampledSteps(IterableDataset["Result"]):
     """A rank's Batch of micro-step after micro-step; worker w of n makes every n-th of them."""
 
-    def __init__(self, tars: Tars, assembler: Assembler, seed: int, micro_step_size: int, rows: range, tolerant: bool) -> None:
+    def __init__(
+        self, tars: Tars, assembler: Assembler, seed: int, micro_step_size: int, rows: range, tolerant: bool
+    ) -> None:
         """rows: this rank's of the samples of a micro-step over all ranks; tolerant: bad samples are passed over."""
         self.first = 0  # micro-step that the next iteration starts at
         self._tars = tars
@@ -179,10 +196,14 @@ class ResampledSteps(IterableDataset["Result"]):
                     if not self._tolerant:
                         raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
                     if len(faults) == MOST_BAD * len(positions):
-                        raise DataError(f"{problem}; and the {len(faults)} samples before it are bad too; mend the data") from error
+                        raise DataError(
+                            f"{problem}; and the {len(faults)} samples before it are bad too; mend the data"
+                        ) from error
                     faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
 
-        return self._assembler.batch(positions, self._tars.manifest, lambda row: next_sound(positions[row])), tuple(faults)
+        return self._assembler.batch(positions, self._tars.manifest, lambda row: next_sound(positions[row])), tuple(
+            faults
+        )
 
     def _stored(self, tar: Tar) -> Stored:
         """ValueError for a sample that cannot be used."""
@@ -215,7 +236,9 @@ def _expanded(where: str) -> tuple[str, ...]:
     try:
         return tuple(expand_urls(where)) or (where,)
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"data.folder = {shown(where)} is no pattern ({error}); write it as https://host/{{000..127}}.tar") from error
+        raise ConfigError(
+            f"data.folder = {shown(where)} is no pattern ({error}); write it as https://host/{{000..127}}.tar"
+        ) from error
 
 
 def _first(url: str, access: Access) -> Tar:
@@ -250,7 +273,11 @@ def _samples(url: str, access: Access, wanted: Sequence[str] = ()) -> Iterator[T
     with closing(_opened(url, access)) as stream:
         files = ({**file, "__url__": url} for file in tar_file_iterator(stream, select_files=select))
         for sample in group_by_keys(files, lcase=False):
-            yield Tar(url, sample["__key__"], {name: content for name, content in sample.items() if isinstance(content, bytes)})
+            yield Tar(
+                url,
+                sample["__key__"],
+                {name: content for name, content in sample.items() if isinstance(content, bytes)},
+            )
 
 
 def _opened(url: str, access: Access) -> io.IOBase:
@@ -282,7 +309,9 @@ class _Chunks(io.RawIOBase):
 
 
 def _shuffled(source: Iterator[Tar], size: int, drawn: random.Random) -> Iterator[Tar]:
-    """Each sample in the place of one drawn from `size` that are at hand; what could not be read is passed on at once."""
+    """Each sample in the place of one drawn from `size` that are at hand; what could not be read is passed on at
+    once.
+    """
     held: list[Tar] = []
     for tar in source:
         if tar.problem:

@@ -1,4 +1,6 @@
-"""The endless stream of one rank's micro-batches: read, decoded and drawn ahead by worker processes, the same for any number of them."""
+"""The endless stream of one rank's micro-batches: read, decoded and drawn ahead by worker processes, the same for any
+number of them.
+"""
 
 import itertools
 import sys
@@ -30,10 +32,11 @@ LEAST_SEEN = 65_536  # samples that bad ones are counted against where nobody kn
 class Stream:
     """Iterate over this rank's Batch of every micro-step, in order, for ever; its whole state is `samples_consumed`.
 
-    Micro-step m covers the positions m M .. (m + 1) M - 1, M = batch / accumulation; rank r has the r-th of `world` equal slices.
-    What a batch holds is a function of seed and positions alone, so ranks, workers and restarts change nothing. A sample whose bytes
-    are bad is replaced by another of its shuffle block, which its position decides; one that cannot be had is asked for again.
-    Of `Tars`, which nobody has indexed, all that is promised stands in `resampled`.
+    Micro-step m covers the positions m M .. (m + 1) M - 1, M = batch / accumulation; rank r has the r-th of `world`
+    equal slices. What a batch holds is a function of seed and positions alone, so ranks, workers and restarts change
+    nothing. A sample whose bytes are bad is replaced by another of its shuffle block, which its position decides; one
+    that cannot be had is asked for again. Of `Tars`, which nobody has indexed, all that is promised stands in
+    `resampled`.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class Stream:
         flip: bool, shuffle_block: int, workers: int, prefetch: int, samples_consumed: int = 0, lanes: int = 1, retries: int = 0,
         max_bad_fraction: float = 0.0, quarantine_file: Path | None = None, text: TextFields | None = None,
     ) -> None:  # fmt: skip
-        """ConfigError where the numbers do not divide or the dataset has not what is asked for; costs nothing before the first batch.
+        """ConfigError where the numbers do not divide or the dataset has not what is asked for; costs nothing before
+        the first batch.
 
-        lanes: slices of a micro-step with shards of their own (`order.Lanes`). max_bad_fraction 0: no sample is replaced.
+        lanes: slices of a micro-step with shards of their own (`order.Lanes`). max_bad_fraction 0: no sample is
+        replaced.
         text: what is wanted of captions; None: the condition is a label.
         """
         parts = accumulation * world
@@ -60,16 +65,22 @@ class Stream:
                 f" (train.global_batch = {batch}, train.grad_accumulation = {accumulation}); keep the micro-step of the run that is continued"
             )
         if lanes < 1 or micro_step_size % lanes:
-            raise ConfigError(f"data.lanes = {lanes} does not divide the {micro_step_size} samples of a micro-step; use a divisor of these")
+            raise ConfigError(
+                f"data.lanes = {lanes} does not divide the {micro_step_size} samples of a micro-step; use a divisor of these"
+            )
         self.dataset = dataset if isinstance(dataset, Mixture | Tars) else Mixture([dataset])
         for name, manifest in zip(self.dataset.names, self.dataset.manifests, strict=True):
             if flip and manifest.kind == "moments" and manifest.flips != 2:
-                raise ConfigError(f"data.flip = true, but {name} holds no mirrored moments; use data.flip = false or add flips")
+                raise ConfigError(
+                    f"data.flip = true, but {name} holds no mirrored moments; use data.flip = false or add flips"
+                )
         check_text(self.dataset, text)
         if not 0 <= drop_condition <= 1:
             raise ConfigError(f"data.condition_dropout = {drop_condition} is no probability; use a number from 0 to 1")
         if workers < 0 or (workers > 0 and prefetch < 1):
-            raise ConfigError(f"data.workers = {workers}, data.prefetch = {prefetch}; use 0 or more workers, a prefetch of 1 or more")
+            raise ConfigError(
+                f"data.workers = {workers}, data.prefetch = {prefetch}; use 0 or more workers, a prefetch of 1 or more"
+            )
         self.samples_consumed = samples_consumed
         self.num_bad = 0  # samples of this rank that had to be replaced since the stream was made
         self._first = samples_consumed
@@ -85,7 +96,10 @@ class Stream:
             order = self.dataset.order(seed, shuffle_block, Lanes(lanes, micro_step_size // lanes))
             self._source = MicroSteps(self.dataset, order, assembler, micro_step_size, rows, retries, tolerant)
             if self._source.slow is not None and rank == 0:
-                print(f"latents are made without native code, slower and the same to the bit: {self._source.slow}", file=sys.stderr)
+                print(
+                    f"latents are made without native code, slower and the same to the bit: {self._source.slow}",
+                    file=sys.stderr,
+                )
         self._workers = workers
         self._prefetch = prefetch
         self._results: Iterator[Result | PackedResult] | None = None
@@ -96,7 +110,8 @@ class Stream:
     def __next__(self) -> Batch:
         """The next micro-step's Batch.
 
-        DataError names shard and key of a sample that cannot be had or replaced, RuntimeError tells of a worker that died.
+        DataError names shard and key of a sample that cannot be had or replaced, RuntimeError tells of a worker that
+        died.
         """
         if self._results is None:
             self._results = self._start(self.samples_consumed // self._micro_step_size)
@@ -120,7 +135,8 @@ class Stream:
         return batch
 
     def check_bad(self, num_bad: int, everywhere: bool = False) -> None:
-        """Raise DataError if this many replaced samples, of all ranks since the streams were made, are more than the config allows.
+        """Raise DataError if this many replaced samples, of all ranks since the streams were made, are more than the
+        config allows.
 
         everywhere: all ranks ask with the same number.
         """
@@ -130,7 +146,11 @@ class Stream:
             epoch = self.dataset.num_samples  # counted whole, for bad samples may lie at its beginning
             seen = (max(self.samples_consumed - 1, self._first) // epoch - self._first // epoch + 1) * epoch
         if num_bad > self._max_bad_fraction * seen:
-            where = f", listed in {self._quarantine_file.parent}/quarantine-rank*.jsonl" if self._quarantine_file is not None else ""
+            where = (
+                f", listed in {self._quarantine_file.parent}/quarantine-rank*.jsonl"
+                if self._quarantine_file is not None
+                else ""
+            )
             raise DataError(
                 f"{num_bad} of {seen} samples are bad{where}: more than data.max_bad_fraction = {self._max_bad_fraction:g} of them; "
                 "mend the data (diffmoe data check tells what is wrong), or allow more",
@@ -138,7 +158,9 @@ class Stream:
             )
 
     def passes(self) -> dict[str, float]:
-        """How often each dataset was gone through so far, by its folder: epochs as a number; empty where nobody knows."""
+        """How often each dataset was gone through so far, by its folder: epochs as a number; empty where nobody
+        knows.
+        """
         if isinstance(self._source, ResampledSteps):
             return {}
         return dict(zip(self.dataset.names, self._source.order.passes(self.samples_consumed), strict=True))
@@ -162,7 +184,11 @@ class Stream:
             # The endless count of micro-steps: worker w of n gets every n-th, and results come back in its order.
             sampler = itertools.count(micro_step)
         if self._workers == 0:
-            return iter(source) if isinstance(source, ResampledSteps) else map(source.__getitem__, itertools.count(micro_step))
+            return (
+                iter(source)
+                if isinstance(source, ResampledSteps)
+                else map(source.__getitem__, itertools.count(micro_step))
+            )
         # A generator of its own keeps the loader away from torch's global random state.
         loader = DataLoader(
             source, batch_size=None, sampler=sampler, num_workers=self._workers, prefetch_factor=self._prefetch,

@@ -4,8 +4,9 @@
     NAME.partial     one that a process is fetching; it has its full size from the start, so that the bound counts it
     lock             held for moments, while room is made
 
-Locks are flock's, which the kernel drops with the process that held them. Who fetches holds its .partial exclusively, who reads
-holds the file shared, through the very descriptor that it reads from: what can be locked exclusively is in nobody's use and may go.
+Locks are flock's, which the kernel drops with the process that held them. Who fetches holds its .partial exclusively,
+who reads holds the file shared, through the very descriptor that it reads from: what can be locked exclusively is in
+nobody's use and may go.
 """
 
 import errno
@@ -72,12 +73,17 @@ class Cache:
             os.close(descriptor)
 
     def get(
-        self, wanted: Wanted, fetch: Callable[[], Iterable[bytes]], wait: bool = True, keep: Container[str] = frozenset()
+        self,
+        wanted: Wanted,
+        fetch: Callable[[], Iterable[bytes]],
+        wait: bool = True,
+        keep: Container[str] = frozenset(),
     ) -> int | None:
-        """As `held`, but a file that is not there is filled with the chunks of `fetch` first; None if not to wait for who fetches it now.
+        """As `held`, but a file that is not there is filled with the chunks of `fetch` first; None if not to wait for
+        who fetches it now.
 
-        Files named in `keep` are not removed for it. CacheFull, Damaged, any OSError of the disk or of `fetch`: nothing stands under the
-        file's name then, and a later call starts anew.
+        Files named in `keep` are not removed for it. CacheFull, Damaged, any OSError of the disk or of `fetch`: nothing
+        stands under the file's name then, and a later call starts anew.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         while (descriptor := self.held(wanted)) is None:
@@ -113,7 +119,9 @@ class Cache:
 
     @contextmanager
     def _fetching(self, wanted: Wanted) -> Iterator[int | None]:
-        """The descriptor of the .partial, this process its only writer; None if another one is, or has just finished."""
+        """The descriptor of the .partial, this process its only writer; None if another one is, or has just
+        finished.
+        """
         path = self._partial(wanted)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -1,12 +1,13 @@
-"""A dataset that lies elsewhere: its files are fetched whole into the cache, tried again when that fails, and never replaced by others.
+"""A dataset that lies elsewhere: its files are fetched whole into the cache, tried again when that fails, and never
+replaced by others.
 
     https://host/path            through webdataset's opener (which runs curl, without a shell); http:// on this machine only
     gs://, hf://, ais://         through webdataset's opener and the command that it names for them
     s3://bucket/prefix           through boto3 (an extra), with the user's own AWS settings
     pipe:command {name}          a shell command whose output is the file; only where data.allow_commands = true
 
-A URL may hold {name}, which stands for the file's name; else the name is put behind it. Every shard and index is proved by the
-manifest's sha256 before anything is read from it, so a server can withhold data but not change them.
+A URL may hold {name}, which stands for the file's name; else the name is put behind it. Every shard and index is proved
+by the manifest's sha256 before anything is read from it, so a server can withhold data but not change them.
 """
 
 import errno
@@ -51,7 +52,9 @@ CURL_CODES = {
 
 
 class Unavailable(DataError):
-    """A file of a dataset that cannot be had now, however often it was tried; the order of samples waits for it, so the run ends."""
+    """A file of a dataset that cannot be had now, however often it was tried; the order of samples waits for it, so the
+    run ends.
+    """
 
 
 class Refused(OSError):
@@ -66,7 +69,8 @@ class Access:
     cache_gb: float = 100.0  # its bound, in 10^9 bytes
     allow_commands: bool = False  # whether `pipe:` may run a shell command
     retries: int = 5  # further attempts after one that failed
-    silence: float = 90.0  # seconds without a byte after which an attempt has failed; above the minute for which curl tries again itself
+    # seconds without a byte after which an attempt has failed; above the minute for which curl tries again itself
+    silence: float = 90.0
     slowest: float = 65536.0  # bytes per second below which an attempt has failed
     pause: float = 1.0  # seconds before the second attempt; doubled for each further one
 
@@ -77,13 +81,17 @@ def is_remote(folder: str | Path) -> bool:
 
 
 class RemoteFolder:
-    """A dataset's folder at a URL; holds nothing open but its background thread, which neither pickle nor fork carry along."""
+    """A dataset's folder at a URL; holds nothing open but its background thread, which neither pickle nor fork carry
+    along.
+    """
 
     def __init__(self, url: str, access: Access) -> None:
         """ConfigError for a URL that cannot be used as it is."""
         check_url(url, access)
         if url.startswith("pipe:") and "{name}" not in url:
-            raise ConfigError(f"data.folder = {url} does not say where the file's name stands; put {{name}} into the command")
+            raise ConfigError(
+                f"data.folder = {url} does not say where the file's name stands; put {{name}} into the command"
+            )
         self.url = url
         self.access = access
         self.cache = Cache(Path(access.cache), int(access.cache_gb * 1e9))
@@ -102,7 +110,9 @@ class RemoteFolder:
         except (ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{where}: not a JSON file ({error}); give the URL of a prepared dataset's folder") from error
+            raise DataError(
+                f"{where}: not a JSON file ({error}); give the URL of a prepared dataset's folder"
+            ) from error
         largest = max(manifest.shards, key=lambda shard: shard.bytes)
         if largest.bytes > self.cache.most:
             raise ConfigError(
@@ -112,7 +122,9 @@ class RemoteFolder:
         return manifest
 
     def open(self, shard: Shard, release: Callable[[], None]) -> int:
-        """A descriptor of the shard's cached copy; `release` lets go of shards that this process holds, when the cache is full of them."""
+        """A descriptor of the shard's cached copy; `release` lets go of shards that this process holds, when the cache
+        is full of them.
+        """
         wanted = _wanted(shard)
 
         def fetch() -> int:
@@ -145,7 +157,9 @@ class RemoteFolder:
         return self.cache.discard_damaged(_wanted(shard))
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
-        """Fetch shards in the background, in this order, as far as they fit beside each other; failures are left to who needs the shard."""
+        """Fetch shards in the background, in this order, as far as they fit beside each other; failures are left to who
+        needs the shard.
+        """
         if self._ahead is None or not self._ahead.is_mine():
             self._ahead = _Ahead(self)
         self._ahead.want(shards)
@@ -172,7 +186,9 @@ class RemoteFolder:
         return b"".join(parts)
 
     def _tried(self, name: str, action: Callable[[], T], patient: bool = True) -> T:
-        """What the action returns, tried again after pauses; Unavailable names file, reason and remedy. Not patient: no is no."""
+        """What the action returns, tried again after pauses; Unavailable names file, reason and remedy. Not patient: no
+        is no.
+        """
         for attempt in itertools.count(1):
             try:
                 return action()
@@ -180,9 +196,14 @@ class RemoteFolder:
                 if attempt > self.access.retries or (isinstance(error, Refused) and not patient):
                     times = "once" if attempt == 1 else f"{attempt} times"
                     reason = error.strerror or str(error)
-                    raise Unavailable(f"{self.place(name)} is unavailable, tried {times} ({reason}); {self._remedy(error)}") from error
-            # Ranks that failed together should not come back together; a generator of its own, for torch's and numpy's are the run's.
-            time.sleep(random.SystemRandom().uniform(0.5, 1.0) * min(self.access.pause * 2 ** (attempt - 1), LONGEST_PAUSE))
+                    raise Unavailable(
+                        f"{self.place(name)} is unavailable, tried {times} ({reason}); {self._remedy(error)}"
+                    ) from error
+            # Ranks that failed together should not come back together; a generator of its own, for torch's and numpy's
+            # are the run's.
+            time.sleep(
+                random.SystemRandom().uniform(0.5, 1.0) * min(self.access.pause * 2 ** (attempt - 1), LONGEST_PAUSE)
+            )
         raise AssertionError("the count never ends")
 
     def _remedy(self, error: OSError) -> str:
@@ -297,7 +318,9 @@ def check_url(url: str, access: Access) -> None:
     if not host:
         raise ConfigError(f"data.folder = {shown(url)} names no host or bucket; give {scheme}://NAME/PATH")
     if scheme == "http" and not _is_this_machine(host):
-        raise ConfigError(f"data.folder = {shown(url)} can be read and changed on its way; use https:// (http:// is for this machine only)")
+        raise ConfigError(
+            f"data.folder = {shown(url)} can be read and changed on its way; use https:// (http:// is for this machine only)"
+        )
 
 
 def _is_this_machine(host: str) -> bool:
@@ -312,7 +335,9 @@ def chunks(url: str, size: int, access: Access) -> Iterator[bytes]:
 
 
 def _from_opener(url: str, size: int, access: Access) -> Iterator[bytes]:
-    """Through webdataset's opener, which starts a command for each of these schemes; one that falls silent or crawls is ended."""
+    """Through webdataset's opener, which starts a command for each of these schemes; one that falls silent or crawls is
+    ended.
+    """
     from webdataset.gopen import gopen
 
     try:
@@ -340,7 +365,9 @@ def _from_opener(url: str, size: int, access: Access) -> Iterator[bytes]:
         if code:
             raise _failure(url, code)
     except TimeoutExpired as error:
-        raise TimeoutError(errno.ETIMEDOUT, f"the command did not end within {access.silence:g} seconds of its last byte") from error
+        raise TimeoutError(
+            errno.ETIMEDOUT, f"the command did not end within {access.silence:g} seconds of its last byte"
+        ) from error
     finally:
         pipe.ignore_errors = True  # of the command, which has told what it had to
         pipe.proc.kill()

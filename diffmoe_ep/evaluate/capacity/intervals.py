@@ -30,15 +30,22 @@ class Search:
     """The outcome of an interval search (Eq. 16)."""
 
     candidates: tuple[Candidate, ...]  # in the order asked for
-    best: Candidate | None  # the constant with the best score among those with C_infer^avg <= limit; None: there is none
+    best: (
+        Candidate | None
+    )  # the constant with the best score among those with C_infer^avg <= limit; None: there is none
     score: str  # what the score is
     lower_is_better: bool
     limit: float  # largest capacity that may win
 
     def lines(self) -> list[str]:
         """A table for the terminal."""
-        rows = [(_name(one.threshold), f"{one.capacity:.3f}", f"{one.score:.4g}", self._remark(one)) for one in self.candidates]
-        rows.insert(0, ("threshold", "C_infer^avg", self.score, f"{'lower' if self.lower_is_better else 'higher'} is better"))
+        rows = [
+            (_name(one.threshold), f"{one.capacity:.3f}", f"{one.score:.4g}", self._remark(one))
+            for one in self.candidates
+        ]
+        rows.insert(
+            0, ("threshold", "C_infer^avg", self.score, f"{'lower' if self.lower_is_better else 'higher'} is better")
+        )
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {note}".rstrip() for a, b, c, note in rows]
         return [*table, self._verdict()]
@@ -66,28 +73,32 @@ class Search:
         constants = [one for one in self.candidates if not isinstance(one.threshold, str)]
         if any(one.capacity <= self.limit for one in constants):
             return f"no constant with C_infer^avg <= {self.limit:g} has a finite score: nothing to choose"
-        return (
-            f"none of these constants has C_infer^avg <= {self.limit:g}: try thresholds above {max(one.threshold for one in constants):g}"
-        )
+        return f"none of these constants has C_infer^avg <= {self.limit:g}: try thresholds above {max(one.threshold for one in constants):g}"
 
 
 def check_search(model: ModelConfig, sample: SampleConfig, thresholds: Sequence[Threshold]) -> None:
     """Raise ConfigError, before anything is drawn, unless these thresholds can be tried on this model."""
     if not has_experts(model):
-        raise ConfigError("model.family is dense: without experts there is no threshold to search; name a run of family diffmoe")
+        raise ConfigError(
+            "model.family is dense: without experts there is no threshold to search; name a run of family diffmoe"
+        )
     if not has_predictor(model):
         raise ConfigError(
             f"model.family {model.family} has no capacity predictor here, so no threshold chooses its tokens; name a run of family diffmoe"
             + (", or one of ec trained with model.predictor=true" if model.family == "ec" else "")
         )
     if sample.selection == "topk":
-        raise ConfigError("sample.selection is topk, which no threshold changes; set sample.selection=threshold or count")
+        raise ConfigError(
+            "sample.selection is topk, which no threshold changes; set sample.selection=threshold or count"
+        )
     constants = [value for value in thresholds if not isinstance(value, str)]
     if not constants:
         raise ConfigError("--thresholds names no constant; give some from 0 to 1, for example 0.3,0.4,0.5")
     for value in constants:
         if not 0 <= value <= 1:  # not a number fails too
-            raise ConfigError(f"--thresholds holds {value:g}; a threshold is compared with a probability, so give numbers from 0 to 1")
+            raise ConfigError(
+                f"--thresholds holds {value:g}; a threshold is compared with a probability, so give numbers from 0 to 1"
+            )
 
 
 def with_threshold(draw: Drawer, labels: Tensor, sample: SampleConfig) -> Callable[[Threshold], Drawn | None]:
@@ -104,7 +115,8 @@ def search(
     lower_is_better: bool = True,
     limit: float = 1.0,
 ) -> Search | None:
-    """Draw and score with each threshold and pick the best constant with C_infer^avg <= limit; None on all ranks but the first.
+    """Draw and score with each threshold and pick the best constant with C_infer^avg <= limit; None on all ranks but
+    the first.
 
     Of equal scores the one with the smaller capacity wins; a score that is no finite number never does.
     """
@@ -118,7 +130,11 @@ def search(
         found.append(Candidate(threshold, drawn.capacity.average(), float(scorer(drawn))))
     if not first:
         return None
-    fit = [one for one in found if not isinstance(one.threshold, str) and one.capacity <= limit and math.isfinite(one.score)]
+    fit = [
+        one
+        for one in found
+        if not isinstance(one.threshold, str) and one.capacity <= limit and math.isfinite(one.score)
+    ]
     best = min(fit, key=lambda one: (one.score if lower_is_better else -one.score, one.capacity), default=None)
     return Search(tuple(found), best, score, lower_is_better, limit)
 

@@ -28,7 +28,9 @@ MOST_NAMES = 20  # classes up to which each bar has its name
 
 
 def steps(path: Path, capacity: Numbers, curves: Numbers, names: Sequence[str], kind: str = "class") -> None:
-    """C over sampling steps (steps,), and what the classes or prompts (n, steps), hardest first, add to it (Figure 1c)."""
+    """C over sampling steps (steps,), and what the classes or prompts (n, steps), hardest first, add to it (Figure
+    1c).
+    """
     figure = _figure(9, 4.6)
     axes = figure.subplots()
     place = np.arange(len(capacity))
@@ -38,7 +40,14 @@ def steps(path: Path, capacity: Numbers, curves: Numbers, names: Sequence[str], 
         for end, colour, which in ((0, HARD, "hardest"), (-1, EASY, "easiest")):
             label = f"{which} {kind}: {_cut(names[end], 48)} ({curves[end].mean():.3f})"
             axes.plot(place, curves[end], color=colour, linewidth=1.3, label=label)
-    axes.plot(place, capacity, color=BLUE, linewidth=2.4, marker="o" if len(capacity) == 1 else None, label=f"all ({capacity.mean():.3f})")
+    axes.plot(
+        place,
+        capacity,
+        color=BLUE,
+        linewidth=2.4,
+        marker="o" if len(capacity) == 1 else None,
+        label=f"all ({capacity.mean():.3f})",
+    )
     _dense(axes)
     _finish(axes, "Computation over sampling steps", "sampling step, from noise to image", "capacity C")
     _legend(axes)
@@ -61,7 +70,9 @@ def expert_map(path: Path, capacity: Numbers, blocks: Sequence[int]) -> None:
             continue
         layer = shown[number]
         image = axes.imshow(capacity[:, layer].T, aspect="auto", interpolation="nearest", cmap="RdBu_r", norm=norm)
-        axes.set_title(f"block {blocks[layer]}, C {capacity[:, layer].mean():.3f}", loc="left", fontsize=10, fontweight="bold")
+        axes.set_title(
+            f"block {blocks[layer]}, C {capacity[:, layer].mean():.3f}", loc="left", fontsize=10, fontweight="bold"
+        )
         axes.set_yticks(np.arange(0, experts, max(1, experts // 8)))
         axes.tick_params(labelsize=8, length=2)
         if number % columns == 0:
@@ -105,7 +116,9 @@ def expert_curves(path: Path, capacity: Numbers, blocks: Sequence[int]) -> None:
 
 
 def classes(path: Path, ranked: Sequence[tuple[str, float]], mean: float, kind: str = "class") -> None:
-    """C of every class or prompt, hardest first, as bars (Figure 1d); of many classes only the ends are named, of many prompts shown."""
+    """C of every class or prompt, hardest first, as bars (Figure 1d); of many classes only the ends are named, of many
+    prompts shown.
+    """
     from matplotlib import colormaps
 
     if kind == "prompt":
@@ -118,13 +131,29 @@ def classes(path: Path, ranked: Sequence[tuple[str, float]], mean: float, kind: 
     axes = figure.subplots()
     spread = max(values.max() - values.min(), 1e-9)
     colours = colormaps["coolwarm"](0.08 + 0.84 * (values - values.min()) / spread)
-    axes.bar(np.arange(number), values - mean, bottom=mean, width=0.78 if number <= MOST_NAMES else 1.0, color=colours, linewidth=0)
+    axes.bar(
+        np.arange(number),
+        values - mean,
+        bottom=mean,
+        width=0.78 if number <= MOST_NAMES else 1.0,
+        color=colours,
+        linewidth=0,
+    )
     axes.set_ylim(min(values.min(), 1.0) - 0.2 * spread, max(values.max(), 1.0) + 0.2 * spread)
     if number <= MOST_NAMES:
         for place in named:
             above, box = values[place] >= mean, {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             text, shift, va = f"{values[place]:.3f}", (0, 4 if above else -4), "bottom" if above else "top"
-            axes.annotate(text, (place, values[place]), shift, textcoords="offset points", ha="center", va=va, fontsize=8, bbox=box)
+            axes.annotate(
+                text,
+                (place, values[place]),
+                shift,
+                textcoords="offset points",
+                ha="center",
+                va=va,
+                fontsize=8,
+                bbox=box,
+            )
         axes.set_xticks(named, [_short(ranked[place][0]) for place in named], rotation=0 if _are_short(ranked) else 40)
         if not _are_short(ranked):
             for label in axes.get_xticklabels():
@@ -160,31 +189,64 @@ def _prompts(path: Path, ranked: Sequence[tuple[str, float]], mean: float) -> No
 
 
 def extremes(
-    path: Path, hardest: Sequence[tuple[str, float, Pictures]], easiest: Sequence[tuple[str, float, Pictures]], kinds: str = "classes"
+    path: Path,
+    hardest: Sequence[tuple[str, float, Pictures]],
+    easiest: Sequence[tuple[str, float, Pictures]],
+    kinds: str = "classes",
 ) -> None:
-    """Samples of the hardest and of the easiest classes or prompts, a row each: name, C and up to eight samples (Figures 13, 14)."""
+    """Samples of the hardest and of the easiest classes or prompts, a row each: name, C and up to eight samples
+    (Figures 13, 14).
+    """
 
     size = 10 if kinds == "classes" else 8
 
     def called(name: str) -> str:
         return _short(name) if kinds == "classes" else _cut(name, 40)
 
-    rows, columns = max(len(hardest), len(easiest)), min(8, max(len(pictures) for _, _, pictures in (*hardest, *easiest)))
+    rows, columns = (
+        max(len(hardest), len(easiest)),
+        min(8, max(len(pictures) for _, _, pictures in (*hardest, *easiest))),
+    )
     longest = max(len(called(name)) for name, _, _ in (*hardest, *easiest))
     cell, gutter, gap, top = 0.62, 0.95 + 0.09 * longest, 0.25, 0.5
     half = gutter + columns * cell
     width, height = 2 * half + gap + 0.15, rows * cell + top + 0.1
     figure = _figure(width, height, constrained=False)
-    for side, (title, colour, part) in enumerate(((f"Hardest {kinds}", HARD, hardest), (f"Easiest {kinds}", EASY, easiest))):
+    for side, (title, colour, part) in enumerate(
+        ((f"Hardest {kinds}", HARD, hardest), (f"Easiest {kinds}", EASY, easiest))
+    ):
         left = side * (half + gap)
-        figure.text((left + gutter) / width, 1 - 0.3 / height, title, color=colour, fontsize=13, fontweight="bold", va="center")
+        figure.text(
+            (left + gutter) / width, 1 - 0.3 / height, title, color=colour, fontsize=13, fontweight="bold", va="center"
+        )
         for row, (name, value, pictures) in enumerate(part):
             bottom = height - top - (row + 1) * cell
             middle = (bottom + cell / 2) / height
-            figure.text((left + gutter - 0.68) / width, middle, called(name), fontsize=size, ha="right", va="center", fontweight="bold")
-            figure.text((left + gutter - 0.1) / width, middle, f"C {value:.3f}", fontsize=9, ha="right", va="center", color=colour)
+            figure.text(
+                (left + gutter - 0.68) / width,
+                middle,
+                called(name),
+                fontsize=size,
+                ha="right",
+                va="center",
+                fontweight="bold",
+            )
+            figure.text(
+                (left + gutter - 0.1) / width,
+                middle,
+                f"C {value:.3f}",
+                fontsize=9,
+                ha="right",
+                va="center",
+                color=colour,
+            )
             for column, picture in enumerate(pictures[:columns]):
-                place = ((left + gutter + column * cell) / width, bottom / height, 0.94 * cell / width, 0.94 * cell / height)
+                place = (
+                    (left + gutter + column * cell) / width,
+                    bottom / height,
+                    0.94 * cell / width,
+                    0.94 * cell / height,
+                )
                 _picture(figure.add_axes(place), picture)
     _save(figure, path)
 
@@ -200,7 +262,8 @@ def topk(
 ) -> None:
     """Batch 1: samples with top-k above those with the predictor, what both cost, and how far they agree (Figure 6).
 
-    strips: (n, H, W, C) with top-k, with the predictor; capacities: C (steps,) of the same; agreement (steps, layers), and
+    strips: (n, H, W, C) with top-k, with the predictor; capacities: C (steps,) of the same; agreement (steps, layers),
+    and
     together: over all layers (steps,), and over all steps.
     """
     columns = 0 if strips is None else len(strips[0])
@@ -214,9 +277,22 @@ def topk(
                 axes = grid[row][column]
                 _picture(axes, strips[row][column])
                 if row == 0:
-                    words = _short(names[column], 12) if len(names[column]) < 20 else "\n".join(textwrap.wrap(names[column], 14)[:4])
+                    words = (
+                        _short(names[column], 12)
+                        if len(names[column]) < 20
+                        else "\n".join(textwrap.wrap(names[column], 14)[:4])
+                    )
                     axes.set_title(words, fontsize=9 if len(names[column]) < 20 else 6)
-            grid[row][0].text(-0.12, 0.5, title, transform=grid[row][0].transAxes, ha="right", va="center", color=colour, fontweight="bold")
+            grid[row][0].text(
+                -0.12,
+                0.5,
+                title,
+                transform=grid[row][0].transAxes,
+                ha="right",
+                va="center",
+                color=colour,
+                fontweight="bold",
+            )
     cost, agree = lower.subplots(1, 2)
     place = np.arange(len(agreement))
     for values, colour, name in zip(capacities, (ORANGE, BLUE), ("top-k", "predictor"), strict=True):
@@ -228,21 +304,42 @@ def topk(
         agree.plot(place, agreement[:, layer], color=colour, linewidth=1.1, alpha=0.75, label=f"block {blocks[layer]}")
     agree.plot(place, together[0], color="black", linewidth=2.2, label=f"all layers ({together[1]:.3f})")
     agree.set_ylim(0, 1.02)
-    _finish(agree, "Choices on which top-k and predictor agree", "sampling step, from noise to image", "share of what either takes")
+    _finish(
+        agree,
+        "Choices on which top-k and predictor agree",
+        "sampling step, from noise to image",
+        "share of what either takes",
+    )
     _legend(agree)
     _save(figure, path)
 
 
-def thresholds(path: Path, points: Sequence[tuple[str, float, float]], *, score: str, best: str | None, limit: float) -> None:
-    """The score over C of each threshold (its name, C, score): constants in blue, others in red, the best circled (Figure 7)."""
+def thresholds(
+    path: Path, points: Sequence[tuple[str, float, float]], *, score: str, best: str | None, limit: float
+) -> None:
+    """The score over C of each threshold (its name, C, score): constants in blue, others in red, the best circled
+    (Figure 7).
+    """
     figure = _figure(8, 4.8)
     axes = figure.subplots()
     constants = sorted((capacity, value, name) for name, capacity, value in points if _is_number(name))
     others = [(capacity, value, name) for name, capacity, value in points if not _is_number(name)]
-    axes.plot([one[0] for one in constants], [one[1] for one in constants], color=BLUE, linewidth=1.4, marker="o", label="constant")
+    axes.plot(
+        [one[0] for one in constants],
+        [one[1] for one in constants],
+        color=BLUE,
+        linewidth=1.4,
+        marker="o",
+        label="constant",
+    )
     if others:
         axes.plot(
-            [one[0] for one in others], [one[1] for one in others], "o", color=HARD, markersize=9, label=", ".join(one[2] for one in others)
+            [one[0] for one in others],
+            [one[1] for one in others],
+            "o",
+            color=HARD,
+            markersize=9,
+            label=", ".join(one[2] for one in others),
         )
     for number, (capacity, value, name) in enumerate(constants):
         if math.isfinite(value):
@@ -272,7 +369,7 @@ def thresholds(path: Path, points: Sequence[tuple[str, float, float]], *, score:
     _save(figure, path)
 
 
-# -- strokes ----------------------------------------------------------------------------------------------------------------------------
+# -- strokes -----------------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float, constrained: bool = True) -> "Figure":
@@ -280,7 +377,9 @@ def _figure(width: float, height: float, constrained: bool = True) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("capacity plots need matplotlib, which is not installed: pip install 'diffmoe_ep[log]'") from error
+        raise ConfigError(
+            "capacity plots need matplotlib, which is not installed: pip install 'diffmoe_ep[log]'"
+        ) from error
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure
@@ -324,7 +423,9 @@ def _plain_numbers(axis: "Axis") -> None:
 
 
 def _picture(axes: "Axes", picture: Numbers) -> None:
-    axes.imshow(picture[:, :, 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        picture[:, :, 0] if picture.shape[2] == 1 else picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set_axis_off()
 
 

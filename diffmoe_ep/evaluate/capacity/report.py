@@ -1,6 +1,7 @@
 """How much compute a trained model spends, and on what: by sampling step, layer, expert, and class or prompt.
 
-Capacity 1 is the compute of a dense model: C of an expert is N * processed / tokens (Eq. 8, 9), measured while samples are drawn.
+Capacity 1 is the compute of a dense model: C of an expert is N * processed / tokens (Eq. 8, 9), measured while samples
+are drawn.
 """
 
 import contextlib
@@ -14,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_experts, has_predictor, num_tokens, to_tree, tokens_per_expert
+from diffmoe_ep.config import (
+    ConfigError,
+    ModelConfig,
+    SampleConfig,
+    has_experts,
+    has_predictor,
+    num_tokens,
+    to_tree,
+    tokens_per_expert,
+)
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, is_moe
@@ -29,7 +39,9 @@ from diffmoe_ep.sampling.sample import Drawn, check_labels, highest, pixels_of
 
 Progress = Callable[[int, int], None]  # (done, in all)
 Asked = Tensor | Prompts  # labels (n,), or as many prompts
-Drawer = Callable[[Asked, SampleConfig, Progress | None], Drawn | None]  # for what, how, told after each step; None but on the first rank
+Drawer = Callable[
+    [Asked, SampleConfig, Progress | None], Drawn | None
+]  # for what, how, told after each step; None but on the first rank
 EXTREMES = 10  # classes or prompts at either end of the ranking that are shown
 
 
@@ -54,7 +66,9 @@ class AgainstTopK:
 
     names: tuple[str, ...]  # of the samples' classes, or their prompts
     k: int  # tokens that the top-k lets an expert take of a sample's
-    counts: Tensor  # (steps, layers, 3) float64 (token, expert) pairs along the predictor's samples: predictor's, top-k's, those of both
+    # (steps, layers, 3) float64 (token, expert) pairs along the predictor's samples: predictor's, top-k's, those of
+    # both
+    counts: Tensor
     predictor: Drawn  # samples drawn with the predictor
     topk: Drawn  # the same drawn with the top-k
 
@@ -79,7 +93,9 @@ def _shared(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a model spends its compute, measured on `per_class` samples of each class (or prompt), drawn class by class."""
+    """Where a model spends its compute, measured on `per_class` samples of each class (or prompt), drawn class by
+    class.
+    """
 
     model: ModelConfig
     sample: SampleConfig
@@ -88,7 +104,9 @@ class Report:
     per_class: int
     record: CapacityRecord  # over all classes
     classes: tuple[ClassCapacity, ...]  # hardest first
-    topk: AgainstTopK | None  # None: the model has no predictor, or a sample has too few tokens for every expert to take one
+    topk: (
+        AgainstTopK | None
+    )  # None: the model has no predictor, or a sample has too few tokens for every expert to take one
     activated: float  # parameters that work on an average token at the measured capacity, counted exactly
     estimate: float  # the same by the paper's Eq. 40
 
@@ -118,17 +136,33 @@ class Report:
         idle, busiest = (divmod(int(place), experts.shape[1]) for place in (experts.argmin(), experts.argmax()))
         shown = min(5, number // 2)
         rows = [
-            (f"capacity of {number * self.per_class} samples", f"{self.per_class} of each of {number} {self.kinds}, seed {self.seed}"),
+            (
+                f"capacity of {number * self.per_class} samples",
+                f"{self.per_class} of each of {number} {self.kinds}, seed {self.seed}",
+            ),
             ("C_infer^avg", f"{self.record.average():.4f}  (1 = compute of a dense model)"),
             ("by step", f"{steps[lowest]:.3f} (step {lowest}) to {steps[largest]:.3f} (step {largest})"),
-            ("by layer", ", ".join(f"block {block} {value:.3f}" for block, value in zip(self.blocks, experts.mean(1), strict=True))),
-            ("by expert", f"{experts[idle]:.3f} ({self._expert(idle)}) to {experts[busiest]:.3f} ({self._expert(busiest)})"),
+            (
+                "by layer",
+                ", ".join(
+                    f"block {block} {value:.3f}" for block, value in zip(self.blocks, experts.mean(1), strict=True)
+                ),
+            ),
+            (
+                "by expert",
+                f"{experts[idle]:.3f} ({self._expert(idle)}) to {experts[busiest]:.3f} ({self._expert(busiest)})",
+            ),
         ]
         if shown:
             for which, part in (("hardest", self.classes[:shown]), ("easiest", self.classes[: -shown - 1 : -1])):
                 gap = "; " if self.kind == "prompt" else ", "
                 rows.append((f"{which} {self.kinds}", gap.join(f"{one.name} {one.capacity:.3f}" for one in part)))
-        rows.append(("activated parameters", f"{self.estimate / 1e6:,.3f}M by Eq. 40, {self.activated / 1e6:,.3f}M counted exactly"))
+        rows.append(
+            (
+                "activated parameters",
+                f"{self.estimate / 1e6:,.3f}M by Eq. 40, {self.activated / 1e6:,.3f}M counted exactly",
+            )
+        )
         if self.topk is not None:
             ours, theirs, _ = self.topk.counts.sum((0, 1)).tolist()
             rows.append(
@@ -159,18 +193,28 @@ class Report:
         return f"block {self.blocks[place[0]]}, expert {place[1]}"
 
 
-def check_report(model: ModelConfig, per_class: int, classes: Sequence[int] | None = None, prompts: int | None = None) -> None:
+def check_report(
+    model: ModelConfig, per_class: int, classes: Sequence[int] | None = None, prompts: int | None = None
+) -> None:
     """Raise ConfigError, before anything is drawn, unless a capacity report can be made of this model."""
     if not has_experts(model):
-        raise ConfigError("model.family is dense: it has no experts, and its capacity is 1 at every step; name a run that has experts")
+        raise ConfigError(
+            "model.family is dense: it has no experts, and its capacity is 1 at every step; name a run that has experts"
+        )
     if not any(is_moe(model, block) for block in range(model.num_blocks)):
-        raise ConfigError(f"the model has no MoE layer: model.interleave leaves block 0 dense and model.num_blocks is {model.num_blocks}")
+        raise ConfigError(
+            f"the model has no MoE layer: model.interleave leaves block 0 dense and model.num_blocks is {model.num_blocks}"
+        )
     if per_class < 1:
-        raise ConfigError(f"{'--per-prompt' if model.condition == 'text' else '--per-class'} is {per_class}; it must be at least 1")
+        raise ConfigError(
+            f"{'--per-prompt' if model.condition == 'text' else '--per-class'} is {per_class}; it must be at least 1"
+        )
     if model.condition == "text" and not prompts:
         raise ConfigError('the model is conditioned on captions; say what to draw: --prompt "...", or --prompts FILE')
     if model.condition == "class" and prompts:
-        raise ConfigError("prompts are given, but the model is conditioned on classes; give --classes, or nothing for all of them")
+        raise ConfigError(
+            "prompts are given, but the model is conditioned on classes; give --classes, or nothing for all of them"
+        )
     if classes is not None and not classes:
         raise ConfigError("no classes are named; leave --classes out for all of them")
     if classes is not None or model.condition == "class":
@@ -193,10 +237,11 @@ def report(
     prompts: Prompts | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
-    """Draw `per_class` samples of each class, or of each of the prompts, and tell where the compute went; None on all ranks but the first.
+    """Draw `per_class` samples of each class, or of each of the prompts, and tell where the compute went; None on all
+    ranks but the first.
 
-    draw draws with `module`, which is watched meanwhile, over the ranks of `mesh`, always from the same noise (seed says which), so that
-    classes differ by their condition alone. A class is drawn by itself: under
+    draw draws with `module`, which is watched meanwhile, over the ranks of `mesh`, always from the same noise (seed
+    says which), so that classes differ by their condition alone. A class is drawn by itself: under
     selection `count` and `topk` its chunks are its pools. With `out`, tables and plots are written there.
     """
     model = module.config
@@ -257,11 +302,13 @@ def _unsteady(drawn: Drawn, sample: SampleConfig) -> str | None:
     return f"the solver took {taken} steps of its own where sample.steps is {sample.steps}; set sample.sampler=heun or euler for a report"
 
 
-# -- top-k against the predictor --------------------------------------------------------------------------------------------------------
+# -- top-k against the predictor ---------------------------------------------------------------------------------------
 
 
 class _Watch:
-    """Stands before a layer's dispatcher and counts, sample by sample, what the layer chose and what a top-k would have."""
+    """Stands before a layer's dispatcher and counts, sample by sample, what the layer chose and what a top-k would
+    have.
+    """
 
     def __init__(self, inner: Dispatch, tokens: int, k: int, counts: Tensor) -> None:
         self.inner, self.pools, self.k = inner, Pools(tokens), k
@@ -274,7 +321,9 @@ class _Watch:
         if len(assignment.chosen):
             ours = assignment.chosen
             theirs = choose_by_pool(assignment.weight, self.k, self.pools)[0].chosen
-            self.counts[self.step] += torch.stack([chosen.sum() for chosen in (ours, theirs, ours & theirs)]).double().cpu()
+            self.counts[self.step] += (
+                torch.stack([chosen.sum() for chosen in (ours, theirs, ours & theirs)]).double().cpu()
+            )
         return self.inner.route(assignment)
 
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
@@ -290,7 +339,10 @@ class _Watch:
 def _watched(module: DiT, k: int, counts: Tensor) -> Iterator[list[_Watch]]:
     """Count each layer's choices into counts (steps, layers, 3) for as long as it lasts."""
     layers = module.moe_layers()
-    watches = [_Watch(layer.dispatcher, num_tokens(module.config), k, part) for layer, part in zip(layers, counts.unbind(1), strict=True)]
+    watches = [
+        _Watch(layer.dispatcher, num_tokens(module.config), k, part)
+        for layer, part in zip(layers, counts.unbind(1), strict=True)
+    ]
     for layer, watch in zip(layers, watches, strict=True):
         layer.dispatcher = watch
     try:
@@ -302,7 +354,9 @@ def _watched(module: DiT, k: int, counts: Tensor) -> Iterator[list[_Watch]]:
 
 @contextlib.contextmanager
 def _choosing_from_one_sample(module: DiT) -> Iterator[None]:
-    """Let every layer choose from one sample's tokens for as long as it lasts; then pools and inference rule are as before."""
+    """Let every layer choose from one sample's tokens for as long as it lasts; then pools and inference rule are as
+    before.
+    """
     layers = module.moe_layers()
     before = [(layer.pools, layer.rule) for layer in layers]
     for layer in layers:
@@ -315,11 +369,15 @@ def _choosing_from_one_sample(module: DiT) -> Iterator[None]:
 
 
 def _topk_of_a_sample(model: ModelConfig, sample: SampleConfig) -> int | None:
-    """Tokens that an expert takes of one sample by the training rule; None where there is nothing to compare or nothing to take."""
+    """Tokens that an expert takes of one sample by the training rule; None where there is nothing to compare or nothing
+    to take.
+    """
     if not has_predictor(model) or sample.selection == "topk":
         return None
     try:
-        return tokens_per_expert(num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity)
+        return tokens_per_expert(
+            num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity
+        )
     except ConfigError:  # fewer tokens than experts: such a top-k cannot be
         return None
 
@@ -327,7 +385,9 @@ def _topk_of_a_sample(model: ModelConfig, sample: SampleConfig) -> int | None:
 def _against_topk(
     module: DiT, draw: Drawer, asked: Asked, names: list[str], sample: SampleConfig, mesh: Mesh, k: int
 ) -> AgainstTopK | None:
-    """Draw a sample of each class or prompt asked for, one at a time, with the predictor and with a top-k; None but on the first rank."""
+    """Draw a sample of each class or prompt asked for, one at a time, with the predictor and with a top-k; None but on
+    the first rank.
+    """
     alone = replace(sample, chunk=1)
     counts = torch.zeros(sample.steps, len(module.moe_layers()), 3, dtype=torch.float64)
     with _watched(module, k, counts) as watches:
@@ -350,7 +410,7 @@ def _spread(number: int, most: int) -> list[int]:
     return sorted({round(place * (number - 1) / max(1, min(number, most) - 1)) for place in range(min(number, most))})
 
 
-# -- tables and plots -------------------------------------------------------------------------------------------------------------------
+# -- tables and plots --------------------------------------------------------------------------------------------------
 
 
 def write(found: Report, out: Path) -> list[str]:
@@ -380,7 +440,11 @@ def write_tables(found: Report, out: Path) -> list[str]:
             for step in range(len(pairs))
             for layer in range(len(pairs[step]))
         )
-        table(out / "topk_against_predictor.csv", ("step", "layer", "block", "predictor", "topk", "both", "agreement"), lines)
+        table(
+            out / "topk_against_predictor.csv",
+            ("step", "layer", "block", "predictor", "topk", "both", "agreement"),
+            lines,
+        )
         names.append("topk_against_predictor.csv")
     return names
 
@@ -390,11 +454,18 @@ def write_plots(found: Report, out: Path) -> list[str]:
     cube, blocks = found.per_layer_expert_step().numpy(), found.blocks
     ranked = [(one.name, one.capacity) for one in found.classes]
     curves = torch.stack([one.per_step for one in found.classes]).numpy()  # (classes, steps)
-    plots.steps(out / "capacity_per_step.png", found.record.per_step().numpy(), curves, [name for name, _ in ranked], found.kind)
+    plots.steps(
+        out / "capacity_per_step.png", found.record.per_step().numpy(), curves, [name for name, _ in ranked], found.kind
+    )
     plots.expert_map(out / "capacity_per_layer_expert.png", cube, blocks)
     plots.expert_curves(out / "expert_dynamics.png", cube, blocks)
     plots.classes(out / f"capacity_per_{found.kind}.png", ranked, found.record.average(), found.kind)
-    names = ["capacity_per_step.png", "capacity_per_layer_expert.png", "expert_dynamics.png", f"capacity_per_{found.kind}.png"]
+    names = [
+        "capacity_per_step.png",
+        "capacity_per_layer_expert.png",
+        "expert_dynamics.png",
+        f"capacity_per_{found.kind}.png",
+    ]
     shown, pictures = min(EXTREMES, len(ranked) // 2), _as_pictures(found)
     if pictures is not None and shown:
         hardest, easiest = (

@@ -1,4 +1,6 @@
-"""Text-to-image runs side by side: how well each follows its prompts, as `diffmoe evaluate --composition` found and wrote to RUN/scores."""
+"""Text-to-image runs side by side: how well each follows its prompts, as `diffmoe evaluate --composition` found and
+wrote to RUN/scores.
+"""
 
 import json
 from collections.abc import Sequence
@@ -41,10 +43,17 @@ class Compositions:
         cells: list[tuple[str, ...]] = [("run", "parameters", "activated", *TASKS, "overall", "shuffled", "C")]
         for row in self.rows:
             shares = (*(row.tasks[task] for task in TASKS), row.overall, row.shuffled, row.capacity)
-            cells.append((row.run, f"{row.parameters:,}", f"{row.activated:,.0f}", *(f"{share:.3f}" for share in shares)))
+            cells.append(
+                (row.run, f"{row.parameters:,}", f"{row.activated:,.0f}", *(f"{share:.3f}" for share in shares))
+            )
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         return [
-            "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
             for line in cells
         ]
 
@@ -57,10 +66,18 @@ def compare_composition(folders: Sequence[Path]) -> Compositions:
 def _row(folder: Path) -> Row:
     for name in ("config.yaml", SCORE):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out {folder}/scores ...")
+            raise ConfigError(
+                f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out {folder}/scores ..."
+            )
     found = json.loads((folder / SCORE).read_text(encoding="utf-8"))
     sizes = count(load(folder / "config.yaml").model)
     tasks = {task: float(found["samples"][task]["right"]) for task in TASKS}
     return Row(
-        folder.name, sizes.total, sizes.activated(found["capacity"]), tasks, found["overall"], found["overall_shuffled"], found["capacity"]
+        folder.name,
+        sizes.total,
+        sizes.activated(found["capacity"]),
+        tasks,
+        found["overall"],
+        found["overall_shuffled"],
+        found["capacity"],
     )

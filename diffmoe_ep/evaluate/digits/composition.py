@@ -1,8 +1,10 @@
-"""Does a picture show what its prompt says? A score in the manner of GenEval, for digits on a canvas of three by three cells.
+"""Does a picture show what its prompt says? A score in the manner of GenEval, for digits on a canvas of three by three
+cells.
 
-Four tasks: a single object, two objects, counting, position. Prompts are worded as the captions of the data are. Digits are found and
-named by a classifier trained on real ones; each prompt is judged on its picture alone, right or wrong; the overall score is the mean of
-the four tasks. As in GenEval other objects may be there besides, but counting is strict: just so many, and nothing else on the canvas.
+Four tasks: a single object, two objects, counting, position. Prompts are worded as the captions of the data are. Digits
+are found and named by a classifier trained on real ones; each prompt is judged on its picture alone, right or wrong;
+the overall score is the mean of the four tasks. As in GenEval other objects may be there besides, but counting is
+strict: just so many, and nothing else on the canvas.
 """
 
 import re
@@ -31,7 +33,9 @@ class Prompt:
     text: str
     task: str
     digits: tuple[int, ...]  # asked for, one as often as it is to be there
-    cells: tuple[tuple[int, int], ...] = ()  # (row, column) of each digit, where places are named; a single digit may be anywhere
+    cells: tuple[
+        tuple[int, int], ...
+    ] = ()  # (row, column) of each digit, where places are named; a single digit may be anywhere
     relation: str = ""  # above or to the left of: how the first of two digits stands to the second
 
     def holds(self, seen: np.ndarray) -> bool:
@@ -51,7 +55,10 @@ def read(text: str) -> Prompt | None:
     """What a caption or prompt asks for; None for other words, and for mixed counts, which no task asks for."""
     listed = re.fullmatch(r"(one|two|three) digits?: (.+)", text)
     if listed:
-        places = [re.fullmatch(r"an? (\d) at the (?:(top|middle|bottom) (left|centre|right)|centre)", part) for part in _parts(listed[2])]
+        places = [
+            re.fullmatch(r"an? (\d) at the (?:(top|middle|bottom) (left|centre|right)|centre)", part)
+            for part in _parts(listed[2])
+        ]
         if len(places) != NUMBERS.index(listed[1]) + 1:
             return None
         digits, cells = [], []
@@ -92,7 +99,9 @@ def prompts(each: int) -> list[Prompt]:
 
 
 def _texts(task: int) -> list[str]:
-    """All texts of a task that are to be chosen from; for places, every pair of cells with digits that follow from it."""
+    """All texts of a task that are to be chosen from; for places, every pair of cells with digits that follow from
+    it.
+    """
     digits = range(10)
     pairs = [(first, second) for first in digits for second in digits if first != second]
     match task:
@@ -103,7 +112,9 @@ def _texts(task: int) -> list[str]:
             return [f"one {first} and one {second}" for first, second in pairs if first < second]
         case 2:
             return [f"{number} {digit}s" for digit in digits for number in NUMBERS[1:]]
-    related = [f"{_a(first)} {relation} {_a(second)}" for first, second in pairs for relation in ("above", "to the left of")]
+    related = [
+        f"{_a(first)} {relation} {_a(second)}" for first, second in pairs for relation in ("above", "to the left of")
+    ]
     cells = [(one, other) for other in range(9) for one in range(other)]
     placed = []
     for number in range(len(related)):  # half of either kind
@@ -150,7 +161,9 @@ class Composition:
 
     def lines(self) -> list[str]:
         """A table for the terminal."""
-        rows: list[tuple[str, ...]] = [(f"composition of {len(self.verdicts)} samples", "samples", "shuffled", "held-out", "shuffled")]
+        rows: list[tuple[str, ...]] = [
+            (f"composition of {len(self.verdicts)} samples", "samples", "shuffled", "held-out", "shuffled")
+        ]
         for task, share in self.samples.items():
             real = self.heldout[task]
             rows.append((task, *(f"{value:.3f}" for value in (share.right, share.shuffled, real.right, real.shuffled))))
@@ -158,19 +171,28 @@ class Composition:
         rows.append(("overall", *(f"{value:.3f}" for value in overall)))
         rows.append(("inference capacity", f"{self.capacity:.3f}", "", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in range(1, 5)).rstrip() for row in rows]
+        return [
+            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in range(1, 5)).rstrip()
+            for row in rows
+        ]
 
     def as_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
-        overall = {"overall": self.overall(), "overall_shuffled": self.overall(shuffled=True), "overall_heldout": self.overall(True)}
+        overall = {
+            "overall": self.overall(),
+            "overall_shuffled": self.overall(shuffled=True),
+            "overall_heldout": self.overall(True),
+        }
         return overall | asdict(self) | {"verdicts": list(self.verdicts)}
 
 
-def composition(pictures: np.ndarray, asked: Sequence[Prompt], train: Canvases, heldout: Canvases, capacity: float) -> Composition:
+def composition(
+    pictures: np.ndarray, asked: Sequence[Prompt], train: Canvases, heldout: Canvases, capacity: float
+) -> Composition:
     """Judge pictures (n, 1, H, W) uint8 that were drawn for prompts.
 
-    The classifier learns from the training canvases; the held-out ones, whose digits it has not seen, are judged by their own captions:
-    the best that can be hoped for.
+    The classifier learns from the training canvases; the held-out ones, whose digits it has not seen, are judged by
+    their own captions: the best that can be hoped for.
     """
     detector = Detector(*known_digits(train, [_places(captions) for captions in train.captions]))
     samples, verdicts = _judged(detector(pictures), asked)
@@ -179,7 +201,9 @@ def composition(pictures: np.ndarray, asked: Sequence[Prompt], train: Canvases, 
 
 
 def check_canvases(shape: tuple[int, ...], sides: dict[str, Canvases]) -> None:
-    """Raise ConfigError, before anything is drawn, unless samples of this shape can be judged against these real canvases."""
+    """Raise ConfigError, before anything is drawn, unless samples of this shape can be judged against these real
+    canvases.
+    """
     if find_spec("sklearn") is None:
         raise ConfigError("composition needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'")
     for name, canvases in sides.items():
@@ -190,7 +214,9 @@ def check_canvases(shape: tuple[int, ...], sides: dict[str, Canvases]) -> None:
         tasks = {prompt.task for captions in canvases.captions for prompt in map(read, captions) if prompt is not None}
         if tasks != set(TASKS):
             missing = ", ".join(task for task in TASKS if task not in tasks)
-            raise ConfigError(f"{name} holds no captions of the digits for {missing}; prepare it: python -m data_prep digits_captions")
+            raise ConfigError(
+                f"{name} holds no captions of the digits for {missing}; prepare it: python -m data_prep digits_captions"
+            )
 
 
 def _judged(seen: np.ndarray, asked: Sequence[Prompt]) -> tuple[dict[str, Share], list[bool]]:
@@ -198,7 +224,9 @@ def _judged(seen: np.ndarray, asked: Sequence[Prompt]) -> tuple[dict[str, Share]
     shares, verdicts = {}, np.zeros(len(asked), dtype=bool)
     for task in TASKS:
         of_task = [number for number, prompt in enumerate(asked) if prompt.task == task]
-        table = np.array([[asked[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task])  # (pictures, prompts)
+        table = np.array(
+            [[asked[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task]
+        )  # (pictures, prompts)
         num = len(of_task)
         right = table.diagonal() if num else np.zeros(0, dtype=bool)
         verdicts[of_task] = right

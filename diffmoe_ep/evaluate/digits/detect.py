@@ -27,7 +27,9 @@ class Canvases:
 
 
 def load_canvases(folder: str | Path, most: int = MOST) -> Canvases:
-    """The first canvases of a prepared dataset, at most so many; ConfigError if it holds something else than grey pixels with captions."""
+    """The first canvases of a prepared dataset, at most so many; ConfigError if it holds something else than grey
+    pixels with captions.
+    """
     dataset = Dataset.open(folder)
     manifest = dataset.manifest
     if (manifest.kind, manifest.dtype, manifest.condition, manifest.shape[0]) != ("pixels", "uint8", "text", 1):
@@ -39,18 +41,24 @@ def load_canvases(folder: str | Path, most: int = MOST) -> Canvases:
     found = [dataset.read(*place) for place in places]
     dataset.close()
     pictures = np.stack([decode_array(fields, manifest) for fields in found])
-    return Canvases(pictures, tuple(tuple(caption.text for caption in decode_captions(fields, manifest)) for fields in found))
+    return Canvases(
+        pictures, tuple(tuple(caption.text for caption in decode_captions(fields, manifest)) for fields in found)
+    )
 
 
 def cells(pictures: np.ndarray) -> Crops:
-    """Of every cell of canvases (n, 1, H, W) its window of SIDE x SIDE pixels with the most ink, (n, GRID, GRID, SIDE, SIDE)."""
+    """Of every cell of canvases (n, 1, H, W) its window of SIDE x SIDE pixels with the most ink, (n, GRID, GRID, SIDE,
+    SIDE).
+    """
     size = pictures.shape[-1]
     edges = [size * cell // GRID for cell in range(GRID + 1)]
     found = np.empty((len(pictures), GRID, GRID, SIDE, SIDE))
     for row in range(GRID):
         for column in range(GRID):
             cell = pictures[:, 0, edges[row] : edges[row + 1], edges[column] : edges[column + 1]].astype(np.float64)
-            windows = np.lib.stride_tricks.sliding_window_view(cell, (SIDE, SIDE), axis=(1, 2))  # (n, tops, lefts, SIDE, SIDE)
+            windows = np.lib.stride_tricks.sliding_window_view(
+                cell, (SIDE, SIDE), axis=(1, 2)
+            )  # (n, tops, lefts, SIDE, SIDE)
             windows = windows.reshape(len(cell), -1, SIDE, SIDE)
             best = windows.sum((2, 3)).argmax(1)
             found[:, row, column] = windows[np.arange(len(cell)), best]
@@ -60,16 +68,21 @@ def cells(pictures: np.ndarray) -> Crops:
 class Detector:
     """What stands in each cell of a canvas: a digit, nothing, or something unclear.
 
-    A cell with less than half the ink of the faintest real digit is empty. A support vector classifier names what stands in the others;
-    it is a digit if it is no farther from the nearest real digit of that name than real digits are from one another at the most.
+    A cell with less than half the ink of the faintest real digit is empty. A support vector classifier names what
+    stands in the others; it is a digit if it is no farther from the nearest real digit of that name than real digits
+    are from one another at the most.
     """
 
     def __init__(self, digits: Crops, labels: np.ndarray) -> None:
-        """Learn from real digits (n, SIDE, SIDE) of labels (n,). ConfigError without scikit-learn, or for too few of a kind."""
+        """Learn from real digits (n, SIDE, SIDE) of labels (n,). ConfigError without scikit-learn, or for too few of a
+        kind.
+        """
         try:
             from sklearn.svm import SVC
         except ImportError as error:
-            raise ConfigError("composition needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'") from error
+            raise ConfigError(
+                "composition needs scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'"
+            ) from error
         counts = np.bincount(labels, minlength=10)
         if counts.min() < 2:
             raise ConfigError(
@@ -77,7 +90,9 @@ class Detector:
             )
         self._least_ink = digits.sum((1, 2)).min() / 2
         self._known = {digit: _shifted(digits[labels == digit]).reshape(-1, SIDE * SIDE) for digit in range(10)}
-        self._classifier = SVC(C=10.0).fit(np.concatenate(list(self._known.values())), np.repeat(range(10), counts * len(SHIFTS)))
+        self._classifier = SVC(C=10.0).fit(
+            np.concatenate(list(self._known.values())), np.repeat(range(10), counts * len(SHIFTS))
+        )
         self._farthest = max(_nearest(digits[labels == digit].reshape(-1, SIDE * SIDE)) for digit in range(10))
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
@@ -97,7 +112,9 @@ class Detector:
 def _shifted(digits: Crops) -> Crops:
     """Digits (n, SIDE, SIDE) and their copies a pixel further in each direction, with what leaves the window lost."""
     padded = np.pad(digits, ((0, 0), (1, 1), (1, 1)))
-    return np.concatenate([padded[:, 1 + down : 1 + down + SIDE, 1 + right : 1 + right + SIDE] for down, right in SHIFTS])
+    return np.concatenate(
+        [padded[:, 1 + down : 1 + down + SIDE, 1 + right : 1 + right + SIDE] for down, right in SHIFTS]
+    )
 
 
 def _distances(some: Crops, others: Crops) -> Crops:
@@ -114,7 +131,9 @@ def _nearest(digits: Crops) -> float:
 
 
 def known_digits(canvases: Canvases, where: Sequence[dict[tuple[int, int], int]]) -> tuple[Crops, np.ndarray]:
-    """The different digits on canvases, (n, SIDE, SIDE), and their labels (n,); `where` tells for each canvas what stands in which cell."""
+    """The different digits on canvases, (n, SIDE, SIDE), and their labels (n,); `where` tells for each canvas what
+    stands in which cell.
+    """
     crops = cells(canvases.pictures)
     found = [(digit, crops[number, *cell]) for number, placed in enumerate(where) for cell, digit in placed.items()]
     if not found:

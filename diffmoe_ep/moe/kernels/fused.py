@@ -2,11 +2,12 @@
 
 Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
 
-Experts are taken in runs (`_cut`): neighbours with equally many rows make one batched matmul, which gives each thread experts of its own;
-ragged ones go one by one. Of the activations only those before GELU are kept and those after it computed again, unless they are few
-(`keeps_all`): then the weights' own traffic rules, and passes over activations count, so GELU and its derivative are kept instead.
-Weights' gradients go straight into their place in a full tensor. Weights are cast run by run to the type of the rows, in both passes, so
-that bfloat16 needs no second copy of all experts.
+Experts are taken in runs (`_cut`): neighbours with equally many rows make one batched matmul, which gives each thread
+experts of its own; ragged ones go one by one. Of the activations only those before GELU are kept and those after it
+computed again, unless they are few (`keeps_all`): then the weights' own traffic rules, and passes over activations
+count, so GELU and its derivative are kept instead. Weights' gradients go straight into their place in a full tensor.
+Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no second copy of all
+experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,9 @@ class _Run:
         return part if kind is None else part.to(kind)
 
     def parts(self, rows: Tensor, width: int) -> "Sequence[_Run]":
-        """What is worked on together but for the weights' gradients: all, or, where `onednn` takes rows like these, experts with few."""
+        """What is worked on together but for the weights' gradients: all, or, where `onednn` takes rows like these,
+        experts with few.
+        """
         if self.single or not onednn.takes(rows):
             return [self]
         some = max(1, PART // max(1, self.each * width))
@@ -112,8 +115,8 @@ def keeps_all(rows: int, width: int, device: str, dtype: torch.dtype) -> bool:
 
 
 def _forward(rows: Tensor, runs: Sequence[_Run], weights: Weights, kept: list[Tensor] | None, compiled: bool) -> Tensor:
-    """Answers (R, D). To `kept` goes what the backward needs: where all is kept, what a run's GELU gives and each part's derivative of it;
-    otherwise what goes into each part's GELU.
+    """Answers (R, D). To `kept` goes what the backward needs: where all is kept, what a run's GELU gives and each
+    part's derivative of it; otherwise what goes into each part's GELU.
     """
     w1, b1, w2, b2 = weights
     kind, width = rows.dtype, w1.shape[2]
@@ -160,7 +163,9 @@ def _outer(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _gelu(x: Tensor, value: Tensor, compiled: bool) -> None:
-    """Put GELU of x, in its tanh form, into `value`. A CPU's tanh costs four times its sigmoid; passes over the cache cost little."""
+    """Put GELU of x, in its tanh form, into `value`. A CPU's tanh costs four times its sigmoid; passes over the cache
+    cost little.
+    """
     if not _by_sigmoid(x.device.type, x.dtype):
         torch.ops.aten.gelu.out(x, approximate="tanh", out=value)
     elif compiled:
@@ -197,7 +202,9 @@ def _gelu_with_slope(x: Tensor, value: Tensor, slope: Tensor) -> None:
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor, value: Tensor, by_x: Tensor, compiled: bool) -> None:
-    """Put GELU of x, computed again, into `value`, and the gradient by x into `by_x`, which may be `gradient` itself."""
+    """Put GELU of x, computed again, into `value`, and the gradient by x into `by_x`, which may be `gradient`
+    itself.
+    """
     if not _by_sigmoid(x.device.type, x.dtype):
         torch.ops.aten.gelu.out(x, approximate="tanh", out=value)
         torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=by_x)
@@ -247,7 +254,9 @@ def _by_sigmoid(device: str, dtype: torch.dtype) -> bool:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], compiled: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, counts: tuple[int, ...], compiled: bool, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> Tensor:
         kept: list[Tensor] = []
         ctx.compiled = compiled
         ctx.runs, ctx.kinds = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)

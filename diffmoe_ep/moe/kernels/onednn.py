@@ -1,7 +1,8 @@
-"""Matmuls of float32 on a CPU by oneDNN, where it is quicker than torch's own choice: that is MKL, which has no AVX-512 on all processors.
+"""Matmuls of float32 on a CPU by oneDNN, where it is quicker than torch's own choice: that is MKL, which has no AVX-512
+on all processors.
 
-On an AMD EPYC a product with a weight takes 0.9 of MKL's time with many rows, 0.8 to 0.9 with 16 to 64. torch reaches oneDNN in float32
-by the operator behind compiled linear layers alone, which gives a new tensor.
+On an AMD EPYC a product with a weight takes 0.9 of MKL's time with many rows, 0.8 to 0.9 with 16 to 64. torch reaches
+oneDNN in float32 by the operator behind compiled linear layers alone, which gives a new tensor.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ def takes(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x (n, I) times weight (I, O) of any strides, plus bias (O,): (n, O), copied to `out` if that is given. No gradient.
+    """x (n, I) times weight (I, O) of any strides, plus bias (O,): (n, O), copied to `out` if that is given. No
+    gradient.
 
     Of stacked ones, (E, n, I), (E, I, O), (E, O), each by itself: (E, n, O).
     """
@@ -43,4 +45,6 @@ def _flops(x: Sequence[int], weight: Sequence[int], *_others: Any, **_options: A
 
 
 if KNOWN:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)  # which torch's counter of FLOPs has not of itself
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(
+        _flops
+    )  # which torch's counter of FLOPs has not of itself

@@ -1,8 +1,10 @@
-"""Ways to apply N stacked feed-forward networks to rows that are grouped by expert; `loop` is the reference, all others give its numbers.
+"""Ways to apply N stacked feed-forward networks to rows that are grouped by expert; `loop` is the reference, all others
+give its numbers.
 
 Legend: N experts, D hidden size, F width of an expert, R rows.
 
-Each takes rows (R, D), counts (rows of each expert, on the host) and the weights fc1 (N, D, F), bias (N, F), fc2 (N, F, D), bias (N, D).
+Each takes rows (R, D), counts (rows of each expert, on the host) and the weights fc1 (N, D, F), bias (N, F), fc2 (N, F,
+D), bias (N, D).
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,11 @@ def batched(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
         stacked = pad_sequence(rows.split(list(counts)), batch_first=True)
     hidden = F.gelu(torch.baddbmm(b1[:, None], stacked, w1), approximate="tanh")
     out = torch.baddbmm(b2[:, None], hidden, w2)
-    return out.flatten(0, 1) if even(counts) else torch.cat([part[:count] for part, count in zip(out.unbind(), counts, strict=True)])
+    return (
+        out.flatten(0, 1)
+        if even(counts)
+        else torch.cat([part[:count] for part, count in zip(out.unbind(), counts, strict=True)])
+    )
 
 
 def grouped(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
@@ -49,7 +55,8 @@ def grouped(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     rows = rows.to(kind)
     numbers = torch.tensor(counts, dtype=torch.int32, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
     ends = numbers.cumsum(0, dtype=torch.int32)
-    # Which expert each row belongs to, as a 0/1 matrix: biases by a matmul, so that their gradients are summed in a fixed order.
+    # Which expert each row belongs to, as a 0/1 matrix: biases by a matmul, so that their gradients are summed in a
+    # fixed order.
     mine = torch.arange(len(counts), device=rows.device).repeat_interleave(numbers, output_size=rows.shape[0])
     member = F.one_hot(mine, len(counts)).to(kind)  # (R, N)
     with torch.autocast(rows.device.type, enabled=False):
@@ -62,9 +69,7 @@ def cannot_group(kind: torch.dtype, hidden: int, width: int) -> str | None:
     if kind not in (torch.bfloat16, torch.float16, torch.float32):
         return f"torch's grouped matmul computes in bfloat16, float16 and float32, not in {str(kind).removeprefix('torch.')}"
     if hidden * kind.itemsize % 16 or width * kind.itemsize % 16:
-        return (
-            f"torch's grouped matmul reads 16 bytes at a time, and rows of {hidden} and {width} numbers of {kind.itemsize} bytes do not fit"
-        )
+        return f"torch's grouped matmul reads 16 bytes at a time, and rows of {hidden} and {width} numbers of {kind.itemsize} bytes do not fit"
     return None
 
 

@@ -1,7 +1,8 @@
-"""What finding the exact top-k together costs, by algorithm: bytes, rounds and, from a link's figures, seconds. Pure arithmetic.
+"""What finding the exact top-k together costs, by algorithm: bytes, rounds and, from a link's figures, seconds. Pure
+arithmetic.
 
-Legend: S tokens on each rank, C columns (the experts' scores, and those whose k-th value rides along), N of them experts, W ranks,
-w bytes of a score (4 or 8). Bytes are the payload that the busiest rank receives from the others.
+Legend: S tokens on each rank, C columns (the experts' scores, and those whose k-th value rides along), N of them
+experts, W ranks, w bytes of a score (4 or 8). Bytes are the payload that the busiest rank receives from the others.
 
             bytes                                                    rounds
     gather  w S C (W-1): grows with the ranks                        1
@@ -41,7 +42,9 @@ class SearchCost:
     seconds: float  # predicted
 
 
-CPU = Link(latency=200e-6, message=20e-6, bandwidth=1.5e9, rate=1e8)  # gloo among processes of one machine, one thread each
+CPU = Link(
+    latency=200e-6, message=20e-6, bandwidth=1.5e9, rate=1e8
+)  # gloo among processes of one machine, one thread each
 CPU_NODES = Link(latency=250e-6, message=40e-6, bandwidth=1e9, rate=1e8)  # gloo over Ethernet
 NVLINK = Link(latency=6e-6, message=0.5e-6, bandwidth=160e9, rate=5e9)  # NCCL among GPUs of one machine
 NETWORK = Link(latency=12e-6, message=1.5e-6, bandwidth=40e9, rate=5e9)  # NCCL over 400 Gb/s for each GPU
@@ -55,11 +58,19 @@ def link_between(device: str, nodes: int) -> Link:
 
 
 def search_cost(
-    algorithm: Algorithm, tokens: int, columns: int, ranks: int, link: Link, *, experts: int | None = None, width: int = 4
+    algorithm: Algorithm,
+    tokens: int,
+    columns: int,
+    ranks: int,
+    link: Link,
+    *,
+    experts: int | None = None,
+    width: int = 4,
 ) -> SearchCost:
     """What one search costs when each of `ranks` ranks has `tokens` tokens.
 
-    columns: the experts' and those that ride along; experts: how many are the experts' (None: all); width: bytes of a score.
+    columns: the experts' and those that ride along; experts: how many are the experts' (None: all); width: bytes of a
+    score.
     """
     if ranks == 1:
         return SearchCost(algorithm, 0, 0, tokens * columns / link.rate)
@@ -74,15 +85,24 @@ def search_cost(
         ties = 4 * (columns if experts is None else experts) * others
         received = width * BINS * BIN_BYTES * columns + ties
         rounds, messages, searched = width + 1, 0, tokens * columns * width
-    seconds = rounds * levels * link.latency + messages * link.message + received / link.bandwidth + searched / link.rate
+    seconds = (
+        rounds * levels * link.latency + messages * link.message + received / link.bandwidth + searched / link.rate
+    )
     return SearchCost(algorithm, received, rounds, seconds)
 
 
-def cheapest(tokens: int, columns: int, ranks: int, link: Link, *, experts: int | None = None, width: int = 4) -> Algorithm:
+def cheapest(
+    tokens: int, columns: int, ranks: int, link: Link, *, experts: int | None = None, width: int = 4
+) -> Algorithm:
     """The algorithm that `search_cost` says is quickest; every rank finds the same, since none of this is measured."""
-    return min(ALGORITHMS, key=lambda name: search_cost(name, tokens, columns, ranks, link, experts=experts, width=width).seconds)
+    return min(
+        ALGORITHMS,
+        key=lambda name: search_cost(name, tokens, columns, ranks, link, experts=experts, width=width).seconds,
+    )
 
 
 def dispatch_bytes(rows: float, hidden: int, ranks: int, width: int = 2) -> float:
-    """Bytes that a rank receives when `rows` rows of its tokens go to experts and back, evenly over `ranks` ranks; for comparison."""
+    """Bytes that a rank receives when `rows` rows of its tokens go to experts and back, evenly over `ranks` ranks; for
+    comparison.
+    """
     return 2 * width * rows * hidden * (ranks - 1) / ranks

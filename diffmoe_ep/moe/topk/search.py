@@ -1,10 +1,12 @@
-"""Three ways for ranks to find each column's k-th largest value together, and how many of the values equal to it each may still take.
+"""Three ways for ranks to find each column's k-th largest value together, and how many of the values equal to it each
+may still take.
 
 Legend: S tokens on each rank, C columns, N of them experts, W ranks, P = W S tokens in the pool.
 
-All get the same arguments and give the same bits: columns (C, S), the experts' first, without NaN and with +0 for -0; ranks (C,), a k for
-each column. The order is total: value descending, then rank and token ascending. So of the values equal to the k-th, the earlier ranks'
-are taken first, up to k in all: that is a rank's `quota`, which may be more than it has, or negative for none.
+All get the same arguments and give the same bits: columns (C, S), the experts' first, without NaN and with +0 for -0;
+ranks (C,), a k for each column. The order is total: value descending, then rank and token ascending. So of the values
+equal to the k-th, the earlier ranks' are taken first, up to k in all: that is a rank's `quota`, which may be more than
+it has, or negative for none.
 
 gather  every rank gets all scores and sorts for itself: the simple reference
 owner   the columns are shared out; their owners get all scores of them and send back what each rank must know
@@ -27,7 +29,8 @@ class Bound:
     """What a rank must know to choose among its own tokens."""
 
     kth: Tensor  # (C, ...) the k-th largest value of each column; +inf where k is 0
-    quota: Tensor  # (N, ...) int: of this rank's values equal to it, how many are taken; more than there are: all; negative: none
+    # (N, ...) int: of this rank's values equal to it, how many are taken; more than there are: all; negative: none
+    quota: Tensor
 
 
 def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
@@ -42,7 +45,9 @@ def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) 
 
 
 def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
-    """Find the bound where the columns are owned, each rank a run of them; some none, where there are more ranks than columns."""
+    """Find the bound where the columns are owned, each rank a run of them; some none, where there are more ranks than
+    columns.
+    """
     num_columns, tokens = columns.shape
     starts = [num_columns * rank // group.size for rank in range(group.size + 1)]
     owned = [end - start for start, end in itertools.pairwise(starts)]
@@ -55,14 +60,18 @@ def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -
     ties = (pooled == kth[:, None]).sum(2)
     quota = ranking - above.sum(0) - (ties.cumsum(0) - ties)  # (W, here)
     integer = _key_type(columns)
-    answer = torch.stack([kth.view(integer).expand_as(quota), quota.to(integer)], dim=2)  # (W, here, 2) bits of a value, a count
+    answer = torch.stack(
+        [kth.view(integer).expand_as(quota), quota.to(integer)], dim=2
+    )  # (W, here, 2) bits of a value, a count
 
     told = all_to_all(answer.flatten(0, 1), [here] * group.size, owned, group)  # (C, 2)
     return Bound(told[:, 0].contiguous().view(columns.dtype), told[:experts, 1])
 
 
 def search_radix(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
-    """Find the bound's key from its highest byte down: the k-th largest lies where the counts, from the top, first reach k."""
+    """Find the bound's key from its highest byte down: the k-th largest lies where the counts, from the top, first
+    reach k.
+    """
     keys = ordered_keys(columns)  # (C, S)
     wanted = torch.full((len(columns),), k, device=columns.device) if isinstance(k, int) else k  # (C,)
     left = wanted  # (C,) how many are taken among those that still match
@@ -92,7 +101,8 @@ SEARCHES: Mapping[Algorithm, Callable[[Tensor, int | Tensor, int, Group], Bound]
 def kth_largest(columns: Tensor, k: int | Tensor) -> Tensor:
     """The k-th largest value of each column (C, ..., P) along the last dimension, as (C, ...); +inf where k is 0.
 
-    By the quickest of what torch offers: for one k an unsorted top-k, for many a sort, or on a CPU a quickselect for each column.
+    By the quickest of what torch offers: for one k an unsorted top-k, for many a sort, or on a CPU a quickselect for
+    each column.
     """
     if isinstance(k, int):
         if k == 0:
@@ -127,7 +137,9 @@ def _values(keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _key_type(values: Tensor) -> torch.dtype:
-    assert values.dtype in (torch.float32, torch.float64), f"scores are compared in float32 or float64, not {values.dtype}"
+    assert values.dtype in (torch.float32, torch.float64), (
+        f"scores are compared in float32 or float64, not {values.dtype}"
+    )
     return torch.int32 if values.dtype == torch.float32 else torch.int64
 
 

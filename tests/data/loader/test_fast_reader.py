@@ -23,7 +23,9 @@ MOMENTS = Manifest("tiny", "moments", (2, 2, 2), "float16", 0.18215, 0.0, 40, ()
 
 def write(folder: Path, facts: Manifest) -> Dataset:
     arrays = np.random.default_rng(0).integers(0, 99, (12, *facts.stored_shape)).astype(facts.dtype)
-    return write_dataset(folder, [(f"k{n:03d}", encode(array, n * 3, facts)) for n, array in enumerate(arrays)], facts, shard_size=5)
+    return write_dataset(
+        folder, [(f"k{n:03d}", encode(array, n * 3, facts)) for n, array in enumerate(arrays)], facts, shard_size=5
+    )
 
 
 @pytest.mark.parametrize("facts", [PIXELS, MOMENTS], ids=["pixels", "moments"])

@@ -1,4 +1,6 @@
-"""Law of faults: bad bytes are replaced at the listed positions and nowhere else; shards that cannot be had change nothing but the time."""
+"""Law of faults: bad bytes are replaced at the listed positions and nowhere else; shards that cannot be had change
+nothing but the time.
+"""
 
 import io
 import os
@@ -35,7 +37,9 @@ STEPS = 15  # three epochs
 def write_tiny(folder: Path) -> Dataset:
     """Sixty samples in shards of ten; sample number n holds n + 1 and has label n."""
     content = [(f"k{number:03d}", np.full(FACTS.stored_shape, number + 1, np.float32)) for number in range(NUM_SAMPLES)]
-    return write_dataset(folder, [(key, encode(array, int(key[1:]), FACTS)) for key, array in content], FACTS, SHARD_SIZE)
+    return write_dataset(
+        folder, [(key, encode(array, int(key[1:]), FACTS)) for key, array in content], FACTS, SHARD_SIZE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +61,15 @@ def make(dataset: Dataset | Mixture, **changes: Any) -> Stream:
     return Stream(dataset, **settings | changes)
 
 
-def labels(dataset: Dataset | Mixture, world: int, run: Path | None = None, steps: int = STEPS, **changes: Any) -> list[int]:
+def labels(
+    dataset: Dataset | Mixture, world: int, run: Path | None = None, steps: int = STEPS, **changes: Any
+) -> list[int]:
     """The label (so the key) at each position, read by `world` ranks, and that the latent is of the same sample."""
     found: list[list[list[int]]] = []
     for rank in range(world):
-        source = make(dataset, rank=rank, world=world, quarantine_file=run and quarantine.rank_file(run, rank), **changes)
+        source = make(
+            dataset, rank=rank, world=world, quarantine_file=run and quarantine.rank_file(run, rank), **changes
+        )
         batches = list(islice(source, steps))
         source.close()
         for batch in batches:
@@ -173,7 +181,9 @@ def test_only_listed_positions_differ(clean: Dataset, folder: Path, tmp_path: Pa
     assert {int(sample.key[1:]) for sample in listed if sample.key.startswith("k")} == bad
     positions = {position for sample in listed for position in sample.positions}
     assert positions == {position for position, label in enumerate(expected) if label in bad}
-    assert {position for position, (one, other) in enumerate(zip(found[1], expected, strict=True)) if one != other} == positions
+    assert {
+        position for position, (one, other) in enumerate(zip(found[1], expected, strict=True)) if one != other
+    } == positions
     assert not bad & set(found[1])
     assert all(str(folder) in sample.shard and sample.reason for sample in listed)
     epoch = [Counter(expected[first : first + NUM_SAMPLES]) for first in range(0, 180, 60)]
@@ -204,7 +214,9 @@ BEFORE = FAULTS | {"emptied tar": emptied_tar, "grown tar": grown_tar, "truncate
 
 
 @pytest.mark.parametrize("fault", BEFORE)
-def test_damage_before_the_start_is_as_damage_found_later(clean: Dataset, folder: Path, tmp_path: Path, fault: str) -> None:
+def test_damage_before_the_start_is_as_damage_found_later(
+    clean: Dataset, folder: Path, tmp_path: Path, fault: str
+) -> None:
     """Opened as a run opens it that may replace samples."""
     expected, bad = labels(clean, 1), BEFORE[fault](folder)
     dataset = Mixture.open(DataConfig(folder=str(folder), max_bad_fraction=0.5))
@@ -215,7 +227,9 @@ def test_damage_before_the_start_is_as_damage_found_later(clean: Dataset, folder
     assert listed == quarantine.read(tmp_path / "run4")
     positions = {position for sample in listed for position in sample.positions}
     assert positions == {position for position, label in enumerate(expected) if label in bad}
-    assert {position for position, (one, other) in enumerate(zip(found[1], expected, strict=True)) if one != other} == positions
+    assert {
+        position for position, (one, other) in enumerate(zip(found[1], expected, strict=True)) if one != other
+    } == positions
 
 
 @pytest.mark.parametrize("fault", [truncated_tar, emptied_tar, grown_tar, truncated_index])
@@ -235,7 +249,9 @@ def test_a_shard_that_is_missing_at_the_start_stops_by_name(folder: Path, name: 
 
 
 def test_substitutes_are_of_the_same_block(clean: Dataset, folder: Path, tmp_path: Path) -> None:
-    """Three shards are shuffled together: what stands in for a sample of the first half of an epoch is of that half's shards."""
+    """Three shards are shuffled together: what stands in for a sample of the first half of an epoch is of that half's
+    shards.
+    """
     dataset = Dataset.open(folder)
     flipped_byte(folder)
     expected, found = labels(clean, 1), labels(dataset, 1, tmp_path / "run")
@@ -272,7 +288,9 @@ def test_too_many_bad_samples_stop_at_once(folder: Path, tmp_path: Path) -> None
     truncated_tar(folder)  # four of sixty
     run = quarantine.rank_file(tmp_path / "run", 0)
     source = make(dataset, max_bad_fraction=0.05, quarantine_file=run)
-    told = r"4 of 60 samples are bad, listed in .*run.quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.05"
+    told = (
+        r"4 of 60 samples are bad, listed in .*run.quarantine-rank\*\.jsonl: more than data\.max_bad_fraction = 0\.05"
+    )
     with pytest.raises(DataError, match=told) as caught:
         list(islice(source, STEPS))
     assert "\n" not in str(caught.value)

@@ -24,7 +24,9 @@ def test_what_arrives_is_what_was_sent(kind: str, size: int) -> None:
     shape = (size, 3, 5, 5)  # no multiple of the alignment
     latent = torch.randn(shape)
     latent[:, 0, 0, 0] = float("nan")
-    batch = Batch(latent, torch.randn(shape), torch.rand(size), condition, torch.arange(2**40, 2**40 + size), ("words",) * size)
+    batch = Batch(
+        latent, torch.randn(shape), torch.rand(size), condition, torch.arange(2**40, 2**40 + size), ("words",) * size
+    )
     packed = pack(batch)
     found = unpack(packed)
     assert found.captions == batch.captions

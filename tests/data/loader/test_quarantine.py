@@ -28,7 +28,11 @@ def test_files_of_ranks_are_joined_by_sample(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert lines[0] == {"shard": "a.tar", "key": "k1", "reason": "damaged", "positions": [3, 40]}
     assert len(lines) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["quarantine-rank0.jsonl", "quarantine-rank11.jsonl", "quarantine.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "quarantine-rank0.jsonl",
+        "quarantine-rank11.jsonl",
+        "quarantine.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])

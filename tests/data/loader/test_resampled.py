@@ -1,4 +1,6 @@
-"""Plain tars, drawn at random: the same Batch as ever, other images for every worker, and nothing silent about what cannot be read."""
+"""Plain tars, drawn at random: the same Batch as ever, other images for every worker, and nothing silent about what
+cannot be read.
+"""
 
 import io
 import os
@@ -43,7 +45,9 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def write(path: Path, numbers: range, label: Callable[[int], str] = str, spoil: Callable[[int], bytes | None] = lambda _: None) -> None:
+def write(
+    path: Path, numbers: range, label: Callable[[int], str] = str, spoil: Callable[[int], bytes | None] = lambda _: None
+) -> None:
     """A foreign tar: sample n is an image of n's and label n, with members that nobody asked for."""
     with tarfile.open(path, "w") as tar:
         add(tar, "__about__.json", b"{}")
@@ -95,7 +99,9 @@ def test_a_batch_has_all_its_fields(folder: Path, workers: int) -> None:
         assert batch.latent.shape == (8, 1, 2, 3)
         assert batch.latent.dtype == batch.noise.dtype == batch.u.dtype == torch.float32
         assert batch.position[place] == position
-        np.testing.assert_array_equal(batch.noise[place].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32))
+        np.testing.assert_array_equal(
+            batch.noise[place].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
+        )
         assert batch.u[place].item() == keyed(5, position, "time").random(dtype=np.float32)
         dropped = keyed(5, position, "drop").random() < 0.25
         assert isinstance(batch.condition, torch.Tensor)
@@ -149,7 +155,9 @@ def test_tars_by_pattern_and_by_command(folder: Path) -> None:
 
 def test_fingerprints_follow_names_and_facts_but_no_secrets(folder: Path) -> None:
     urls = [f"https://me:{secret}@host/{{0..3}}.tar?signature={secret}" for secret in ("a", "b")]
-    first, second = (Tars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SAYS, ACCESS) for url in urls)
+    first, second = (
+        Tars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SAYS, ACCESS) for url in urls
+    )
     assert first.fingerprint == second.fingerprint != opened(folder).fingerprint
     assert "a@" not in first.names[0] and "signature" not in first.names[0]
 
@@ -184,7 +192,9 @@ def test_bad_samples_are_passed_over_and_listed(folder: Path, tmp_path: Path, fa
     listed = quarantine.read(tmp_path / "run")
     assert [(sample.shard, sample.key) for sample in listed] == [(str(spoilt / "001.tar"), "some/k011")]
     assert source.num_bad >= len(listed[0].positions) > 0
-    with pytest.raises(DataError, match=r"001\.tar, key some/k011: .*; mend it, or allow some with data\.max_bad_fraction"):
+    with pytest.raises(
+        DataError, match=r"001\.tar, key some/k011: .*; mend it, or allow some with data\.max_bad_fraction"
+    ):
         take(opened(spoilt), 20)
 
 
@@ -196,17 +206,24 @@ def test_a_truncated_tar_is_listed_and_the_others_go_on(folder: Path, tmp_path: 
     source = make(opened(spoilt), max_bad_fraction=0.1, quarantine_file=quarantine.rank_file(tmp_path / "run", 0))
     found = set(images(list(islice(source, 60))))
     assert found == set(range(40)) - set(range(10, 16))
-    assert {(sample.shard, sample.key) for sample in quarantine.read(tmp_path / "run")} == {(str(spoilt / "001.tar"), "")}
+    assert {(sample.shard, sample.key) for sample in quarantine.read(tmp_path / "run")} == {
+        (str(spoilt / "001.tar"), "")
+    }
 
 
 def test_labels_out_of_range_and_missing_members_are_faults(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", range(4), label=lambda number: str(number) if number < 3 else "40")
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         add(tar, "some/k009.txt", b"1")
-    source = make(opened(tmp_path, shuffle=1), max_bad_fraction=0.1, quarantine_file=quarantine.rank_file(tmp_path / "run", 0))
+    source = make(
+        opened(tmp_path, shuffle=1), max_bad_fraction=0.1, quarantine_file=quarantine.rank_file(tmp_path / "run", 0)
+    )
     assert set(images(list(islice(source, 4)))) == {0, 1, 2}
     reasons = {sample.key: sample.reason for sample in quarantine.read(tmp_path / "run")}
-    assert reasons == {"some/k003": "cls: label b'40' is not a number below num_classes = 40", "some/k009": "it has no member img.npy"}
+    assert reasons == {
+        "some/k003": "cls: label b'40' is not a number below num_classes = 40",
+        "some/k009": "it has no member img.npy",
+    }
 
 
 def test_only_bad_samples_end(tmp_path: Path) -> None:
@@ -217,14 +234,18 @@ def test_only_bad_samples_end(tmp_path: Path) -> None:
         take(tars, 1, max_bad_fraction=0.9)
 
 
-def test_tars_that_cannot_be_had_are_waited_for_then_stop_by_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tars_that_cannot_be_had_are_waited_for_then_stop_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "tars"))
     tars = opened(copied, access=Access(retries=2, pause=1.0))
     for path in copied.glob("*.tar"):
         path.unlink()
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    with pytest.raises(Unavailable, match=r"\.tar gave no sample \(No such file or directory\), nor did the 2 tars drawn before it"):
+    with pytest.raises(
+        Unavailable, match=r"\.tar gave no sample \(No such file or directory\), nor did the 2 tars drawn before it"
+    ):
         take(tars, 1, max_bad_fraction=0.5)
     assert pauses == [1.0, 2.0]
 

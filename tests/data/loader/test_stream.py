@@ -73,7 +73,9 @@ def assert_equal(found: Batch, expected: Batch) -> None:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def joined(dataset: Dataset, world: int, accumulation: int, workers: int, steps: int, samples_consumed: int = 0) -> Batch:
+def joined(
+    dataset: Dataset, world: int, accumulation: int, workers: int, steps: int, samples_consumed: int = 0
+) -> Batch:
     """The samples of `steps` steps, ranks joined within each micro-step."""
     changes = {"world": world, "accumulation": accumulation, "workers": workers, "samples_consumed": samples_consumed}
     ranks = [take(stream(dataset, rank=rank, **changes), steps * accumulation) for rank in range(world)]
@@ -124,7 +126,9 @@ def test_a_batch_is_what_its_positions_say(pixels: Dataset, flip: bool) -> None:
             latent = latent[:, :, ::-1]
         dropped = keyed(5, position, "drop").random() < 0.25
         np.testing.assert_array_equal(batch.latent[row].numpy(), latent)
-        np.testing.assert_array_equal(batch.noise[row].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32))
+        np.testing.assert_array_equal(
+            batch.noise[row].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
+        )
         assert batch.u[row].item() == keyed(5, position, "time").random(dtype=np.float32)
         assert batch.condition[row].item() == (4 if dropped else (shard * 8 + sample) % 4)
 
@@ -187,7 +191,9 @@ def test_a_bad_sample_is_named_in_its_turn(tmp_path: Path, workers: int) -> None
 def test_content_that_the_manifest_does_not_announce_is_named(tmp_path: Path, workers: int) -> None:
     dataset = write_tiny(tmp_path / "tiny", PIXELS)
     wrong = Dataset(dataset.folder, replace(dataset.manifest, num_classes=3))
-    with pytest.raises(DataError, match=r"tiny-000000\.tar, key k003: cls: label b'3' is not a number below num_classes = 3; prepare"):
+    with pytest.raises(
+        DataError, match=r"tiny-000000\.tar, key k003: cls: label b'3' is not a number below num_classes = 3; prepare"
+    ):
         take(stream(wrong, workers=workers, shuffle_block=0), 1)
 
 
@@ -201,7 +207,8 @@ import multiprocessing, os, signal, sys
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.data.loader.stream import Stream
 
-source = Stream(Dataset.open(sys.argv[1]), seed=5, batch=24, accumulation=1, rank=0, world=1, drop_condition=0.25, flip=True,
+source = Stream(Dataset.open(sys.argv[1]), seed=5, batch=24, accumulation=1, rank=0, world=1, drop_condition=0.25,
+flip=True,
                 shuffle_block=2, workers=2, prefetch=1)
 next(source)
 try:
@@ -229,7 +236,10 @@ def test_a_worker_that_dies_is_reported(pixels: Dataset) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": 24, "accumulation": 5}, r"train\.global_batch = 24 .*train\.grad_accumulation = 5 .*such as 20 or 25"),
+        (
+            {"batch": 24, "accumulation": 5},
+            r"train\.global_batch = 24 .*train\.grad_accumulation = 5 .*such as 20 or 25",
+        ),
         ({"batch": 24, "world": 16}, r"train\.global_batch = 24 .*16 ranks.*such as 16 or 32"),
         ({"batch": 2, "world": 4}, "such as 4"),
         ({"samples_consumed": 25}, "25 samples are consumed, which is not a whole number of micro-steps of 24"),

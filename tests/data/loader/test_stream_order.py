@@ -1,4 +1,6 @@
-"""The order law: which sample stands at which position depends on data, seed, block, lanes and weights, and on nothing else."""
+"""The order law: which sample stands at which position depends on data, seed, block, lanes and weights, and on nothing
+else.
+"""
 
 from dataclasses import replace
 from itertools import islice
@@ -60,14 +62,23 @@ def test_every_epoch_visits_every_sample_once(
     datasets: list[Dataset], seed: int, world: int, block: int, lanes: int, micro_step: int, accumulation: int
 ) -> None:
     found = keys(
-        datasets[0], 120, world, seed=seed, shuffle_block=block, lanes=lanes, batch=micro_step * accumulation, accumulation=accumulation
+        datasets[0],
+        120,
+        world,
+        seed=seed,
+        shuffle_block=block,
+        lanes=lanes,
+        batch=micro_step * accumulation,
+        accumulation=accumulation,
     )
     for first in range(0, 120, 40):
         assert sorted(found[first : first + 40]) == list(range(40))
 
 
 @settings(deadline=None, max_examples=25)
-@given(SEEDS, WORLDS, st.integers(0, 4), LANES, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 200))
+@given(
+    SEEDS, WORLDS, st.integers(0, 4), LANES, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 200)
+)
 def test_ranks_and_resumption_change_nothing(
     datasets: list[Dataset], seed: int, world: int, block: int, lanes: int, weights: list[int], start: int
 ) -> None:
@@ -84,7 +95,9 @@ def test_ranks_and_resumption_change_nothing(
 
 @settings(deadline=None, max_examples=15)
 @given(SEEDS, st.integers(0, 4), st.sampled_from([12, 24, 48]), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-def test_without_lanes_the_batch_changes_nothing(datasets: list[Dataset], seed: int, block: int, batch: int, weights: list[int]) -> None:
+def test_without_lanes_the_batch_changes_nothing(
+    datasets: list[Dataset], seed: int, block: int, batch: int, weights: list[int]
+) -> None:
     source = Mixture(datasets[: len(weights)], weights)
     expected = keys(source, 96, seed=seed, shuffle_block=block, batch=96)
     assert keys(source, 96, seed=seed, shuffle_block=block, batch=batch) == expected
@@ -109,13 +122,20 @@ def test_workers_change_nothing(datasets: list[Dataset], workers: int, world: in
 def test_a_rank_of_a_lane_keeps_to_its_shards(datasets: list[Dataset], lanes: int, world: int) -> None:
     """Where each rank has whole lanes, ranks of an epoch share no shard but the one within which their lanes meet."""
     assume(lanes % world == 0)
-    found = [batches(datasets[0], 3, rank=rank, world=world, seed=1, shuffle_block=1, lanes=lanes, batch=12) for rank in range(world)]
+    found = [
+        batches(datasets[0], 3, rank=rank, world=world, seed=1, shuffle_block=1, lanes=lanes, batch=12)
+        for rank in range(world)
+    ]
     shards = [{label // 7 for batch in rank for label in batch.condition.tolist()} for rank in found]
     assert sum(map(len, shards)) <= 6 + lanes - 1 + world
 
 
-def test_remote_shards_are_fetched_ahead(datasets: list[Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same samples as from the folder, and each shard is asked for in the background, at the latest with the block before its own."""
+def test_remote_shards_are_fetched_ahead(
+    datasets: list[Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same samples as from the folder, and each shard is asked for in the background, at the latest with the block
+    before its own.
+    """
     asked: list[list[int]] = []
     original = Dataset.prefetch
 
@@ -137,13 +157,23 @@ def test_remote_shards_are_fetched_ahead(datasets: list[Dataset], tmp_path: Path
 
 
 def test_passes_count_the_epochs(datasets: list[Dataset]) -> None:
-    same: dict[str, Any] = {"batch": 24, "accumulation": 1, "rank": 0, "world": 1, "drop_condition": 0.0, "flip": False, "workers": 0}
+    same: dict[str, Any] = {
+        "batch": 24,
+        "accumulation": 1,
+        "rank": 0,
+        "world": 1,
+        "drop_condition": 0.0,
+        "flip": False,
+        "workers": 0,
+    }
     single = Stream(datasets[0], seed=1, shuffle_block=2, prefetch=2, **same)
     assert single.passes() == {str(datasets[0].folder): 0.0}
     list(islice(single, 5))
     single.close()
     assert single.passes() == {str(datasets[0].folder): 3.0}
-    mixed = Stream(Mixture(datasets, [3, 1, 1]), seed=1, shuffle_block=2, prefetch=2, samples_consumed=24 * 10**6, **same)
+    mixed = Stream(
+        Mixture(datasets, [3, 1, 1]), seed=1, shuffle_block=2, prefetch=2, samples_consumed=24 * 10**6, **same
+    )
     assert list(mixed.passes().values()) == pytest.approx([24e6 * 0.6 / 40, 24e6 * 0.2 / 27, 24e6 * 0.2 / 33], rel=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""The stream of captions: chosen by weight and position, cut and padded, dropped; and what a dataset must have for it."""
+"""The stream of captions: chosen by weight and position, cut and padded, dropped; and what a dataset must have for
+it.
+"""
 
 import io
 import json
@@ -56,7 +58,9 @@ def write_tiny(folder: Path, facts: Manifest = FACTS, num: int = NUM_SAMPLES) ->
         )
         for number in range(num)
     ]
-    return write_dataset(folder, [(key, encode(array, condition, facts)) for key, array, condition in samples], facts, SHARD_SIZE)
+    return write_dataset(
+        folder, [(key, encode(array, condition, facts)) for key, array, condition in samples], facts, SHARD_SIZE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,12 @@ def make(dataset: Dataset | Mixture, **changes: Any) -> Stream:
 def join(batches: list[Batch]) -> Batch:
     texts = [batch.condition for batch in batches if isinstance(batch.condition, Text)]
     condition = Text(torch.cat([text.features for text in texts]), torch.cat([text.lengths for text in texts]))
-    latent, noise, u, position = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("latent", "noise", "u", "position"))
-    return Batch(latent, noise, u, condition, position, tuple(caption for batch in batches for caption in batch.captions))
+    latent, noise, u, position = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("latent", "noise", "u", "position")
+    )
+    return Batch(
+        latent, noise, u, condition, position, tuple(caption for batch in batches for caption in batch.captions)
+    )
 
 
 def joined(dataset: Dataset | Mixture, steps: int = 15, world: int = 1, accumulation: int = 1, **changes: Any) -> Batch:
@@ -138,7 +146,9 @@ def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: TextFields, drop
 
 @pytest.mark.parametrize(("world", "accumulation", "workers"), [(2, 1, 0), (4, 2, 0), (1, 1, 2), (2, 2, 1)])
 @pytest.mark.parametrize("text", [WANTED, ONLINE], ids=["stored", "online"])
-def test_ranks_and_workers_change_nothing(tiny: Dataset, text: TextFields, world: int, accumulation: int, workers: int) -> None:
+def test_ranks_and_workers_change_nothing(
+    tiny: Dataset, text: TextFields, world: int, accumulation: int, workers: int
+) -> None:
     expected = joined(tiny, steps=6, text=text, drop_condition=0.3)
     assert_equal(joined(tiny, 6, world, accumulation, workers=workers, text=text, drop_condition=0.3), expected)
 
@@ -173,7 +183,9 @@ def test_everything_dropped_is_the_null_caption(tiny: Dataset) -> None:
 
 def test_a_batch_of_captions_moves() -> None:
     text = Text(torch.zeros(2, 3, 4), torch.tensor([1, 2]))
-    moved = Batch(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), text, torch.arange(2), ("a", "b")).to("meta", True)
+    moved = Batch(
+        torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), text, torch.arange(2), ("a", "b")
+    ).to("meta", True)
     assert isinstance(moved.condition, Text)
     assert moved.condition.features.device.type == moved.condition.lengths.device.type == "meta"
     assert moved.captions == ("a", "b")
@@ -181,9 +193,13 @@ def test_a_batch_of_captions_moves() -> None:
 
 def test_a_label_model_and_a_text_model_take_their_own_data(tiny: Dataset, tmp_path: Path) -> None:
     labels = write_tiny(tmp_path / "labels", LABELS)
-    with pytest.raises(ConfigError, match="tiny holds captions, but model.condition is class; set model.condition=text"):
+    with pytest.raises(
+        ConfigError, match="tiny holds captions, but model.condition is class; set model.condition=text"
+    ):
         make(tiny, text=None)
-    with pytest.raises(ConfigError, match="labels holds labels, but model.condition is text; set model.condition=class"):
+    with pytest.raises(
+        ConfigError, match="labels holds labels, but model.condition is text; set model.condition=class"
+    ):
         make(labels)
     with pytest.raises(ConfigError, match="labels holds labels"):
         make(labels, text=ONLINE)
@@ -199,7 +215,11 @@ def test_a_label_model_and_a_text_model_take_their_own_data(tiny: Dataset, tmp_p
             r"text\.encoder is t5, but .*tiny holds no features of it: it has clip \(width 2\); .*--t5 FOLDER.*text\.online=true",
         ),
         (WANTED, (), "it has none at all"),
-        (replace(WANTED, width=8), (T5,), r"the t5 features in .*tiny are 3 wide, but model\.text_width is 8; set model\.text_width=3"),
+        (
+            replace(WANTED, width=8),
+            (T5,),
+            r"the t5 features in .*tiny are 3 wide, but model\.text_width is 8; set model\.text_width=3",
+        ),
         (replace(ONLINE, width=8), (T5,), None),
         (ONLINE, (), None),
     ],
@@ -220,7 +240,8 @@ def test_mixed_features_must_be_of_one_encoder(tiny: Dataset, tmp_path: Path) ->
     other = write_tiny(tmp_path / "other", replace(FACTS, text=(replace(T5, fingerprint="c" * 64), CLIP)))
     longer = write_tiny(tmp_path / "longer", replace(FACTS, text=(replace(T5, max_length=9),)))
     with pytest.raises(
-        ConfigError, match=f"the t5 features in .*other were made by .* fingerprint {'c' * 64}, those in .*tiny by .*{'a' * 64}"
+        ConfigError,
+        match=f"the t5 features in .*other were made by .* fingerprint {'c' * 64}, those in .*tiny by .*{'a' * 64}",
     ):
         make(Mixture([tiny, other]))
     assert len(joined(Mixture([tiny, other]), 3, text=ONLINE).captions) == 24
@@ -266,12 +287,18 @@ def no_weight(content: bytes) -> bytes:
     return content.replace(b'"weight": 1.0', b'"weight": 0.0')
 
 
-FAULTS = {"NaN": ("text.t5.npy", nan_in_the_last_caption), "width": ("text.t5.npy", another_width), "weight": ("captions.json", no_weight)}
+FAULTS = {
+    "NaN": ("text.t5.npy", nan_in_the_last_caption),
+    "width": ("text.t5.npy", another_width),
+    "weight": ("captions.json", no_weight),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_captions_are_replaced_and_only_those(tiny: Dataset, tmp_path: Path, fault: str) -> None:
-    """Samples 4 and 19 have two captions; the NaN lies in the second, so it is met where that is taken, and nowhere else."""
+    """Samples 4 and 19 have two captions; the NaN lies in the second, so it is met where that is taken, and nowhere
+    else.
+    """
     spoiled = write_tiny(tmp_path / "tiny")
     for number in (4, 19):
         overwrite(spoiled, number, *FAULTS[fault])
@@ -279,7 +306,9 @@ def test_bad_captions_are_replaced_and_only_those(tiny: Dataset, tmp_path: Path,
     for world, run in runs.items():
         ranks = []
         for rank in range(world):
-            source = make(spoiled, rank=rank, world=world, max_bad_fraction=0.5, quarantine_file=quarantine.rank_file(run, rank))
+            source = make(
+                spoiled, rank=rank, world=world, max_bad_fraction=0.5, quarantine_file=quarantine.rank_file(run, rank)
+            )
             ranks.append(list(islice(source, 15)))
         found[world] = join([batch for micro_step in zip(*ranks, strict=True) for batch in micro_step])
     assert_equal(found[4], found[1])
@@ -314,7 +343,9 @@ def test_the_features_of_other_encoders_are_not_read(tmp_path: Path) -> None:
         joined(dataset, 5, text=TextFields("clip", 4, 2))
 
 
-@pytest.mark.parametrize("content", [{"text": "\ud800", "weight": 1}, {"text": "a", "weight": 10**400}, {"text": "a", "weight": 1e200}])
+@pytest.mark.parametrize(
+    "content", [{"text": "\ud800", "weight": 1}, {"text": "a", "weight": 10**400}, {"text": "a", "weight": 1e200}]
+)
 def test_words_and_weights_that_nothing_can_use_are_faults(tmp_path: Path, content: dict[str, Any]) -> None:
     dataset = write_tiny(tmp_path / "tiny", replace(FACTS, text=()), 5)
     entry = json.dumps([content | {"lengths": {}}]).encode()

@@ -1,4 +1,6 @@
-"""The cache of fetched files: whole files only, a bound that holds, nothing in use removed, whatever other processes do or die of."""
+"""The cache of fetched files: whole files only, a bound that holds, nothing in use removed, whatever other processes do
+or die of.
+"""
 
 import errno
 import hashlib
@@ -72,7 +74,9 @@ def test_what_is_in_use_or_named_stays(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 2 * SIZE)
     one = cache.get(wanted(1), lambda: [content(1)])
     taken(cache, 2)
-    with pytest.raises(CacheFull, match=r"10,000 bytes do not fit beside the files in use \(20,000 bytes\), the bound is 20,000"):
+    with pytest.raises(
+        CacheFull, match=r"10,000 bytes do not fit beside the files in use \(20,000 bytes\), the bound is 20,000"
+    ):
         cache.get(wanted(3), nothing, keep={wanted(2).name})
     assert names(cache) == {wanted(1).name, wanted(2).name}
     assert taken(cache, 3) == content(3)
@@ -170,7 +174,9 @@ def test_who_does_not_wait_is_told(tmp_path: Path) -> None:
     os.close(found[0])
 
 
-def take_many(folder: Path, seed: int, fetched: "multiprocessing.Queue[int]", largest: "multiprocessing.Queue[int]") -> None:
+def take_many(
+    folder: Path, seed: int, fetched: "multiprocessing.Queue[int]", largest: "multiprocessing.Queue[int]"
+) -> None:
     cache = Cache(folder, 3 * SIZE)
     most = 0
     for turn in range(40):
@@ -189,7 +195,9 @@ def take_many(folder: Path, seed: int, fetched: "multiprocessing.Queue[int]", la
 
 
 def test_processes_share_it(tmp_path: Path) -> None:
-    """Three processes want five files of which three fit: each reads the right bytes, and the bound holds at every look."""
+    """Three processes want five files of which three fit: each reads the right bytes, and the bound holds at every
+    look.
+    """
     context = multiprocessing.get_context("fork")
     fetched, largest = context.Queue(), context.Queue()
     processes = [context.Process(target=take_many, args=(tmp_path, seed, fetched, largest)) for seed in (1, 2, 3)]
@@ -203,7 +211,9 @@ def test_processes_share_it(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} <= {".tar", ""}
 
 
-def take_once(folder: Path, barrier: "multiprocessing.synchronize.Barrier", fetched: "multiprocessing.Queue[int]") -> None:
+def take_once(
+    folder: Path, barrier: "multiprocessing.synchronize.Barrier", fetched: "multiprocessing.Queue[int]"
+) -> None:
     def fetch() -> Iterator[bytes]:
         fetched.put(1)
         yield from pieces(content(1))

@@ -1,4 +1,6 @@
-"""A dataset behind a server that drops, cuts, corrupts, hangs and refuses: sound bytes or an error by name, never others."""
+"""A dataset behind a server that drops, cuts, corrupts, hangs and refuses: sound bytes or an error by name, never
+others.
+"""
 
 import hashlib
 import os
@@ -68,7 +70,9 @@ class Handler(SimpleHTTPRequestHandler):
         content = bytearray((Path(self.directory) / name).read_bytes())
         if fault == "corrupt":
             content[len(content) // 2] ^= 1
-        sent = content[: len(content) // 2] if fault in ("cut", "hang") else content + b"!" if fault == "long" else content
+        sent = (
+            content[: len(content) // 2] if fault in ("cut", "hang") else content + b"!" if fault == "long" else content
+        )
         self.send_response(200)
         if fault in ("cut", "hang"):  # announces more than comes
             self.send_header("Content-Length", str(len(content)))
@@ -86,7 +90,9 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "tiny"
-    write_dataset(folder, [(f"k{n:03d}", encode(array, n % 4, FACTS)) for n, array in enumerate(ARRAYS)], FACTS, shard_size=4)
+    write_dataset(
+        folder, [(f"k{n:03d}", encode(array, n % 4, FACTS)) for n, array in enumerate(ARRAYS)], FACTS, shard_size=4
+    )
     return folder
 
 
@@ -114,7 +120,9 @@ def everything(dataset: Dataset) -> list[dict[str, bytes]]:
     return [dataset.read(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
 
 
-def test_a_remote_dataset_reads_as_a_local_one_and_each_file_is_fetched_once(prepared: Path, server: Server, access: Access) -> None:
+def test_a_remote_dataset_reads_as_a_local_one_and_each_file_is_fetched_once(
+    prepared: Path, server: Server, access: Access
+) -> None:
     local, remote = Dataset.open(prepared), Dataset.open(server.url, access)
     assert server.asked == ["manifest.json"]
     assert remote.fingerprint == local.fingerprint
@@ -122,14 +130,18 @@ def test_a_remote_dataset_reads_as_a_local_one_and_each_file_is_fetched_once(pre
     assert remote.where(1, 0) == f"{server.url}/{SHARDS[1]}, key k004"
     again = pickle.loads(pickle.dumps(remote))
     assert everything(again) == everything(local)
-    assert sorted(server.asked) == sorted(["manifest.json", *SHARDS, *(name.replace(".tar", ".index.npy") for name in SHARDS)])
+    assert sorted(server.asked) == sorted(
+        ["manifest.json", *SHARDS, *(name.replace(".tar", ".index.npy") for name in SHARDS)]
+    )
     for dataset in (remote, again):
         dataset.close()
 
 
 @pytest.mark.parametrize("fault", ["drop", "cut", "corrupt", "long", "404"])
 @pytest.mark.parametrize("name", [SHARDS[2], "tiny-000002.index.npy"])
-def test_a_fault_that_passes_changes_nothing(prepared: Path, server: Server, access: Access, fault: str, name: str) -> None:
+def test_a_fault_that_passes_changes_nothing(
+    prepared: Path, server: Server, access: Access, fault: str, name: str
+) -> None:
     dataset = Dataset.open(server.url, access)
     server.faults[name] = [fault] * 2
     assert everything(dataset) == everything(Dataset.open(prepared))
@@ -149,7 +161,9 @@ REASONS = {
 def test_a_fault_that_stays_is_unavailable_by_name(server: Server, access: Access, fault: str) -> None:
     dataset = Dataset.open(server.url, access)
     server.faults[SHARDS[1]] = [fault] * 9
-    with pytest.raises(Unavailable, match=re.escape(f"{server.url}/{SHARDS[1]} is unavailable, tried 3 times ({REASONS[fault]}")):
+    with pytest.raises(
+        Unavailable, match=re.escape(f"{server.url}/{SHARDS[1]} is unavailable, tried 3 times ({REASONS[fault]}")
+    ):
         dataset.read(1, 2)
     assert server.count(SHARDS[1]) == 3
     assert not list(Path(access.cache).glob("*.tar*"))
@@ -183,7 +197,9 @@ def test_a_server_error_is_tried_again_by_curl_itself(server: Server, access: Ac
 
 
 def test_a_url_without_a_dataset_is_told_at_once(server: Server, access: Access) -> None:
-    with pytest.raises(Unavailable, match=r"/else/manifest\.json is unavailable, tried once \(the server answered with an HTTP error"):
+    with pytest.raises(
+        Unavailable, match=r"/else/manifest\.json is unavailable, tried once \(the server answered with an HTTP error"
+    ):
         Dataset.open(f"{server.url}/else", access)
     with pytest.raises(DataError, match="not a JSON file"):
         Dataset.open(f"{server.url}/{SHARDS[0]}?{{name}}", access)
@@ -227,7 +243,9 @@ def test_a_full_disk_is_named(server: Server, access: Access, monkeypatch: pytes
 
     dataset = Dataset.open(server.url, access)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(Unavailable, match=r"tried 3 times \(No space left on device\); free space on the disk of data\.cache"):
+    with pytest.raises(
+        Unavailable, match=r"tried 3 times \(No space left on device\); free space on the disk of data\.cache"
+    ):
         dataset.read(0, 0)
 
 
@@ -269,7 +287,9 @@ def test_damage_in_the_source_is_damage_of_the_sample(prepared: Path, tmp_path: 
     dataset.close()
 
 
-def test_prefetch_brings_what_fits_and_leaves_failures_to_the_reader(prepared: Path, server: Server, access: Access) -> None:
+def test_prefetch_brings_what_fits_and_leaves_failures_to_the_reader(
+    prepared: Path, server: Server, access: Access
+) -> None:
     two = (2 * (prepared / SHARDS[0]).stat().st_size + 2000) / 1e9
     dataset = Dataset.open(server.url, replace(access, cache_gb=two))
     assert dataset.remote is not None
@@ -348,7 +368,9 @@ def test_commands_need_permission(prepared: Path, access: Access) -> None:
     with pytest.raises(Unavailable, match=r"tried 3 times \(the command ended with code 3\)"):
         Dataset.open("pipe:exit 3; {name}", replace(access, allow_commands=True))
     with pytest.raises(Unavailable, match=r"the command did not end within 0\.2 seconds"):
-        Dataset.open("pipe:exec >&-; exec sleep 5; {name}", replace(access, allow_commands=True, silence=0.2, retries=0))
+        Dataset.open(
+            "pipe:exec >&-; exec sleep 5; {name}", replace(access, allow_commands=True, silence=0.2, retries=0)
+        )
 
 
 @pytest.mark.parametrize(
@@ -418,7 +440,9 @@ def test_s3_goes_through_boto3(prepared: Path, access: Access, monkeypatch: pyte
     fails += [error("SlowDown", 503), error("SlowDown", 503)]
     assert everything(dataset) == everything(Dataset.open(prepared))
     fails += [error("NoSuchKey", 404)] * 9
-    with pytest.raises(Unavailable, match=r"s3://bucket/deep/prefix/manifest\.json is unavailable, tried once \(NoSuchKey\)"):
+    with pytest.raises(
+        Unavailable, match=r"s3://bucket/deep/prefix/manifest\.json is unavailable, tried once \(NoSuchKey\)"
+    ):
         Dataset.open("s3://bucket/deep/prefix", access)
     dataset.close()
 

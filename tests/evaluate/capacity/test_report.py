@@ -25,7 +25,14 @@ MODEL = ModelConfig(
     input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_classes=4, num_experts=8
 )  # 16 tokens, MoE in blocks 1 and 3
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
-FACTS = {"name": "dots", "kind": "pixels", "shape": [1, 8, 8], "scale": 0.125, "shift": -1.0, "class_names": ["a", "b", "c", "d"]}
+FACTS = {
+    "name": "dots",
+    "kind": "pixels",
+    "shape": [1, 8, 8],
+    "scale": 0.125,
+    "shift": -1.0,
+    "class_names": ["a", "b", "c", "d"],
+}
 CLASSES, PER_CLASS, SEED = range(4), 3, 5
 
 
@@ -66,7 +73,8 @@ def written(module, tmp_path_factory):
 def loops(module: DiT, label: int, samples: range):
     """One sample at a time through Euler's steps and both halves of guidance, choices counted token by token.
 
-    Gives for (step, layer): how many tokens each expert took (N,), and (predictor, top-k, both) pairs of the sample's own top-k.
+    Gives for (step, layer): how many tokens each expert took (N,), and (predictor, top-k, both) pairs of the sample's
+    own top-k.
     """
     module.set_inference(InferenceRule("threshold", 0.6))
     layers, num_experts = module.moe_layers(), MODEL.num_experts
@@ -80,7 +88,9 @@ def loops(module: DiT, label: int, samples: range):
             velocity = []
             for condition in (label, MODEL.num_classes):
                 seen.clear()
-                velocity.append(module(x, torch.full((1,), 1 - step / SAMPLE.steps), torch.tensor([condition])).prediction)
+                velocity.append(
+                    module(x, torch.full((1,), 1 - step / SAMPLE.steps), torch.tensor([condition])).prediction
+                )
                 for place, (layer, tokens) in enumerate(zip(layers, seen, strict=True)):
                     scores = torch.softmax(tokens[0] @ layer.router.weight.T, 1)
                     chances = torch.sigmoid(layer.predictor(tokens[0]))
@@ -100,7 +110,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-# -- report -----------------------------------------------------------------------------------------------------------------------------
+# -- report ------------------------------------------------------------------------------------------------------------
 
 
 def test_capacities_are_those_of_plain_loops(module, written):
@@ -155,7 +165,12 @@ def test_activated_parameters_follow_from_the_measured_capacity(module, written)
     everything = sum(parameter.numel() for parameter in module.parameters())
     assert found.activated == pytest.approx(everything - experts + capacity * experts / 8)
     dense = sum(parameter.numel() for index in (0, 2) for parameter in module.blocks[index].ffn.parameters())
-    beside = sum(p.numel() for layer in module.moe_layers() for part in (layer.router, layer.predictor) for p in part.parameters())
+    beside = sum(
+        p.numel()
+        for layer in module.moe_layers()
+        for part in (layer.router, layer.predictor)
+        for p in part.parameters()
+    )
     ffn = dense + experts + beside
     assert found.estimate == pytest.approx((1 + capacity) / 9 * ffn + everything - ffn)
 
@@ -174,15 +189,27 @@ def test_tables_hold_the_measurements(written):
     classes = rows(out / "capacity_per_class.csv")
     assert [row["rank"] for row in classes] == ["1", "2", "3", "4"]
     assert [(int(row["class"]), row["name"]) for row in classes] == [(one.label, one.name) for one in found.classes]
-    assert [float(row["capacity"]) for row in classes] == pytest.approx([one.capacity for one in found.classes], rel=1e-5)
+    assert [float(row["capacity"]) for row in classes] == pytest.approx(
+        [one.capacity for one in found.classes], rel=1e-5
+    )
     pairs = rows(out / "topk_against_predictor.csv")
-    assert [[int(row[name]) for name in ("predictor", "topk", "both")] for row in pairs] == found.topk.counts.flatten(0, 1).long().tolist()
-    assert [float(row["agreement"]) for row in pairs] == pytest.approx(found.topk.agreement().flatten().tolist(), rel=1e-5)
+    assert [[int(row[name]) for name in ("predictor", "topk", "both")] for row in pairs] == found.topk.counts.flatten(
+        0, 1
+    ).long().tolist()
+    assert [float(row["agreement"]) for row in pairs] == pytest.approx(
+        found.topk.agreement().flatten().tolist(), rel=1e-5
+    )
 
 
 def test_plots_are_pictures_with_something_on_them(written):
     _, out = written
-    names = {"capacity_per_step", "capacity_per_layer_expert", "expert_dynamics", "capacity_per_class", "hardest_easiest"}
+    names = {
+        "capacity_per_step",
+        "capacity_per_layer_expert",
+        "expert_dynamics",
+        "capacity_per_class",
+        "hardest_easiest",
+    }
     assert {path.stem for path in out.glob("*.png")} == names | {"topk_against_predictor"}
     for path in out.glob("*.png"):
         _check_picture(path)
@@ -233,7 +260,9 @@ def test_latents_of_a_vae_are_measured_but_not_shown(module, tmp_path):
 def test_count_takes_as_many_but_by_score(module):
     found = made(module, replace(SAMPLE, selection="count"), classes=[0, 2])
     threshold = made(module, classes=[0, 2])
-    first = [result.topk.counts[0, 0] for result in (found, threshold)]  # the first layer of the first step sees the same tokens
+    first = [
+        result.topk.counts[0, 0] for result in (found, threshold)
+    ]  # the first layer of the first step sees the same tokens
     assert first[0][0] == first[1][0]
     assert first[0][2] >= first[1][2]
 
@@ -275,7 +304,7 @@ def test_steps_of_the_solver_s_own_are_refused(module):
         report(module, longer, SAMPLE, FACTS, Mesh(), per_class=1, seed=0)
 
 
-# -- search -----------------------------------------------------------------------------------------------------------------------------
+# -- search ------------------------------------------------------------------------------------------------------------
 
 
 def toy(capacities):
@@ -284,7 +313,9 @@ def toy(capacities):
     def draw_with(threshold):
         processed = torch.full((1, 1, 2), 2 * capacities[threshold]).double()
         value = -1.0 if isinstance(threshold, str) else threshold
-        return Drawn(torch.full((1, 1, 1, 1), value), torch.zeros(1), CapacityRecord(processed, torch.full((1, 1), 4.0).double()))
+        return Drawn(
+            torch.full((1, 1, 1, 1), value), torch.zeros(1), CapacityRecord(processed, torch.full((1, 1), 4.0).double())
+        )
 
     return draw_with
 
@@ -295,7 +326,9 @@ SCORES = {0.2: 1.0, 0.4: 3.0, 0.6: 2.0, 0.9: 9.0, "dynamic": 0.5}
 
 def by_table(scores):
     return lambda drawn: next(
-        score for name, score in scores.items() if math.isclose(-1.0 if name == "dynamic" else name, float(drawn.latents), rel_tol=1e-6)
+        score
+        for name, score in scores.items()
+        if math.isclose(-1.0 if name == "dynamic" else name, float(drawn.latents), rel_tol=1e-6)
     )
 
 
@@ -340,7 +373,11 @@ def test_the_table_of_a_search(tmp_path):
 
 def test_a_real_search_spends_less_at_higher_thresholds(module):
     labels = torch.arange(4)
-    found = search(with_threshold(drawer(module), labels, SAMPLE), [0.0, 0.5, 0.9, 1.0], lambda drawn: float(drawn.latents.square().mean()))
+    found = search(
+        with_threshold(drawer(module), labels, SAMPLE),
+        [0.0, 0.5, 0.9, 1.0],
+        lambda drawn: float(drawn.latents.square().mean()),
+    )
     capacities = [one.capacity for one in found.candidates]
     assert capacities[0] == 8 and capacities[3] == 0
     assert capacities[0] > capacities[1] > capacities[2] > capacities[3]
@@ -372,7 +409,7 @@ def test_expert_choice_with_a_predictor_can_be_searched():
     check_search(replace(MODEL, family="ec", predictor=True), SAMPLE, [0.5])
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------------------
+# -- ranks -------------------------------------------------------------------------------------------------------------
 
 
 def report_on_ranks(rank: int):

@@ -16,7 +16,16 @@ from diffmoe_ep.sampling.sample import Drawn, draw
 from train.runs import busy
 
 MODEL = ModelConfig(
-    condition="text", text_width=6, text_length=5, input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_experts=8
+    condition="text",
+    text_width=6,
+    text_length=5,
+    input_size=8,
+    in_channels=1,
+    out_channels=1,
+    hidden_size=32,
+    num_blocks=4,
+    num_heads=2,
+    num_experts=8,
 )
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
 FACTS = {"name": "dots", "kind": "pixels", "shape": [1, 8, 8], "scale": 0.125, "shift": -1.0, "class_names": []}
@@ -58,7 +67,9 @@ def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Pr
         out=tmp_path,
     )  # fmt: skip
     assert found is not None
-    alone = {words: drawn(module, prompts.taken([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)}
+    alone = {
+        words: drawn(module, prompts.taken([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)
+    }
     assert len(set(alone.values())) == len(WORDS)  # prompts differ
     assert {one.name: one.capacity for one in found.classes} == pytest.approx(alone)
     assert [one.capacity for one in found.classes] == sorted(alone.values(), reverse=True)
@@ -67,10 +78,16 @@ def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Pr
     assert f"3 of each of 4 prompts, seed {SEED}" in told and f"hardest prompts         {found.classes[0].name}" in told
     with (tmp_path / "capacity_per_prompt.csv").open() as file:
         ranked = list(csv.DictReader(file))
-    assert [(row["rank"], row["name"]) for row in ranked] == [(str(rank), one.name) for rank, one in enumerate(found.classes, 1)]
-    assert [float(row["capacity"]) for row in ranked] == pytest.approx([one.capacity for one in found.classes], rel=1e-5)
+    assert [(row["rank"], row["name"]) for row in ranked] == [
+        (str(rank), one.name) for rank, one in enumerate(found.classes, 1)
+    ]
+    assert [float(row["capacity"]) for row in ranked] == pytest.approx(
+        [one.capacity for one in found.classes], rel=1e-5
+    )
     assert found.as_dict()["capacity_per_prompt"] == {one.name: one.capacity for one in found.classes}
-    assert {"capacity_per_prompt.png", "hardest_easiest.png", "topk_against_predictor.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"capacity_per_prompt.png", "hardest_easiest.png", "topk_against_predictor.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_the_other_kind_of_condition_is_refused(module: DiT, prompts: Prompts) -> None:

@@ -1,4 +1,6 @@
-"""The compositional score: prompts worded as captions, verdicts that mean what they say, real canvases near 1, shuffled near chance."""
+"""The compositional score: prompts worded as captions, verdicts that mean what they say, real canvases near 1, shuffled
+near chance.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -15,11 +17,25 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 @pytest.fixture(scope="module", params=[24, 32])
 def canvases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Canvases, Canvases]:
-    """Prepared canvases of the train and held-out split, at the size where cells are as large as digits and at a larger one."""
+    """Prepared canvases of the train and held-out split, at the size where cells are as large as digits and at a larger
+    one.
+    """
     from data_prep.__main__ import main
 
     folder = tmp_path_factory.mktemp("canvases")
-    main(["digits_captions", "--out", str(folder), "--samples", "2500", "--heldout", "400", "--image-size", str(request.param)])
+    main(
+        [
+            "digits_captions",
+            "--out",
+            str(folder),
+            "--samples",
+            "2500",
+            "--heldout",
+            "400",
+            "--image-size",
+            str(request.param),
+        ]
+    )
     return load_canvases(folder / "train"), load_canvases(folder / "heldout")
 
 
@@ -52,7 +68,11 @@ def test_prompts_are_worded_as_captions() -> None:
     assert min(forms[task] for task in TASKS) > 30
     for prompt in prompts(100):
         assert read(prompt.text) == prompt
-        assert all(f"{_article(digit)} {digit}" in prompt.text for digit in prompt.digits if " at the " in prompt.text or prompt.relation)
+        assert all(
+            f"{_article(digit)} {digit}" in prompt.text
+            for digit in prompt.digits
+            if " at the " in prompt.text or prompt.relation
+        )
 
 
 def test_prompts_are_the_same_for_ever_and_cover_the_digits() -> None:
@@ -67,11 +87,22 @@ def test_prompts_are_the_same_for_ever_and_cover_the_digits() -> None:
 
 VERDICTS = {
     "one 3": ([((3, 0, 0),), ((3, 1, 1), (5, 0, 0), (3, 2, 2))], [((5, 0, 0),), (), ((UNCLEAR, 0, 0),)]),
-    "one digit: a 3 at the centre": ([((3, 1, 1),), ((3, 0, 0),)], [((8, 1, 1),)]),  # a single object is to be there, wherever
-    "one 3 and one 8": ([((8, 0, 0), (3, 2, 1)), ((3, 0, 0), (8, 0, 1), (8, 0, 2))], [((3, 0, 0),), ((3, 0, 0), (3, 1, 1))]),
+    "one digit: a 3 at the centre": (
+        [((3, 1, 1),), ((3, 0, 0),)],
+        [((8, 1, 1),)],
+    ),  # a single object is to be there, wherever
+    "one 3 and one 8": (
+        [((8, 0, 0), (3, 2, 1)), ((3, 0, 0), (8, 0, 1), (8, 0, 2))],
+        [((3, 0, 0),), ((3, 0, 0), (3, 1, 1))],
+    ),
     "two 3s": (
         [((3, 0, 0), (3, 1, 1))],
-        [((3, 0, 0),), ((3, 0, 0), (3, 0, 1), (3, 0, 2)), ((3, 0, 0), (3, 1, 1), (5, 2, 2)), ((3, 0, 0), (3, 1, 1), (UNCLEAR, 2, 2))],
+        [
+            ((3, 0, 0),),
+            ((3, 0, 0), (3, 0, 1), (3, 0, 2)),
+            ((3, 0, 0), (3, 1, 1), (5, 2, 2)),
+            ((3, 0, 0), (3, 1, 1), (UNCLEAR, 2, 2)),
+        ],
     ),
     "three 0s": ([((0, 0, 0), (0, 1, 1), (0, 2, 2))], [((0, 0, 0), (0, 1, 1))]),
     "a 3 above an 8": (
@@ -117,7 +148,13 @@ def test_real_canvases_score_near_one_and_shuffled_prompts_near_chance(canvases:
     assert found.heldout["single object"].shuffled == pytest.approx(0.1, abs=0.03)  # one digit of ten is there
     assert found.overall() == 0
     assert not any(found.verdicts)
-    assert found.lines()[5].split() == ["overall", "0.000", "0.000", f"{found.overall(True):.3f}", f"{found.overall(True, True):.3f}"]
+    assert found.lines()[5].split() == [
+        "overall",
+        "0.000",
+        "0.000",
+        f"{found.overall(True):.3f}",
+        f"{found.overall(True, True):.3f}",
+    ]
     assert found.as_dict()["overall"] == 0
 
 
@@ -157,7 +194,9 @@ def test_the_detector_takes_no_smudge_for_a_digit(canvases: tuple[Canvases, Canv
     faint = generator.integers(0, 2, (50, 1, size, size)).astype(np.uint8)  # a background that is not quite black
     assert (detector(faint) == EMPTY).all()
     noisy = np.clip(heldout.pictures + generator.normal(0, 1, heldout.pictures.shape).round(), 0, 16).astype(np.uint8)
-    expected = np.stack([seen(*((digit, *cell) for cell, digit in where(captions).items())) for captions in heldout.captions])
+    expected = np.stack(
+        [seen(*((digit, *cell) for cell, digit in where(captions).items())) for captions in heldout.captions]
+    )
     for pictures, least in ((heldout.pictures, 0.98), (noisy, 0.95)):
         looks = detector(pictures)
         assert ((looks == EMPTY) == (expected == EMPTY)).mean() > 0.999
@@ -185,7 +224,9 @@ def test_what_cannot_be_judged_is_an_error_that_names_it(digits: Path, canvases:
     with pytest.raises(ConfigError, match="--reference holds canvases of shape"):
         check_canvases((1, 48, 48), sides)
     few = Canvases(train.pictures[:1], (("two 3s",),))
-    with pytest.raises(ConfigError, match="--heldout holds no captions of the digits for single object, two objects, position"):
+    with pytest.raises(
+        ConfigError, match="--heldout holds no captions of the digits for single object, two objects, position"
+    ):
         check_canvases(train.pictures.shape[1:], sides | {"--heldout": few})
     with pytest.raises(ConfigError, match="the digit 0 0 times"):
         Detector(np.ones((4, 8, 8)), np.array([1, 1, 2, 2]))

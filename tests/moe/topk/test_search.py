@@ -1,4 +1,6 @@
-"""Law 1 of the selection: gather, owner and radix give the bits that a stable sort of the joined scores gives, on any ranks and spans."""
+"""Law 1 of the selection: gather, owner and radix give the bits that a stable sort of the joined scores gives, on any
+ranks and spans.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -48,12 +50,16 @@ def drawn(kind: str, shape: tuple[int, int], dtype: type, generator: np.random.G
         return (generator.standard_normal(shape) * 10.0 ** generator.integers(-30, 30, shape)).astype(dtype)
     if kind == "special":
         return generator.choice(SPECIAL, shape).astype(dtype)
-    close = 0.0625 + generator.integers(0, 40, shape) * np.finfo(dtype).eps / 16  # neighbours: they differ in the last byte alone
+    close = (
+        0.0625 + generator.integers(0, 40, shape) * np.finfo(dtype).eps / 16
+    )  # neighbours: they differ in the last byte alone
     return close.astype(dtype)
 
 
 def cases(tokens: int, pool: int) -> list[Case]:
-    """Of every kind, type and way to give k; 5 and 3 columns, which do not divide over ranks, and 1, which most ranks do not own."""
+    """Of every kind, type and way to give k; 5 and 3 columns, which do not divide over ranks, and 1, which most ranks
+    do not own.
+    """
     found = []
     generator = np.random.default_rng(tokens + pool)
     for kind in ("few", "equal", "wide", "special", "close"):
@@ -71,7 +77,9 @@ def cases(tokens: int, pool: int) -> list[Case]:
     return found
 
 
-def on_ranks(rank: int, given: list[Case], algorithms: tuple[str, ...]) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
+def on_ranks(
+    rank: int, given: list[Case], algorithms: tuple[str, ...]
+) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
     """This rank's part of every case by every algorithm."""
     world, found = meshes.launched_world(), []
     pool, local = given[0].pool, len(given[0].scores) // world
@@ -79,15 +87,22 @@ def on_ranks(rank: int, given: list[Case], algorithms: tuple[str, ...]) -> list[
     mine, group = slice(rank * local, (rank + 1) * local), mesh.pool if pool > local else ALONE
     for case in given:
         k = torch.tensor(case.k) if isinstance(case.k, list) else case.k
-        scores, also = torch.from_numpy(case.scores[mine]), None if case.also is None else torch.from_numpy(case.also[mine])
+        scores, also = (
+            torch.from_numpy(case.scores[mine]),
+            None if case.also is None else torch.from_numpy(case.also[mine]),
+        )
         selections = [select(scores, k, Pools(pool, group, algorithm), also) for algorithm in algorithms]
         found.append([(one.chosen.numpy(), None if one.kth is None else one.kth.numpy()) for one in selections])
     return found
 
 
-@pytest.mark.parametrize(("world", "pool"), [(1, 24), (1, 8), (2, 24), (2, 12), (2, 6), (4, 24), (4, 12), (4, 6), (4, 3)])
+@pytest.mark.parametrize(
+    ("world", "pool"), [(1, 24), (1, 8), (2, 24), (2, 12), (2, 6), (4, 24), (4, 12), (4, 6), (4, 3)]
+)
 def test_every_algorithm_is_the_stable_sort(world: int, pool: int) -> None:
-    """Pools inside a rank, over two of four ranks and over all of them; sets, k-th values and their signs to the bit."""
+    """Pools inside a rank, over two of four ranks and over all of them; sets, k-th values and their signs to the
+    bit.
+    """
     given = cases(24, pool)
     results = run(world, on_ranks, given, ALGORITHMS)
     local = 24 // world
@@ -104,7 +119,10 @@ def test_every_algorithm_is_the_stable_sort(world: int, pool: int) -> None:
                 first = rank * local // pool
                 told = results[rank][number][place][1]
                 assert told.dtype == case.also.dtype
-                assert told.tobytes() == np.ascontiguousarray(kth[first : first + max(1, local // pool)]).tobytes(), (algorithm, case)
+                assert told.tobytes() == np.ascontiguousarray(kth[first : first + max(1, local // pool)]).tobytes(), (
+                    algorithm,
+                    case,
+                )
 
 
 def random_case(seed: int, tokens: int) -> Case:
@@ -112,7 +130,11 @@ def random_case(seed: int, tokens: int) -> Case:
     generator = np.random.default_rng(seed)
     dtype, kind = generator.choice([np.float32, np.float64]), str(generator.choice(["few", "wide", "special", "close"]))
     experts, shape = int(generator.integers(1, 8)), (tokens, 1)
-    k = generator.integers(0, tokens + 1, experts).tolist() if generator.random() < 0.5 else int(generator.integers(0, tokens + 1))
+    k = (
+        generator.integers(0, tokens + 1, experts).tolist()
+        if generator.random() < 0.5
+        else int(generator.integers(0, tokens + 1))
+    )
     others = experts if isinstance(k, list) else int(generator.integers(1, 4))
     columns = np.concatenate([drawn(kind, shape, dtype, generator) for _ in range(experts + others)], axis=1)
     return Case(columns[:, :experts], columns[:, experts:], k, tokens)
@@ -130,7 +152,10 @@ def test_drawn_cases(world: int) -> None:
         for place, algorithm in enumerate(ALGORITHMS):
             found = np.concatenate([results[rank][number][place][0] for rank in range(world)])
             assert np.array_equal(found, chosen), (number, algorithm)
-            assert all(results[rank][number][place][1].tobytes() == kth.tobytes() for rank in range(world)), (number, algorithm)
+            assert all(results[rank][number][place][1].tobytes() == kth.tobytes() for rank in range(world)), (
+                number,
+                algorithm,
+            )
 
 
 def test_scores_are_not_changed_and_need_no_gradient() -> None:
@@ -142,10 +167,12 @@ def test_scores_are_not_changed_and_need_no_gradient() -> None:
     assert selection.chosen[:, 0].tolist() == [True, False, True]
 
 
-# -- bytes and rounds -------------------------------------------------------------------------------------------------------------------
+# -- bytes and rounds --------------------------------------------------------------------------------------------------
 
 
-def traffic(rank: int, tokens: int, experts: int, others: int, dtype: torch.dtype, algorithms: tuple[str, ...]) -> list[tuple[int, int]]:
+def traffic(
+    rank: int, tokens: int, experts: int, others: int, dtype: torch.dtype, algorithms: tuple[str, ...]
+) -> list[tuple[int, int]]:
     """Bytes received and rounds of one selection by each algorithm, over all ranks."""
     mesh = meshes.start(1, meshes.launched_world(), 1.0)
     generator = torch.Generator().manual_seed(rank)
@@ -163,7 +190,9 @@ def traffic(rank: int, tokens: int, experts: int, others: int, dtype: torch.dtyp
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.float64, 8)])
 def test_bytes_and_rounds_are_those_of_the_formulas(world: int, dtype: torch.dtype, width: int) -> None:
-    """Of W ranks with n tokens and C columns: 4 (W-1) n C; 4 n C (W-1)/W; a histogram of 256 counts of 4 bytes for each of 4 passes."""
+    """Of W ranks with n tokens and C columns: 4 (W-1) n C; 4 n C (W-1)/W; a histogram of 256 counts of 4 bytes for each
+    of 4 passes.
+    """
     tokens, experts, others = 1024, 16, 16
     columns = experts + others
     expected = {
@@ -192,7 +221,12 @@ def exchanges(rank: int) -> list[tuple[int, int]]:
     x, found = torch.ones(3 * mesh.size, 2, dtype=torch.float64, requires_grad=True), []
     send = [[3, 3], [0, 6]][rank] if mesh.size == 2 else []
     receive = [[3, 0], [3, 6]][rank]
-    for call in (all_gather, all_sum, all_to_all_even, lambda x, group: all_to_all(x, send, receive, group).sum().backward()):
+    for call in (
+        all_gather,
+        all_sum,
+        all_to_all_even,
+        lambda x, group: all_to_all(x, send, receive, group).sum().backward(),
+    ):
         group = replace(mesh.world, traffic=Traffic())
         call(x, group)
         found.append((group.traffic.received, group.traffic.rounds))
