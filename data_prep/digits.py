@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.shard import Sample
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.data.sample import encode
 
 NUM_HELDOUT = 297  # of 1,797; 1,500 train
@@ -57,7 +57,7 @@ def heldout_mask(labels: np.ndarray, num_heldout: int = NUM_HELDOUT) -> np.ndarr
     mask = np.zeros(len(labels), dtype=bool)
     for label, count in zip(classes, chosen, strict=True):
         members = np.flatnonzero(labels == label)
-        mask[members[permutation(keyed(SPLIT_SEED, int(label), "order"), len(members))[:count]]] = True
+        mask[members[permutation(generator_for(SPLIT_SEED, int(label), "order"), len(members))[:count]]] = True
     return mask
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from data_prep import digits
 from data_prep.source import Raw, Source, chunks, fingerprint_of
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.data.sample import Caption
 
 LICENCE = digits.LICENCE
@@ -91,7 +91,7 @@ def compose(split: Split, number: int, canvas: int, labels: np.ndarray, members:
     """What sample `number` shows, in reading order: one to three digits in cells of their own, one time in three all of
     one kind.
     """
-    generator = keyed(SEEDS[split], number, "order")
+    generator = generator_for(SEEDS[split], number, "order")
     cells = permutation(generator, GRID * GRID)
     words = np.asarray(generator.bit_generator.random_raw(11), dtype=np.uint64)
 

@@ -14,7 +14,7 @@ from data_prep.image import square
 from data_prep.shard import Sample
 from data_prep.source import BadSample, Raw, Source
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.manifest import Manifest, TextFeatures
+from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
 from diffmoe_ep.data.sample import Caption, Condition, encode
 from diffmoe_ep.encoders.image import ImageEncoder
 from diffmoe_ep.encoders.text import TextEncoder
@@ -66,7 +66,7 @@ class Encoding:
             flips=self.flips,
             condition=source.condition,
             text=tuple(
-                TextFeatures(text.name, text.width, text.max_length, text.precision, text.fingerprint)
+                TextEncoderInfo(text.name, text.width, text.max_length, text.precision, text.fingerprint)
                 for text in self.text
             ),
             image_size=self.image_size,

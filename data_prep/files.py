@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.source import IMAGE_ENDINGS
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 
 SHUFFLE_SEED = 0  # the order of the samples is part of the dataset
 
@@ -87,7 +87,7 @@ def archives(source: Path, endings: Sequence[str]) -> list[Path]:
 
 def shuffled(count: int) -> np.ndarray:
     """The order in which `count` samples of a list are stored, the same for ever."""
-    return permutation(keyed(SHUFFLE_SEED, count, "order"), count)
+    return permutation(generator_for(SHUFFLE_SEED, count, "order"), count)
 
 
 def keys(names: Sequence[str]) -> list[str]:

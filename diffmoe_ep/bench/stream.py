@@ -31,7 +31,7 @@ import torch
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data import native
 from diffmoe_ep.data.crc import fastest_crc32
-from diffmoe_ep.data.index import Foreign, index_folder
+from diffmoe_ep.data.index import MemberSpec, index_folder
 from diffmoe_ep.data.loader.assemble import Assembler
 from diffmoe_ep.data.loader.draw import AT_ONCE, Latents
 from diffmoe_ep.data.loader.micro_steps import MicroSteps
@@ -119,7 +119,7 @@ def write_synthetic(folder: Path, samples: int, shape: tuple[int, int, int], sha
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
     index_folder(
-        folder, folder, Foreign("moments", array="moments.npy", scale=0.18215, num_classes=1000, name="synthetic")
+        folder, folder, MemberSpec("moments", array="moments.npy", scale=0.18215, num_classes=1000, name="synthetic")
     )
 
 

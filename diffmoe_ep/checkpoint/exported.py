@@ -52,7 +52,7 @@ class Single:
     """Where the weights come from."""
 
 
-def save_single(
+def save_exported(
     source: DiT | Mapping[str, Tensor],
     config: Config,
     facts: Mapping[str, Any],
@@ -81,7 +81,7 @@ def write_single(
     clock: Clock | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the two files into an existing folder; see `save_single`."""
+    """Write the two files into an existing folder; see `save_exported`."""
     own = clock_of(source) if isinstance(source, DiT) else None
     if own is not None and clock not in (None, own):
         raise CheckpointError(
@@ -104,15 +104,15 @@ def write_single(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def is_single(path: Path) -> bool:
+def is_exported(path: Path) -> bool:
     """Whether a path is a folder of this form."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def read_single(folder: str | Path) -> Single:
+def read_exported(folder: str | Path) -> Single:
     """Read and check config.json; raises CheckpointError."""
     path = Path(folder) / CONFIG
-    if not is_single(Path(folder)):
+    if not is_exported(Path(folder)):
         raise CheckpointError(
             f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the single-file form"
         )
@@ -144,14 +144,14 @@ def read_single(folder: str | Path) -> Single:
     return Single(config, clock, content["data"], content["provenance"])
 
 
-def load_single(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
+def load_exported(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
     """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the clock of its weights.
 
     config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this
     rank's device, and the ranks over which the experts are sharded; each reads only its own. Names, shapes and types
     are compared before anything is read; raises CheckpointError that names the first differing key.
     """
-    single, mesh = read_single(folder), mesh or Mesh()
+    single, mesh = read_exported(folder), mesh or Mesh()
     config = config or single.config
     model = build_sharded(config, mesh)
     into = model.state_dict() | {POSITIONS: model.positions}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import POSITIONS, is_single, load_single, read_single, stored_tensors
+from diffmoe_ep.checkpoint.exported import POSITIONS, is_exported, load_exported, read_exported, stored_tensors
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
 from diffmoe_ep.checkpoint.reference import turned_clock
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
@@ -37,11 +37,11 @@ def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Me
     ]
 
 
-def located(path: Path) -> Path:
+def resolve_model_path(path: Path) -> Path:
     """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the
     single-file form.
     """
-    return path if is_single(path) else resolve(path)
+    return path if is_exported(path) else resolve(path)
 
 
 def load_model(path: str | Path, weights: Weights | None = None, device: str | torch.device = "cpu") -> DiT:
@@ -56,20 +56,20 @@ def load_model(path: str | Path, weights: Weights | None = None, device: str | t
     `model.train()` selects by pool as in training. Raises CheckpointError when there is no complete checkpoint, or it
     is damaged.
     """
-    folder = located(Path(path))
+    folder = resolve_model_path(Path(path))
     config = config_of(folder)
     return load_sharded(folder, weights or config.sample.weights, config, Mesh(device=torch.device(device)))
 
 
 def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> DiT:
     """Load a checkpoint into a model whose experts are sharded over the mesh; every rank reads only what it holds."""
-    if is_single(folder):
-        there = read_single(folder).config.sample.weights
+    if is_exported(folder):
+        there = read_exported(folder).config.sample.weights
         if weights != there:
             raise CheckpointError(
                 f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})"
             )
-        return load_single(folder, config, mesh)
+        return load_exported(folder, config, mesh)
     model = build_sharded(config, mesh)
     named = dict(model.named_parameters()) | persistent_buffers(model)
     stored = tensors(folder)
@@ -91,7 +91,7 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
     are rewritten to ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError
     if one cannot load.
     """
-    if not is_single(folder):
+    if not is_exported(folder):
         wanted = fragments(dict(model.named_parameters()), weights, model, mesh)
         wanted += fragments(persistent_buffers(model), "model", model, mesh)
         load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
@@ -106,7 +106,7 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def _load_single_into(model: DiT, folder: Path, mesh: Mesh) -> None:
-    single, into = read_single(folder), model.state_dict()
+    single, into = read_exported(folder), model.state_dict()
     here = model.config.num_experts // mesh.expert.size
     for name, tensor in stored_tensors(folder, single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):
         if name != POSITIONS:
@@ -127,15 +127,15 @@ def persistent_buffers(model: DiT) -> dict[str, Tensor]:
 
 def config_of(folder: Path) -> Config:
     """The configuration with which a checkpoint was trained."""
-    if is_single(folder):
-        return read_single(folder).config
+    if is_exported(folder):
+        return read_exported(folder).config
     return from_tree(_meta(folder)["config"])
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint knows of the data it was trained on: kind, shape, scale, shift, class names."""
-    if is_single(folder):
-        return dict(read_single(folder).facts)
+    if is_exported(folder):
+        return dict(read_exported(folder).facts)
     return dict(_meta(folder)["data"])
 
 
@@ -146,7 +146,7 @@ def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None
     facts: of this run's data; where both are known, latents and text features have to be those of the same encoders.
     """
     source = config_of(folder)
-    if is_single(folder) and config.init_weights != source.sample.weights:
+    if is_exported(folder) and config.init_weights != source.sample.weights:
         there = source.sample.weights
         raise CheckpointError(
             f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}"

@@ -35,7 +35,7 @@ from diffmoe_ep.checkpoint.exported import (
     kinds_of,
     new_folder,
     opened,
-    read_single,
+    read_exported,
     stored_tensors,
     write_single,
     write_tensors,
@@ -372,7 +372,7 @@ def export_reference(folder: str | Path, file: str | Path) -> None:
     cannot be continued. Raises CheckpointError.
     """
     folder, file = Path(folder), Path(file)
-    single = read_single(folder)
+    single = read_exported(folder)
     _check_family(single.config.model, folder)
     if file.exists():
         raise CheckpointError(f"{file} exists: give the name of a new file")

@@ -56,7 +56,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from diffmoe_ep.checkpoint.exported import is_single, save_single
+    from diffmoe_ep.checkpoint.exported import is_exported, save_exported
     from diffmoe_ep.checkpoint.load import config_of, facts_of, load_model
     from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.store import resolve
@@ -66,7 +66,7 @@ def _export(options: argparse.Namespace) -> None:
         raise ConfigError("nothing to write: give --out FOLDER (safetensors), --to-reference FILE.pt, or both")
     with TemporaryDirectory(prefix="diffmoe-") as aside:
         folder = options.path
-        if not is_single(folder):
+        if not is_exported(folder):
             checkpoint, folder = resolve(options.path), options.out or Path(aside) / "model"
             weights: Literal["ema", "model"] = options.weights or "ema"
             config = override(config_of(checkpoint), [f"sample.weights={weights}"])
@@ -75,7 +75,7 @@ def _export(options: argparse.Namespace) -> None:
                 "weights": weights,
                 "ancestry": [dict(one) for one in ancestry_of(checkpoint)],
             }
-            save_single(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
+            save_exported(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
         elif options.out is not None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")
         elif options.weights not in (None, held := config_of(folder).sample.weights):

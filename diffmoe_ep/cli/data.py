@@ -112,11 +112,11 @@ def _bench_stream(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from diffmoe_ep.data.index import Foreign, index_folder
+    from diffmoe_ep.data.index import MemberSpec, index_folder
 
     if options.classes is not None and options.classes < 1:
         raise ConfigError(f"--classes is {options.classes}; it must be at least 1")
-    says = Foreign(
+    says = MemberSpec(
         kind=options.kind, label=options.label, array=options.array, scale=options.scale, shift=options.shift,
         num_classes=options.classes, name=options.name or options.folder.resolve().name, licence=options.licence,
     )  # fmt: skip

@@ -83,11 +83,11 @@ def source_of(options: argparse.Namespace) -> Source:
     """Find the checkpoint and check everything that follows from it; parallel.expert_parallel is 1 unless an override
     says otherwise.
     """
-    from diffmoe_ep.checkpoint.load import config_of, facts_of, located
+    from diffmoe_ep.checkpoint.load import config_of, facts_of, resolve_model_path
     from diffmoe_ep.parallel.mesh import launched_world
     from diffmoe_ep.sampling.sample import check_sampling
 
-    checkpoint = located(options.path)
+    checkpoint = resolve_model_path(options.path)
     config = override(config_of(checkpoint), ["parallel.expert_parallel=1", *options.overrides])
     world, expert = launched_world(), config.parallel.expert_parallel
     if options.samples < 1:

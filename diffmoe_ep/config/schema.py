@@ -21,8 +21,8 @@ class ConfigError(UserError):
 
 
 POSITIVE = (lambda value: value > 0, "greater than 0")
-NATURAL = (lambda value: value >= 0, "at least 0")
-SHARE = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
+NON_NEGATIVE = (lambda value: value >= 0, "at least 0")
+UNIT_INTERVAL = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 
 def knob(default: Any, doc: str, limits: tuple[Callable[[Any], bool], str] | None = None) -> Any:
@@ -79,15 +79,17 @@ class DataConfig:
         (), "datasets mixed by weight, [{folder: a, weight: 3}, {folder: b}], in place of data.folder"
     )
     workers: int = knob(
-        2, "loader processes per rank; 0 reads in the training process; never changes what is read", NATURAL
+        2, "loader processes per rank; 0 reads in the training process; never changes what is read", NON_NEGATIVE
     )
     prefetch: int = knob(4, "micro-batches that each worker keeps ready", POSITIVE)
     flip: bool = knob(True, "mirror each sample with probability 0.5 (keyed by its position)")
     condition_dropout: float = knob(
-        0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)", SHARE
+        0.1, "probability that a sample's condition is replaced by the null class (guidance needs some)", UNIT_INTERVAL
     )
     shuffle_block: int = knob(
-        8, "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order", NATURAL
+        8,
+        "shards whose samples are shuffled together, after the shards' own order; 0 reads in stored order",
+        NON_NEGATIVE,
     )
     lanes: int = knob(
         1,
@@ -99,10 +101,10 @@ class DataConfig:
         0.001,
         "share of samples whose bytes may be bad: each is replaced by another of its block and listed; more stop the "
         "run",
-        SHARE,
+        UNIT_INTERVAL,
     )
     retries: int = knob(
-        5, "times that a shard which cannot be had is asked for again, after 1, 2, 4, ... 60 seconds", NATURAL
+        5, "times that a shard which cannot be had is asked for again, after 1, 2, 4, ... 60 seconds", NON_NEGATIVE
     )
     cache: str = knob("cache", "folder of this host for shards fetched from a URL; all its processes share it")
     cache_gb: float = knob(100.0, "most that is kept there, in 10^9 bytes", POSITIVE)
@@ -169,9 +171,9 @@ class ModelConfig:
     interleave: bool = knob(True, "MoE in blocks 1, 3, 5, ...; false: in every block")
     num_experts: int = knob(16, "experts N of an MoE layer", POSITIVE)
     granularity: int = knob(1, "m: experts are 4D/m wide, so N experts do the work of N/m", POSITIVE)
-    shared_experts: int = knob(0, "experts (4D/m wide) that every token passes besides", NATURAL)
+    shared_experts: int = knob(0, "experts (4D/m wide) that every token passes besides", NON_NEGATIVE)
     top_k: int = knob(1, "experts that a token chooses (tc); times granularity for equal compute", POSITIVE)
-    balance_weight: float = knob(0.01, "weight of the balance loss (tc)", NATURAL)
+    balance_weight: float = knob(0.01, "weight of the balance loss (tc)", NON_NEGATIVE)
     predictor: bool | None = knob(
         None, "capacity predictor and dynamic thresholds; null: diffmoe has them, ec not; tc never"
     )
@@ -179,7 +181,7 @@ class ModelConfig:
     predictor_reduction: Literal["sum", "mean"] = knob(
         "sum", "over MoE layers: sum (the published code) or mean (the paper's Eq. 12)"
     )
-    threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)", SHARE)
+    threshold_decay: float = knob(0.95, "decay of the dynamic thresholds (the paper's Eq. 17)", UNIT_INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,10 @@ class OptimizerConfig:
     lr: float = knob(1e-4, "peak learning rate", POSITIVE)
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's decays of the two moments")
     eps: float = knob(1e-8, "AdamW's epsilon", POSITIVE)
-    weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd", NATURAL)
-    expert_lr_scale: float = knob(1.0, "the routed experts' learning rate as a multiple of lr", NATURAL)
-    router_lr_scale: float = knob(1.0, "the routers' learning rate as a multiple of lr", NATURAL)
-    momentum: float = knob(0.0, "momentum of sgd", SHARE)
+    weight_decay: float = knob(0.0, "decoupled weight decay for adamw, L2 for sgd", NON_NEGATIVE)
+    expert_lr_scale: float = knob(1.0, "the routed experts' learning rate as a multiple of lr", NON_NEGATIVE)
+    router_lr_scale: float = knob(1.0, "the routers' learning rate as a multiple of lr", NON_NEGATIVE)
+    momentum: float = knob(0.0, "momentum of sgd", UNIT_INTERVAL)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class ScheduleConfig:
     """
 
     kind: Literal["constant", "linear", "cosine"] = knob("constant", "shape after the warm-up")
-    warmup: int = knob(0, "steps of linear warm-up from 0", NATURAL)
+    warmup: int = knob(0, "steps of linear warm-up from 0", NON_NEGATIVE)
     final: float = knob(0.0, "last rate as a fraction of the peak (linear and cosine)")
 
 
@@ -223,7 +225,7 @@ class ScheduleConfig:
 class EmaConfig:
     """The averaged weights that are sampled from."""
 
-    decay: float = knob(0.9999, "decay of the average per step", SHARE)
+    decay: float = knob(0.9999, "decay of the average per step", UNIT_INTERVAL)
     ramp: bool = knob(
         False, "use min(decay, (1 + step) / (10 + step)), so that a short run is not held by its first weights"
     )
@@ -247,7 +249,7 @@ class TrainConfig:
     precision: Literal["bf16", "float32"] = knob(
         "bf16", "compute type; weights, moments, router, thresholds and EMA are float32 in both"
     )
-    max_grad_norm: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NATURAL)
+    max_grad_norm: float = knob(0.0, "largest global gradient norm; 0 = no clipping", NON_NEGATIVE)
     freeze: tuple[str, ...] = knob(
         (), 'patterns of names (*, ?): parameters that stay as they start, as ["patches.*", "*.attention.*"]'
     )
@@ -310,7 +312,7 @@ class SampleConfig:
         "euler", "the solver; ddpm (ancestral) and ddim need objective ddpm"
     )
     steps: int = knob(250, "steps of the solver; heun evaluates twice in each; dopri5 chooses its own", POSITIVE)
-    eta: float = knob(0.0, "noise of ddim: 0 none, 1 as ddpm", NATURAL)
+    eta: float = knob(0.0, "noise of ddim: 0 none, 1 as ddpm", NON_NEGATIVE)
     rtol: float = knob(1e-5, "relative tolerance of dopri5", POSITIVE)
     atol: float = knob(1e-5, "absolute tolerance of dopri5", POSITIVE)
     guidance: float = knob(1.5, "classifier-free guidance scale; 1 = none")
@@ -338,7 +340,7 @@ class SampleConfig:
     vae: str | None = knob(
         None, "local folder of the VAE that made the latents, to see samples as pictures; null: latents alone"
     )
-    grid_every: int = knob(0, "steps between sample grids while training; 0 = none", NATURAL)
+    grid_every: int = knob(0, "steps between sample grids while training; 0 = none", NON_NEGATIVE)
     grid_size: int = knob(80, "samples in such a grid, classes in turn", POSITIVE)
 
 
@@ -356,7 +358,7 @@ class CheckpointConfig:
 
     every: int = knob(1000, "steps between checkpoints; the last step is always saved", POSITIVE)
     keep_last: int = knob(2, "newest checkpoints that are kept", POSITIVE)
-    keep_every: int = knob(0, "checkpoints at multiples of this many steps are kept for ever; 0 = none", NATURAL)
+    keep_every: int = knob(0, "checkpoints at multiples of this many steps are kept for ever; 0 = none", NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -365,7 +367,7 @@ class Config:
 
     folder: str = knob("runs/run", "run folder: config, metrics, sample grids, checkpoints")
     seed: int = knob(
-        0, "seed of everything random; drawn per sample position, expert and step, never per rank", NATURAL
+        0, "seed of everything random; drawn per sample position, expert and step, never per rank", NON_NEGATIVE
     )
     resume: Literal["auto", "never"] = knob(
         "auto", "auto: continue from the folder's newest checkpoint; never: refuse such a folder"

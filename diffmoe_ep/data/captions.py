@@ -12,13 +12,13 @@ import torch
 from diffmoe_ep.config import ConfigError, ModelConfig
 from diffmoe_ep.config.schema import TextConfig
 from diffmoe_ep.data.condition import Text, padded
-from diffmoe_ep.data.manifest import Manifest, TextFeatures
+from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
 from diffmoe_ep.data.sample import Caption, decode_array, decode_caption, named
 from diffmoe_ep.data.shards import Dataset
 
 
 @dataclass(frozen=True)
-class TextFields:
+class CaptionSpec:
     """What a model wants of captions."""
 
     encoder: str  # whose features: t5 or clip
@@ -27,13 +27,13 @@ class TextFields:
     online: bool = False  # captions are given as words, to be encoded while training
 
     @classmethod
-    def of(cls, model: ModelConfig, text: TextConfig) -> "TextFields | None":
+    def of(cls, model: ModelConfig, text: TextConfig) -> "CaptionSpec | None":
         """As the config says; None where the condition is a label."""
         return (
             cls(text.encoder, model.text_length, model.text_width, text.online) if model.condition == "text" else None
         )
 
-    def stored(self, manifest: Manifest) -> TextFeatures | None:
+    def stored(self, manifest: Manifest) -> TextEncoderInfo | None:
         """The stored features to be read; None where captions are encoded while training, or where there are none."""
         return (
             None
@@ -57,11 +57,11 @@ class Described(Protocol):
     def manifests(self) -> tuple[Manifest, ...]: ...
 
 
-def check_text(datasets: Described, text: TextFields | None) -> None:
+def check_text(datasets: Described, text: CaptionSpec | None) -> None:
     """Raise ConfigError unless the datasets hold the condition that the model takes: labels, or captions with the
     features it wants.
     """
-    first: tuple[str, TextFeatures] | None = None
+    first: tuple[str, TextEncoderInfo] | None = None
     for name, manifest in zip(datasets.names, datasets.manifests, strict=True):
         if manifest.condition == "class":
             if text is None:
@@ -96,7 +96,7 @@ def check_text(datasets: Described, text: TextFields | None) -> None:
 
 
 def read_chosen(
-    dataset: Dataset, shard: int, sample: int, text: TextFields, pick: float, finite: bool = True
+    dataset: Dataset, shard: int, sample: int, text: CaptionSpec, pick: float, finite: bool = True
 ) -> tuple[np.ndarray, Caption]:
     """Stored array and one caption, by weight for `pick` from 0 to 1, of a sample; DataError names shard and key.
 
@@ -110,7 +110,7 @@ def read_chosen(
         raise named(error, dataset, shard, sample) from error
 
 
-def collate(captions: Sequence[Caption], dropped: Sequence[bool], text: TextFields) -> tuple[Text, tuple[str, ...]]:
+def collate(captions: Sequence[Caption], dropped: Sequence[bool], text: CaptionSpec) -> tuple[Text, tuple[str, ...]]:
     """The condition of a batch, and the words of its captions where they are still to be encoded; what is dropped is
     the null caption.
     """

@@ -28,7 +28,7 @@ ANY_LABEL = 10**18  # classes that labels are read with until the largest is kno
 
 
 @dataclass(frozen=True)
-class Foreign:
+class MemberSpec:
     """What the user says about foreign tars."""
 
     kind: Literal["pixels", "moments"]
@@ -57,7 +57,7 @@ class _Sample:
     members: dict[str, tuple[int, int, int]]  # our field -> offset, size, crc32
 
 
-def index_folder(folder: Path, out: Path, says: Foreign, progress: Callable[[str], object] | None = None) -> Indexed:
+def index_folder(folder: Path, out: Path, says: MemberSpec, progress: Callable[[str], object] | None = None) -> Indexed:
     """Write an index for each tar of `folder`, and the manifest, into `out`, which links to the tars if it is another
     folder.
 
@@ -99,7 +99,7 @@ def index_folder(folder: Path, out: Path, says: Foreign, progress: Callable[[str
 class _Scan:
     """Goes through tars, sample by sample, and keeps what is known of all of them."""
 
-    def __init__(self, says: Foreign) -> None:
+    def __init__(self, says: MemberSpec) -> None:
         self._says = says
         self._wanted = {says.label: "cls", says.array: f"{says.kind}.npy"}
         self._keys: set[bytes] = set()
@@ -181,7 +181,7 @@ class _Scan:
         self.largest_label = max(self.largest_label, label)
 
 
-def facts_of(content: bytes, says: Foreign) -> Manifest:
+def facts_of(content: bytes, says: MemberSpec) -> Manifest:
     """What a dataset of arrays such as this npy is, as far as one can tell; ValueError for what no dataset holds."""
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)

@@ -46,7 +46,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class TextFeatures:
+class TextEncoderInfo:
     """Features of the captions that one text encoder made, and what tells that encoder from another."""
 
     name: str  # of the encoder: t5 or clip; the member is text.NAME.npy
@@ -82,7 +82,7 @@ class Manifest:
     condition: Literal["class", "text"] = (
         "class"  # what a sample is conditioned on: its label (cls) or its captions (captions.json)
     )
-    text: tuple[TextFeatures, ...] = ()  # stored features of the captions, by encoder
+    text: tuple[TextEncoderInfo, ...] = ()  # stored features of the captions, by encoder
     image_size: int = 0  # side of the square images that were stored or encoded; 0: not known
     encoder: str = ""  # sha256 over config and weights of the VAE that made the moments; empty: not known, or pixels
     source: str = ""  # sha256 over names and sizes of the files that the samples were made from; empty: not known
@@ -137,7 +137,9 @@ def parse_manifest(content: Any, where: str) -> Manifest:
     format_1 = isinstance(content, dict) and content.get("format") == 1
     facts = _typed(content, KEYS_OF_FORMAT_1 if format_1 else KEYS, where)
     shards = tuple(Shard(**entry) for entry in _entries(Shard, facts["shards"], f"{where}: shards"))
-    text = tuple(TextFeatures(**entry) for entry in _entries(TextFeatures, facts.get("text", []), f"{where}: text"))
+    text = tuple(
+        TextEncoderInfo(**entry) for entry in _entries(TextEncoderInfo, facts.get("text", []), f"{where}: text")
+    )
     facts |= {
         "shape": tuple(facts["shape"]),
         "class_names": tuple(facts["class_names"]),
@@ -219,7 +221,7 @@ def _shown(value: Any) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _entries(cls: type[Shard] | type[TextFeatures], entries: list[Any], where: str) -> list[dict[str, Any]]:
+def _entries(cls: type[Shard] | type[TextEncoderInfo], entries: list[Any], where: str) -> list[dict[str, Any]]:
     """The entries of a list, each checked to have just the fields of `cls`."""
     kinds = {
         field.name: {"str": str, "int": int}[str(getattr(field.type, "__name__", field.type))] for field in fields(cls)

@@ -13,7 +13,7 @@ from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.order import Lanes, Order
 from diffmoe_ep.data.remote.fetch import Access, shown
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.data.shards import Dataset
 
 BLOCK = 1024  # positions of a lane in which each dataset has its due number; part of every mixed run's identity
@@ -188,7 +188,7 @@ class MixedOrder:
         """Of each place of a lane's block, (BLOCK,): its dataset, and its place in that dataset's part of the lane."""
         before, after = self.counts(number * BLOCK), self.counts((number + 1) * BLOCK)
         due = [high - low for low, high in zip(before, after, strict=True)]
-        order = permutation(keyed(self.seed, number, "mixture", part=lane), BLOCK)
+        order = permutation(generator_for(self.seed, number, "mixture", part=lane), BLOCK)
         datasets = np.repeat(np.arange(len(due)), due)[order]
         places = np.empty(BLOCK, dtype=np.int64)
         for dataset, first in enumerate(before):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 
 TRIES = 32  # samples that may stand in for a bad one, before its block is given up
 
@@ -98,7 +98,7 @@ class Order:
         """
         run, index = self._run(position)
         seen = {index if run.order is None else int(run.order[index])}
-        generator = keyed(self.seed, position, "substitute", part=self._dataset)
+        generator = generator_for(self.seed, position, "substitute", part=self._dataset)
         for word in np.asarray(generator.bit_generator.random_raw(min(TRIES, run.count - 1)), dtype=np.uint64).tolist():
             other = word % run.count
             while other in seen:
@@ -124,7 +124,9 @@ class Order:
         if run is None or not run.first <= place < run.first + run.count:
             run = self._runs[lane] = self._find(lane, place)
             if self.block:
-                drawn = permutation(keyed(self.seed, self._number(run.epoch), "order", part=run.part), run.count)
+                drawn = permutation(
+                    generator_for(self.seed, self._number(run.epoch), "order", part=run.part), run.count
+                )
                 run = self._runs[lane] = replace(run, order=drawn.astype(np.uint32))
         return run, place - run.first
 
@@ -151,7 +153,9 @@ class Order:
         if self._layout is None or self._layout.number != number:
             count = len(self._sizes)
             shards = (
-                permutation(keyed(self.seed, self._number(number), "order"), count) if self.block else np.arange(count)
+                permutation(generator_for(self.seed, self._number(number), "order"), count)
+                if self.block
+                else np.arange(count)
             )
             first, last = number * self.total, (number + 1) * self.total
             shares = [

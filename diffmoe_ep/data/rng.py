@@ -7,13 +7,13 @@ from numpy.random import Generator, Philox
 
 # The highest word of Philox's 256-bit counter. Numbers are part of every run's identity: add new ones, never change
 # one.
-PURPOSES = {
+STREAMS = {
     "noise": 1, "time": 2, "flip": 3, "drop": 4, "posterior": 5, "order": 6, "start": 7, "mixture": 8, "substitute": 9, "caption": 10,
     "resample": 11,
 }  # fmt: skip
 
 
-def keyed(seed: int, number: int, purpose: str, part: int = 0) -> Generator:
+def generator_for(seed: int, number: int, purpose: str, part: int = 0) -> Generator:
     """The generator that belongs to (seed, number, purpose, part); two different quadruples never share a stream.
 
     The key of Philox is [seed, number]; `purpose` and `part` (a block of an epoch, a step of a sampler) are the two
@@ -21,7 +21,7 @@ def keyed(seed: int, number: int, purpose: str, part: int = 0) -> Generator:
     .. 2^64 - 1.
     """
     key = np.array([seed, number], dtype=np.uint64)
-    counter = np.array([0, 0, part, PURPOSES[purpose]], dtype=np.uint64)
+    counter = np.array([0, 0, part, STREAMS[purpose]], dtype=np.uint64)
     return Generator(Philox(key=key, counter=counter))
 
 

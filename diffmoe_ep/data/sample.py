@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from diffmoe_ep.data.condition import Text
-from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextFeatures
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextEncoderInfo
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.shards import Content, Dataset
 
 LARGEST_WEIGHT = 1e100  # of a caption, so that sums stay finite
@@ -128,7 +128,7 @@ def decode_captions(fields: Mapping[str, Content], manifest: Manifest) -> tuple[
 
 
 def decode_caption(
-    fields: Mapping[str, Content], manifest: Manifest, encoder: TextFeatures | None, pick: float
+    fields: Mapping[str, Content], manifest: Manifest, encoder: TextEncoderInfo | None, pick: float
 ) -> Caption:
     """One of a sample's captions by weight, for `pick` from 0 to 1, with its features of one encoder; the others are
     not looked at.
@@ -304,7 +304,7 @@ def final_latent(array: np.ndarray, manifest: Manifest, flipped: bool, seed: int
         values = (array[:, :, ::-1] if flipped else array).astype(np.float32)
     else:
         mean, log_variance = np.split(array[int(flipped)].astype(np.float32), 2)
-        values = mean + deviation(log_variance) * keyed(seed, position, "posterior").standard_normal(
+        values = mean + deviation(log_variance) * generator_for(seed, position, "posterior").standard_normal(
             mean.shape, dtype=np.float32
         )
     return values * np.float32(manifest.scale) + np.float32(manifest.shift)

@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.model.attention import Attention, CrossAttention
 from diffmoe_ep.moe.experts import FeedForward
-from diffmoe_ep.moe.layer import Kept, LayerReport, MoELayer
+from diffmoe_ep.moe.layer import LayerReport, MoELayer, SavedRouting
 
 Recompute = Literal["none", "ffn", "block"]
 Step = tuple[Tensor, LayerReport | None]
 Caption = tuple[Tensor, Tensor]  # (B, M, D), and (B, M) bool: where a token stands
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """LayerNorm without parameters, in x's own type (autocast would widen it, and the rows that travel)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype)
 
@@ -65,22 +65,26 @@ class Block(nn.Module):
         if recompute == "block":
             return computed_again(self._whole, x, c, caption)
         x, modulation = self._attend(x, c, caption)
-        return computed_again(self._feed, x, modulation) if recompute == "ffn" else self._feed(x, modulation, Kept())
+        return (
+            computed_again(self._feed, x, modulation)
+            if recompute == "ffn"
+            else self._feed(x, modulation, SavedRouting())
+        )
 
-    def _whole(self, x: Tensor, c: Tensor, caption: Caption | None, kept: Kept) -> Step:
+    def _whole(self, x: Tensor, c: Tensor, caption: Caption | None, kept: SavedRouting) -> Step:
         return self._feed(*self._attend(x, c, caption), kept)
 
     def _attend(self, x: Tensor, c: Tensor, caption: Caption | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         shift, scale, gate, *modulation = self.modulation(F.silu(c)).chunk(6, dim=1)
-        x = x + gate[:, None] * self.attention(modulate(normalise(x), shift, scale))
+        x = x + gate[:, None] * self.attention(modulate(normalize(x), shift, scale))
         if self.cross_attention is not None:
             assert caption is not None
-            x = x + self.cross_attention(normalise(x), *caption)
+            x = x + self.cross_attention(normalize(x), *caption)
         return x, tuple(modulation)
 
-    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], kept: Kept) -> Step:
+    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], kept: SavedRouting) -> Step:
         shift, scale, gate = modulation
-        tokens = modulate(normalise(x), shift, scale)
+        tokens = modulate(normalize(x), shift, scale)
         mixed, report = self.ffn(tokens, kept) if isinstance(self.ffn, MoELayer) else (self.ffn(tokens), None)
         return x + gate[:, None] * mixed, report
 
@@ -92,7 +96,7 @@ def computed_again(function: Callable[..., Step], *inputs: Any) -> Step:
     Every rank does so at the same place of its backward, so that the rows that travel again meet. Nothing random is
     drawn in a forward.
     """
-    return cast(Step, checkpoint(function, *inputs, Kept(), use_reentrant=False, preserve_rng_state=False))
+    return cast(Step, checkpoint(function, *inputs, SavedRouting(), use_reentrant=False, preserve_rng_state=False))
 
 
 class Head(nn.Module):
@@ -112,4 +116,4 @@ class Head(nn.Module):
         rows = (-1, self.out_channels)  # of the weight, ordered (pixel of the patch, channel)
         weight = self.projection.weight.unflatten(0, rows)[:, :channels].flatten(0, 1)
         bias = self.projection.bias.unflatten(0, rows)[:, :channels].flatten()
-        return F.linear(modulate(normalise(x), shift, scale), weight, bias)
+        return F.linear(modulate(normalize(x), shift, scale), weight, bias)

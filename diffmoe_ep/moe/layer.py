@@ -54,7 +54,7 @@ class Choice:
     counts: Tensor | None = None  # (pools, N) choices of each pool by expert; training of token choice only
 
 
-class Kept:
+class SavedRouting:
     """The choice of a layer's first forward. Activation recomputation hands it to the second, so that nothing is chosen
     or asked twice.
     """
@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
         if self.predictor is not None:
             self.predictor.forward = torch.compile(self.predictor.forward)  # type: ignore[method-assign]
 
-    def forward(self, x: Tensor, kept: Kept | None = None) -> tuple[Tensor, LayerReport]:
+    def forward(self, x: Tensor, kept: SavedRouting | None = None) -> tuple[Tensor, LayerReport]:
         """Mix tokens x (B, T, D): each gets the weighted sum of the experts that took it, zero if none did, plus the
         shared ones.
 
@@ -111,7 +111,7 @@ class MoELayer(nn.Module):
         tokens = x.flatten(0, 1)  # (S, D)
         scores = self.router(tokens)  # (S, N)
         logits = self.predictor(tokens) if self.predictor is not None else None  # (S, N)
-        choice = (kept or Kept()).once(
+        choice = (kept or SavedRouting()).once(
             lambda: self._choose(scores, logits)
         )  # who takes whom; asks the other ranks what comes
         report = self._report(scores, logits, choice)  # meanwhile

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffmoe_ep.config import ConfigError, read_section
-from diffmoe_ep.config.schema import NATURAL, POSITIVE, knob
+from diffmoe_ep.config.schema import NON_NEGATIVE, POSITIVE, knob
 
 MAYBE = (lambda value: value is None or value > 0, "greater than 0, or null")
 
@@ -53,16 +53,18 @@ class Cluster:
     bandwidth_gbs: float = knob(MISSING, "memory: bytes read and written by a copy", POSITIVE)
     node_gbs: float = knob(MISSING, "a rank to the others of its node, effective", POSITIVE)
     network_gbs: float = knob(MISSING, "a rank to other nodes, effective", POSITIVE)
-    reserve_gb: float = knob(0.0, "memory not ours: driver's context, communication buffers, fragmentation", NATURAL)
+    reserve_gb: float = knob(
+        0.0, "memory not ours: driver's context, communication buffers, fragmentation", NON_NEGATIVE
+    )
     gelu_gelements: float = knob(
         1e6, "GELU, tanh form: 1e9 elements a second; a CPU computes it slower than it reads", POSITIVE
     )
     fresh_gbs: float = knob(
         1e6, "memory: first writing of what was just got from the system; slow on a CPU, none on a GPU", POSITIVE
     )
-    node_us: float = knob(10.0, "latency of a round inside a node", NATURAL)
-    network_us: float = knob(25.0, "latency of a round across nodes", NATURAL)
-    launch_us: float = knob(4.0, "what starting one operation costs", NATURAL)
+    node_us: float = knob(10.0, "latency of a round inside a node", NON_NEGATIVE)
+    network_us: float = knob(25.0, "latency of a round across nodes", NON_NEGATIVE)
+    launch_us: float = knob(4.0, "what starting one operation costs", NON_NEGATIVE)
 
     @property
     def ranks(self) -> int:

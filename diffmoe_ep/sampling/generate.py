@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.condition import Condition, Text, joined
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.diffusion.chain import ddim, ddpm_ancestral
 from diffmoe_ep.diffusion.ddpm import halves as noise_and_variance
 from diffmoe_ep.diffusion.ddpm import linear_schedule
@@ -140,7 +140,7 @@ def start_noise(seed: Seed, samples: range, shape: tuple[int, int, int], part: i
     if not samples:
         return torch.zeros(0, *shape)
     keys = ((seed, number) if isinstance(seed, int) else (seed[number], 0) for number in samples)
-    streams = (keyed(*key, "start", part) for key in keys)
+    streams = (generator_for(*key, "start", part) for key in keys)
     return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError
-from diffmoe_ep.data.captions import TextFields, read_chosen
+from diffmoe_ep.data.captions import CaptionSpec, read_chosen
 from diffmoe_ep.data.condition import Text, padded
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.encoders.text import SOURCES, TextEncoder, load_text_encoder
@@ -116,7 +116,7 @@ def encode(encoder: TextEncoder, words: Sequence[str], places: int) -> tuple[Pro
     return Prompts(tuple(words), tuple(done[text] for text in words), places, encoder.width), said
 
 
-def first_captions(dataset: Mixture, text: TextFields, count: int, encoder: TextEncoder | None = None) -> Prompts:
+def first_captions(dataset: Mixture, text: CaptionSpec, count: int, encoder: TextEncoder | None = None) -> Prompts:
     """The first captions of a dataset's first samples as prompts, again from the start where there are too few.
 
     Their stored features are used; `encoder` is for captions that are encoded while training.

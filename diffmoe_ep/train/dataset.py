@@ -3,36 +3,36 @@
 from dataclasses import asdict
 
 from diffmoe_ep.config import Config, ConfigError
-from diffmoe_ep.data.captions import TextFields, check_text
-from diffmoe_ep.data.index import Foreign
-from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.captions import CaptionSpec, check_text
+from diffmoe_ep.data.index import MemberSpec
+from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
 from diffmoe_ep.sampling.sample import check_pictures, check_sampling
 
 
-def open_data(config: Config) -> Mixture | Tars:
+def open_data(config: Config) -> Mixture | PlainTars:
     """Open what the config names and check that it fits the model; ConfigError or DataError if not."""
     data, plain = config.data, config.data.plain
-    dataset: Mixture | Tars
+    dataset: Mixture | PlainTars
     if data.mode == "resampled":
         access = Access(
             cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
         )
-        says = Foreign(
+        says = MemberSpec(
             plain.kind, plain.label, plain.array, plain.scale, plain.shift, config.model.num_classes, name="plain"
         )
-        dataset = Tars.open(data.folder, says, access, config.model.condition, plain.shuffle)
+        dataset = PlainTars.open(data.folder, says, access, config.model.condition, plain.shuffle)
     else:
         dataset = Mixture.open(data)
     check_data(config, dataset)
     return dataset
 
 
-def check_data(config: Config, dataset: Mixture | Tars) -> None:
+def check_data(config: Config, dataset: Mixture | PlainTars) -> None:
     """Raise ConfigError unless the data fit the model."""
     facts, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
-    check_text(dataset, TextFields.of(model, config.text))
+    check_text(dataset, CaptionSpec.of(model, config.text))
     if facts.shape != (model.in_channels, model.input_size, model.input_size):
         raise ConfigError(
             f"the data in {names} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "

@@ -33,7 +33,7 @@ OPEN_ZERO = ("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_
 
 
 @dataclass(frozen=True)
-class Held:
+class OptimizerShard:
     """An interval of a parameter whose optimiser state this rank holds, and where that state lies."""
 
     name: str  # the parameter's name
@@ -72,7 +72,7 @@ class Engine:
             # DeepSpeed's own clipping at stage 0 leaves the other ranks' experts out of the norm.
             self.engine.clip_fp32_gradients = self._clip_gradients
         self._held = self._find_held()
-        self._prove_complete()
+        self._check_every_parameter_is_optimized()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -159,9 +159,9 @@ class Engine:
         """The same without repetition: at stage 0 every replica holds all, so each gives one share."""
         if self.config.parallel.zero_stage:
             return self.moments()
-        return [self.my_share(fragment, is_expert(fragment.name)) for fragment in self.moments()]
+        return [self.shard_to_write(fragment, is_expert(fragment.name)) for fragment in self.moments()]
 
-    def my_share(self, fragment: Fragment, expert: bool) -> Fragment:
+    def shard_to_write(self, fragment: Fragment, expert: bool) -> Fragment:
         """The part of a replicated fragment that this rank writes."""
         group = self.mesh.replicas if expert else self.mesh.world
         return share(fragment, group.rank, group.size)
@@ -188,19 +188,19 @@ class Engine:
         for key in _moments(self.config.train.optimizer):
             state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
 
-    def _find_held(self) -> list[Held]:
+    def _find_held(self) -> list[OptimizerShard]:
         if not self.config.parallel.zero_stage:
-            return [Held(name, 0, parameter, 0, parameter.numel()) for name, parameter in self.named.items()]
+            return [OptimizerShard(name, 0, parameter, 0, parameter.numel()) for name, parameter in self.named.items()]
         held = []
         for name, parameter in self.named.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:  # None: other replicas hold all of it
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 owner = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                held.append(Held(name, here.start, owner, there.start, there.numel))
+                held.append(OptimizerShard(name, here.start, owner, there.start, there.numel))
         return held
 
-    def _prove_complete(self) -> None:
+    def _check_every_parameter_is_optimized(self) -> None:
         """Every trainable element must be held by exactly one replica (all of them at stage 0); checked once, at the
         start.
         """

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from diffmoe_ep.checkpoint.exported import CONFIG, is_single, read_single
-from diffmoe_ep.checkpoint.load import check_starts, config_of, load_into, located
+from diffmoe_ep.checkpoint.exported import CONFIG, is_exported, read_exported
+from diffmoe_ep.checkpoint.load import check_starts, config_of, load_into, resolve_model_path
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
-from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.model.dit import DiT
@@ -54,7 +54,7 @@ class Start:
         return ", ".join(facts)
 
 
-def find_start(config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None) -> Start:
+def resolve_init(config: Config, mesh: Mesh, dataset: Dataset | Mixture | PlainTars, checkpoint: Path | None) -> Start:
     """Find what a run begins with, before anything is built; ConfigError on every rank if that does not fit.
 
     checkpoint: the run's own, if it has one; then init_from is not looked at.
@@ -63,7 +63,7 @@ def find_start(config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, ch
     found: Path | None = None
     if checkpoint is None and config.init_from is not None:
         try:
-            found = located(Path(config.init_from)) if mesh.is_first else None
+            found = resolve_model_path(Path(config.init_from)) if mesh.is_first else None
         except CheckpointError as error:
             problem = f"init_from {error}"
         mesh.agree(problem)
@@ -151,8 +151,8 @@ def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...
 
     weights: put the folder itself before them, as the ancestor from which these weights are taken.
     """
-    single = is_single(folder)
-    content = read_single(folder).provenance if single else read_meta(folder)["meta"]
+    single = is_exported(folder)
+    content = read_exported(folder).provenance if single else read_meta(folder)["meta"]
     known = content.get("ancestry", ())
     older = tuple(ancestor for ancestor in known if isinstance(ancestor, dict)) if isinstance(known, list) else ()
     if weights is None:

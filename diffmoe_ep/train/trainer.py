@@ -18,9 +18,9 @@ from diffmoe_ep.checkpoint.fragments import Fragment
 from diffmoe_ep.checkpoint.load import check_continues, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
-from diffmoe_ep.data.captions import TextFields
+from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.loader import quarantine
-from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
@@ -41,7 +41,7 @@ from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, rates
 from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting
 from diffmoe_ep.train.schedule import rate
-from diffmoe_ep.train.start import begin, find_start
+from diffmoe_ep.train.start import begin, resolve_init
 
 
 def train(config: Config) -> None:
@@ -71,7 +71,7 @@ def start_mesh(config: Config) -> Mesh:
     return meshes.start(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 
 
-def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | Tars, Path | None]:
+def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | PlainTars, Path | None]:
     """Look at everything outside this process that could fail, on every rank, and agree before going on."""
     run = RunFolder(Path(config.folder))
     mesh.agree(run.problem())
@@ -79,7 +79,7 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | Tars, Path | None]:
     checkpoint = mesh.same(found)
     assert checkpoint is None or isinstance(checkpoint, Path)
     problem: str | None = None
-    dataset: Mixture | Tars | None = None
+    dataset: Mixture | PlainTars | None = None
     try:
         dataset = open_data(config)
         if checkpoint is not None and config.resume == "never":
@@ -101,7 +101,7 @@ class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | Tars, checkpoint: Path | None = None
+        self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | PlainTars, checkpoint: Path | None = None
     ) -> None:
         self.config, self.mesh = config, mesh
         self.dataset = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
@@ -110,7 +110,7 @@ class Trainer:
         self.decode = (
             load_decoder(config.sample, asdict(self.dataset.manifest), mesh) if config.sample.grid_every else None
         )
-        self.start = find_start(config, mesh, dataset, checkpoint)
+        self.start = resolve_init(config, mesh, dataset, checkpoint)
         self.model = begin(self.build_model(), self.start, config, mesh)
         self.engine = Engine(self.model, config, mesh)
         self.ema = Ema(self.model, config.train.ema)
@@ -125,7 +125,7 @@ class Trainer:
             drop_condition=config.data.condition_dropout, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
             workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.global_batch,
             lanes=config.data.lanes, retries=config.data.retries, max_bad_fraction=config.data.max_bad_fraction,
-            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank), text=TextFields.of(config.model, config.text),
+            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank), text=CaptionSpec.of(config.model, config.text),
         )  # fmt: skip
 
     def build_model(self) -> DiT:
@@ -281,7 +281,7 @@ class Trainer:
         config, mesh = self.config, self.mesh
         replicated = self.weights()
         pieces = [
-            self.engine.my_share(fragment, is_expert(fragment.name)) for fragment in replicated
+            self.engine.shard_to_write(fragment, is_expert(fragment.name)) for fragment in replicated
         ] + self.engine.moments_to_save()
         facts = asdict(self.dataset.manifest)
         facts.pop("shards")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import is_single, load_single, read_single, reverse_clock, save_single
+from diffmoe_ep.checkpoint.exported import is_exported, load_exported, read_exported, reverse_clock, save_exported
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import Config, from_tree
 from diffmoe_ep.model.dit import DiT, Output
@@ -68,10 +68,10 @@ def run(model: DiT, x: Tensor, t: Tensor, condition: Tensor) -> Output:
 def test_a_model_comes_back_to_the_bit(tmp_path: Path, family: str) -> None:
     config = config_of(family)
     model = busy(config)
-    folder = save_single(model, config, FACTS, tmp_path / "a" / "single", provenance={"step": 3})
+    folder = save_exported(model, config, FACTS, tmp_path / "a" / "single", provenance={"step": 3})
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
-    assert is_single(folder) and not is_single(tmp_path)
-    loaded, single = load_single(folder), read_single(folder)
+    assert is_exported(folder) and not is_exported(tmp_path)
+    loaded, single = load_exported(folder), read_exported(folder)
     assert not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys() == load_file(folder / "model.safetensors").keys()
     for name, tensor in model.state_dict().items():
@@ -93,7 +93,7 @@ def test_tensors_by_name_are_a_model_too(tmp_path: Path) -> None:
     tensors["label.table.weight"] = torch.randn(8, 4).T  # neither contiguous
     tensors["head.projection.bias"] = tensors["time.fc1.bias"] = torch.ones(30)[3:15]  # nor with memory of its own
     tensors["time.fc1.bias"] = tensors["time.fc1.bias"][:8]
-    loaded = load_single(save_single(tensors, config, {}, tmp_path / "single")).state_dict()
+    loaded = load_exported(save_exported(tensors, config, {}, tmp_path / "single")).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
@@ -101,7 +101,7 @@ def test_paths_and_ranks_stay_at_home(tmp_path: Path) -> None:
     config = dataclasses.replace(
         config_of(), folder="/home/somebody/run", data=dataclasses.replace(config_of().data, folder="/secret")
     )
-    text = (save_single(busy(config), config, {}, tmp_path / "single") / "config.json").read_text()
+    text = (save_exported(busy(config), config, {}, tmp_path / "single") / "config.json").read_text()
     assert "somebody" not in text and "secret" not in text
 
 
@@ -111,8 +111,8 @@ def test_paths_and_ranks_stay_at_home(tmp_path: Path) -> None:
 def test_a_reversed_clock_calls_at_one_minus_t_and_negates_the_velocity(tmp_path: Path) -> None:
     config = config_of()
     inner = busy(config)
-    folder = save_single(inner.state_dict(), config, {}, tmp_path / "single", clock="reversed")
-    model = load_single(folder)
+    folder = save_exported(inner.state_dict(), config, {}, tmp_path / "single", clock="reversed")
+    model = load_exported(folder)
     x, t, y = inputs()
     for training in (False, True):
         expected, output = run(inner.train(training), x, 1 - t, y), run(model.train(training), x, t, y)
@@ -130,7 +130,7 @@ def test_a_reversed_clock_calls_at_one_minus_t_and_negates_the_velocity(tmp_path
 def test_the_gradients_are_those_of_the_weights(tmp_path: Path) -> None:
     config = config_of()
     inner = busy(config).train()
-    model = load_single(save_single(inner.state_dict(), config, {}, tmp_path / "single", clock="reversed")).train()
+    model = load_exported(save_exported(inner.state_dict(), config, {}, tmp_path / "single", clock="reversed")).train()
     x, t, y = inputs()
     (run(model, x, t, y).prediction[:, :2] - x).square().mean().backward()
     (run(inner, x, 1 - t, y).prediction[:, :2] + x).square().mean().backward()
@@ -144,17 +144,19 @@ def test_a_loaded_model_is_saved_with_its_clock_and_positions(tmp_path: Path) ->
     config = config_of()
     inner = busy(config)
     positions = inner.positions + 1e-5
-    first = save_single(inner.state_dict() | {"positions": positions}, config, {}, tmp_path / "first", clock="reversed")
-    second = save_single(load_single(first), config, {}, tmp_path / "second")
-    assert read_single(second).clock == "reversed"
+    first = save_exported(
+        inner.state_dict() | {"positions": positions}, config, {}, tmp_path / "first", clock="reversed"
+    )
+    second = save_exported(load_exported(first), config, {}, tmp_path / "second")
+    assert read_exported(second).clock == "reversed"
     one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert torch.equal(load_single(second).positions, positions)
+    assert torch.equal(load_exported(second).positions, positions)
     with pytest.raises(CheckpointError, match="clock is reversed, it cannot be saved as forward"):
-        save_single(load_single(first), config, {}, tmp_path / "third", clock="forward")
+        save_exported(load_exported(first), config, {}, tmp_path / "third", clock="forward")
     with pytest.raises(CheckpointError, match="clock is forward, it cannot be saved as reversed"):
-        save_single(inner, config, {}, tmp_path / "third", clock="reversed")
-    assert save_single(reverse_clock(inner), config, {}, tmp_path / "third", clock="reversed").is_dir()
+        save_exported(inner, config, {}, tmp_path / "third", clock="reversed")
+    assert save_exported(reverse_clock(inner), config, {}, tmp_path / "third", clock="reversed").is_dir()
 
 
 # ---- What is refused ----
@@ -194,32 +196,32 @@ def test_other_tensors_are_refused_by_name(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     config = config_of()
-    folder = save_single(busy(config), config, {}, tmp_path / "single")
+    folder = save_exported(busy(config), config, {}, tmp_path / "single")
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        load_single(folder)
+        load_exported(folder)
 
 
 def test_a_ranks_slice_is_no_whole_model(tmp_path: Path) -> None:
     config = config_of()
     mesh = Mesh(device=torch.device("cpu"), expert=Group(size=2, rank=1))
     with pytest.raises(CheckpointError, match=r"experts.fc1_weight has shape \(2, 8, 32\) there and \(4, 8, 32\)"):
-        save_single(shard_experts(busy(config), mesh), config, {}, tmp_path / "single")
+        save_exported(shard_experts(busy(config), mesh), config, {}, tmp_path / "single")
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     config = config_of()
-    folder = save_single(busy(config), config, {}, tmp_path / "single")
+    folder = save_exported(busy(config), config, {}, tmp_path / "single")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read .*sound copy"):
-        load_single(folder)
+        load_exported(folder)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"does not hold config.json and model.safetensors"):
-        load_single(folder)
+        load_exported(folder)
 
 
 CONTENT: dict[str, tuple[dict[str, Any], str]] = {
@@ -237,29 +239,29 @@ CONTENT: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "message"), CONTENT.values(), ids=CONTENT.keys())
 def test_what_config_json_says_is_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     config = config_of()
-    path = save_single(busy(config), config, {}, tmp_path / "single") / "config.json"
+    path = save_exported(busy(config), config, {}, tmp_path / "single") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
-        load_single(path.parent)
+        load_exported(path.parent)
 
 
 def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
     config = config_of()
-    path = save_single(busy(config), config, {}, tmp_path / "single") / "config.json"
+    path = save_exported(busy(config), config, {}, tmp_path / "single") / "config.json"
     path.write_text(path.read_text()[:-3])
     with pytest.raises(CheckpointError, match="config.json is no JSON"):
-        read_single(path.parent)
+        read_exported(path.parent)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     config = config_of()
     (tmp_path / "empty").mkdir()
-    folder = save_single(busy(config), config, {}, tmp_path / "empty")
+    folder = save_exported(busy(config), config, {}, tmp_path / "empty")
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(CheckpointError, match="is not an empty folder: give another one"):
-        save_single(busy(config, seed=1), config, {}, folder)
+        save_exported(busy(config, seed=1), config, {}, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_single(busy(config), config, {}, tmp_path / "file" / "below")
+        save_exported(busy(config), config, {}, tmp_path / "file" / "below")
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffmoe_ep.checkpoint.exported import load_single, save_single
+from diffmoe_ep.checkpoint.exported import load_exported, save_exported
 from diffmoe_ep.checkpoint.load import check_starts, fragments, load_into, persistent_buffers
 from diffmoe_ep.checkpoint.store import CheckpointError, save
 from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
@@ -76,11 +76,11 @@ def test_a_reversed_clock_is_rewritten_to_ours(tmp_path: Path, family: str) -> N
     """
     given = config(f"model.family={family}")
     source = busy(0.3)(DiT(given.model), 1)
-    folder = save_single(source.state_dict(), given, {}, tmp_path / "single", clock="reversed")
+    folder = save_exported(source.state_dict(), given, {}, tmp_path / "single", clock="reversed")
     model = initialize(DiT(given.model), 2)
     load_into(model, folder, "ema", Mesh())
     x, t = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0.05, 0.95, 5)
-    wanted = load_single(folder)
+    wanted = load_exported(folder)
     plain = DiT(given.model)
     plain.load_state_dict(source.state_dict())
     y = torch.tensor([0, 1, 2, 3, 3])
@@ -100,14 +100,14 @@ def test_stored_positions_are_not_taken_over(tmp_path: Path) -> None:
     source = busy(0.3)(DiT(given.model), 1)
     tensors = source.state_dict() | {"positions": source.positions + 1e-5}
     model = initialize(DiT(given.model), 2)
-    load_into(model, save_single(tensors, given, {}, tmp_path / "single"), "ema", Mesh())
+    load_into(model, save_exported(tensors, given, {}, tmp_path / "single"), "ema", Mesh())
     assert torch.equal(model.positions, source.positions)
     assert torch.equal(model.head.projection.weight, source.head.projection.weight)
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     given = config()
-    folder = save_single(busy(0.3)(DiT(given.model), 1), given, {}, tmp_path / "single")
+    folder = save_exported(busy(0.3)(DiT(given.model), 1), given, {}, tmp_path / "single")
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="use a sound copy"):
         load_into(DiT(given.model), folder, "ema", Mesh())
@@ -221,7 +221,7 @@ def test_facts_that_one_side_does_not_know_are_no_reason(tmp_path: Path) -> None
 def test_a_single_file_has_one_set_of_weights(tmp_path: Path) -> None:
     given = config()
     kept = dataclasses.replace(given, sample=dataclasses.replace(given.sample, weights="model"))
-    folder = save_single(busy(0.3)(DiT(given.model), 1), kept, {}, tmp_path / "single")
+    folder = save_exported(busy(0.3)(DiT(given.model), 1), kept, {}, tmp_path / "single")
     with pytest.raises(CheckpointError, match="holds one set of weights, model, not ema; set init_weights=model"):
         check_starts(folder, given, FACTS)
     check_starts(folder, override(given, ["init_weights=model"]), FACTS)

@@ -25,7 +25,7 @@ from checkpoint.published import (
     saved,
     state,
 )
-from diffmoe_ep.checkpoint.exported import load_single, read_single, save_single
+from diffmoe_ep.checkpoint.exported import load_exported, read_exported, save_exported
 from diffmoe_ep.checkpoint.reference import export_reference, import_reference
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import from_tree
@@ -37,7 +37,7 @@ from diffmoe_ep.moe.capacity import InferenceRule
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiT, State]:
     path = tmp_path_factory.mktemp("reference")
     w = state()
-    return load_single(import_reference(saved(path, w), path / "out", heads=3)), w
+    return load_exported(import_reference(saved(path, w), path / "out", heads=3)), w
 
 
 def test_training_is_the_references(imported: tuple[DiT, State]) -> None:
@@ -79,7 +79,7 @@ def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int,
             | ({"model": state(**shape, seed=1)} if weights == "ema" else {})
         ),
     )
-    single = read_single(import_reference(file, tmp_path / "out", heads=heads, weights=weights))
+    single = read_exported(import_reference(file, tmp_path / "out", heads=heads, weights=weights))
     config = single.config.model
     full: dict[str, Any] = {
         "hidden": 24,
@@ -107,7 +107,7 @@ def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int,
         weights,
         "reference.pt",
     )
-    model = load_single(tmp_path / "out")
+    model = load_exported(tmp_path / "out")
     compare_training(model, w, heads)
     compare_count(model, w, heads)
 
@@ -146,9 +146,9 @@ def test_import_and_export_are_inverse_to_the_bit(tmp_path: Path, weights: Any, 
     assert content["args"] == ARGS
     same_bits(ema, content["ema"])
     same_bits({f"module._orig_mod.{name}": tensor for name, tensor in model.items()}, content["model"])
-    assert read_single(folder).provenance["left_out"] == ["opt"]
+    assert read_exported(folder).provenance["left_out"] == ["opt"]
     if weights == "ema":
-        assert torch.equal(load_single(folder).positions, ema["pos_embed"][0])
+        assert torch.equal(load_exported(folder).positions, ema["pos_embed"][0])
 
 
 def test_one_set_alone_can_be_kept(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_file_without_positions_and_decay_asks_for_the_size(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="do not tell --input-size; give --input-size"):
         import_reference(file, tmp_path / "out", heads=3)
     folder = import_reference(file, tmp_path / "out", heads=3, input_size=6)
-    compare_training(load_single(folder), w | {"pos_embed": positions(24, 3)}, 3)
+    compare_training(load_exported(folder), w | {"pos_embed": positions(24, 3)}, 3)
     export_reference(folder, tmp_path / "back.pt")
     same_bits(w, open_reference(tmp_path / "back.pt")["ema"])
 
@@ -178,7 +178,7 @@ def test_a_file_without_positions_and_decay_asks_for_the_size(tmp_path: Path) ->
 def test_the_old_format_of_torch_is_read_too(tmp_path: Path) -> None:
     torch.save({"ema": state(), "args": ARGS}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     folder = import_reference(tmp_path / "old.pt", tmp_path / "out", heads=3)
-    compare_count(load_single(folder), state(), 3)
+    compare_count(load_exported(folder), state(), 3)
 
 
 def test_thresholds_need_no_correction(imported: tuple[DiT, State]) -> None:
@@ -200,11 +200,11 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
     folder = import_reference(
         saved(tmp_path, state(experts=experts), state(experts=experts)), tmp_path / "out", heads=3
     )
-    inner = {name: tensor.clone() for name, tensor in load_single(folder).state_dict().items()}
+    inner = {name: tensor.clone() for name, tensor in load_exported(folder).state_dict().items()}
     if experts:
         inner["blocks.1.ffn.predictor.updates"] = torch.tensor(3)
-    config = read_single(folder).config
-    own = save_single(inner, config, {}, tmp_path / "own", clock="forward")
+    config = read_exported(folder).config
+    own = save_exported(inner, config, {}, tmp_path / "own", clock="forward")
     export_reference(own, tmp_path / "own.pt")
     content = open_reference(tmp_path / "own.pt")
     same_bits(content["ema"], content["model"])
@@ -219,7 +219,7 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
     clock = 1 - given["u"].double()
     for training in (True, False):
         expected, _ = reference(w, 3, given["latent"].double(), clock, given["y"], training)
-        for model in (load_single(own), load_single(back)):
+        for model in (load_exported(own), load_exported(back)):
             model.train(training).set_inference(InferenceRule("count"))
             prediction = model(given["latent"], given["u"], given["y"]).prediction
             close(prediction[:, :4], -expected[:, :4])
@@ -230,10 +230,10 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
 
 def test_a_ddpm_model_has_the_same_convention(tmp_path: Path) -> None:
     folder = import_reference(saved(tmp_path), tmp_path / "out", heads=3, objective="ddpm")
-    assert read_single(folder).clock == "forward"
+    assert read_exported(folder).clock == "forward"
     given, w = inputs(6, 4), {name: tensor.double() for name, tensor in state().items()}
     t = torch.tensor([0.0, 5.0, 10.0, 31.0, 7.0])
-    model = load_single(folder).train()
+    model = load_exported(folder).train()
     close(
         model(given["latent"], t, given["y"]).prediction,
         reference(w, 3, given["latent"].double(), t.double(), given["y"], True)[0],
@@ -248,7 +248,7 @@ def test_other_families_are_not_the_references(tmp_path: Path) -> None:
             "model": {"input_size": 4, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_experts": 4, key: value}
         }
         config = from_tree(tree)
-        folder = save_single(DiT(config.model), config, {}, tmp_path / key)
+        folder = save_exported(DiT(config.model), config, {}, tmp_path / key)
         with pytest.raises(CheckpointError, match=f"model.{key} {value}, which the reference"):
             export_reference(folder, tmp_path / "file.pt")
     assert not (tmp_path / "file.pt").exists()

@@ -16,13 +16,13 @@ from data_prep.write import write_dataset
 from diffmoe_ep.cli import data
 from diffmoe_ep.config import UserError
 from diffmoe_ep.data.inspect import colours
-from diffmoe_ep.data.manifest import Manifest, TextFeatures
+from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
 from diffmoe_ep.data.sample import Caption, encode
 from diffmoe_ep.data.shards import load_index
 
 FACTS = Manifest("tiny", "pixels", (1, 6, 6), "uint8", 1 / 8, -1.0, 3, ("ant", "bee", "cat"), "made up")
 MOMENTS = Manifest("tiny", "moments", (4, 4, 4), "float16", 0.18215, 0.5, 5, (), "made up", flips=2)
-CAPTIONED = replace(MOMENTS, condition="text", num_classes=0, text=(TextFeatures("t5", 3, 9, "float32", "0" * 64),))
+CAPTIONED = replace(MOMENTS, condition="text", num_classes=0, text=(TextEncoderInfo("t5", 3, 9, "float32", "0" * 64),))
 
 
 def call(*words: str | Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import webdataset
 
-from diffmoe_ep.data.index import Foreign, index_folder
+from diffmoe_ep.data.index import MemberSpec, index_folder
 from diffmoe_ep.data.integrity import check_folder
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.sample import read_sample
 from diffmoe_ep.data.shards import Dataset
 
-MOMENTS = Foreign(kind="moments", scale=0.5, name="theirs", licence="theirs")
+MOMENTS = MemberSpec(kind="moments", scale=0.5, name="theirs", licence="theirs")
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -66,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("aside", [False, True])
 def test_foreign_tars_read_as_webdataset_reads_them(theirs: Path, tmp_path: Path, aside: bool) -> None:
     before, out = digests(theirs), tmp_path / "out" if aside else theirs
-    found = index_folder(theirs, out, Foreign(kind="moments", array="vae.npy", scale=0.5, name="theirs"))
+    found = index_folder(theirs, out, MemberSpec(kind="moments", array="vae.npy", scale=0.5, name="theirs"))
     assert found.problems == ()
     assert digests(theirs) == before
     assert {path.name for path in theirs.iterdir()} == set(before) if aside else len(list(theirs.iterdir())) == 5
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_left_out_and_told(tmp_path: Path) -> None:
 def test_arrays_that_we_do_not_read_are_told(tmp_path: Path, array: np.ndarray, kind: str, message: str) -> None:
     write_tar(tmp_path / "in/one.tar", [("a.cls", b"1"), ("a.npy", npy(array))])
     with pytest.raises(DataError, match=message):
-        index_folder(tmp_path / "in", tmp_path / "out", Foreign(kind=kind))  # type: ignore[arg-type]
+        index_folder(tmp_path / "in", tmp_path / "out", MemberSpec(kind=kind))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -150,12 +150,12 @@ def test_folders_without_tars_and_too_few_classes(theirs: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r"holds no \.tar files"):
         index_folder(tmp_path, tmp_path, MOMENTS)
     with pytest.raises(DataError, match="use --classes 7 or more"):
-        index_folder(theirs, theirs, Foreign(kind="moments", array="vae.npy", num_classes=6))
-    found = index_folder(theirs, theirs, Foreign(kind="moments", array="vae.npy", num_classes=1000))
+        index_folder(theirs, theirs, MemberSpec(kind="moments", array="vae.npy", num_classes=6))
+    found = index_folder(theirs, theirs, MemberSpec(kind="moments", array="vae.npy", num_classes=1000))
     assert found.manifest.num_classes == 1000
 
 
 def test_another_file_in_the_way_is_not_replaced(theirs: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "out/part-0.tar", [("z", b"")])
     with pytest.raises(DataError, match="exists and is another file"):
-        index_folder(theirs, tmp_path / "out", Foreign(kind="moments", array="vae.npy"))
+        index_folder(theirs, tmp_path / "out", MemberSpec(kind="moments", array="vae.npy"))

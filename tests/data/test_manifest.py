@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diffmoe_ep.data.manifest import DataError, Manifest, Shard, TextFeatures, parse_manifest
+from diffmoe_ep.data.manifest import DataError, Manifest, Shard, TextEncoderInfo, parse_manifest
 
 SHARD = Shard("tiny-000000.tar", 10240, 3, "0" * 64, "1" * 64)
 LABELS = Manifest(
@@ -27,7 +27,7 @@ LABELS = Manifest(
 )
 TEXT = replace(
     LABELS, kind="moments", dtype="float16", flips=2, num_classes=0, class_names=(), condition="text", encoder="e" * 64, source="f" * 64,
-    text=(TextFeatures("t5", 4096, 120, "bfloat16", "a" * 64), TextFeatures("clip", 768, 77, "float32", "b" * 64)),
+    text=(TextEncoderInfo("t5", 4096, 120, "bfloat16", "a" * 64), TextEncoderInfo("clip", 768, 77, "float32", "b" * 64)),
 )  # fmt: skip
 FORMAT_1 = {
     "format": 1, "name": "tiny", "kind": "pixels", "shape": [1, 8, 8], "dtype": "uint8", "scale": 0.125, "shift": -1.0, "num_classes": 2,

@@ -15,7 +15,7 @@ from diffmoe_ep.data.loader.micro_steps import MicroSteps
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Batch, decode_label, encode, final_latent
 from diffmoe_ep.data.shards import Dataset
 
@@ -68,7 +68,7 @@ def test_latents_are_final_latents(shape: tuple[int, int, int], scale: float) ->
     for position in range(20):
         array = drawn.normal(size=facts.stored_shape, scale=10.0 ** (position % 5 - 2)).astype(np.float16)
         for mirrored in (False, True):
-            latent = keyed(3, position, "posterior").standard_normal(shape, dtype=np.float32)
+            latent = generator_for(3, position, "posterior").standard_normal(shape, dtype=np.float32)
             assert code.sample(np.ascontiguousarray(array[int(mirrored)]), latent)
             np.testing.assert_array_equal(latent, final_latent(array, facts, mirrored, 3, position))
 
@@ -80,7 +80,7 @@ def test_every_number_that_float16_holds() -> None:
     every = every[np.isfinite(every)]
     facts = moments((1, 1, len(every)), flips=1)
     array = np.stack([every, every[::-1]])[None, :, None]
-    latent = keyed(0, 5, "posterior").standard_normal(facts.shape, dtype=np.float32)
+    latent = generator_for(0, 5, "posterior").standard_normal(facts.shape, dtype=np.float32)
     assert native.Moments(facts).sample(array[0], latent)
     np.testing.assert_array_equal(latent, final_latent(array, facts, False, 0, 5))
 

@@ -4,14 +4,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ep.data.rng import PURPOSES, keyed, permutation
+from diffmoe_ep.data.rng import STREAMS, generator_for, permutation
 
 WORDS = st.integers(0, 2**64 - 1)
-KEYS = st.tuples(WORDS, WORDS, st.sampled_from(sorted(PURPOSES)), WORDS)
+KEYS = st.tuples(WORDS, WORDS, st.sampled_from(sorted(STREAMS)), WORDS)
 
 
 def raw(key: tuple[int, int, str, int], count: int = 4) -> list[int]:
-    return keyed(*key).bit_generator.random_raw(count).tolist()
+    return generator_for(*key).bit_generator.random_raw(count).tolist()
 
 
 @settings(deadline=None, max_examples=50)
@@ -24,7 +24,7 @@ def test_streams_are_equal_exactly_when_their_keys_are(
 
 
 def test_streams_that_differ_in_one_word_differ() -> None:
-    keys = [(1, 2, purpose, part) for purpose in PURPOSES for part in (0, 1)] + [(2, 1, "noise", 0), (1, 3, "noise", 0)]
+    keys = [(1, 2, purpose, part) for purpose in STREAMS for part in (0, 1)] + [(2, 1, "noise", 0), (1, 3, "noise", 0)]
     assert len({tuple(raw(key)) for key in keys}) == len(keys)
 
 
@@ -33,7 +33,7 @@ def test_part_is_not_a_later_piece_of_the_stream() -> None:
 
 
 def test_words_are_those_of_philox_with_key_and_counter() -> None:
-    expected = np.random.Philox(key=7 + (5 << 64), counter=(9 << 128) + (PURPOSES["drop"] << 192)).random_raw(8)
+    expected = np.random.Philox(key=7 + (5 << 64), counter=(9 << 128) + (STREAMS["drop"] << 192)).random_raw(8)
     assert raw((7, 5, "drop", 9), 8) == expected.tolist()
     assert raw((7, 5, "time", 0), 2) == [8526679654037188868, 3444825123183319459]
 
@@ -41,13 +41,13 @@ def test_words_are_those_of_philox_with_key_and_counter() -> None:
 @settings(deadline=None, max_examples=30)
 @given(WORDS, st.integers(1, 300))
 def test_permutation_is_one(number: int, count: int) -> None:
-    assert sorted(permutation(keyed(0, number, "order"), count).tolist()) == list(range(count))
+    assert sorted(permutation(generator_for(0, number, "order"), count).tolist()) == list(range(count))
 
 
 def test_permutations_of_three_are_equally_likely() -> None:
     counts: dict[tuple[int, ...], int] = {}
     for number in range(3000):
-        drawn = tuple(permutation(keyed(0, number, "order"), 3).tolist())
+        drawn = tuple(permutation(generator_for(0, number, "order"), 3).tolist())
         counts[drawn] = counts.get(drawn, 0) + 1
     assert len(counts) == 6
     assert max(abs(count - 500) for count in counts.values()) < 100  # about five standard deviations

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe_ep.data.manifest import Manifest, TextFeatures
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Batch, Caption, Condition, decode, encode, final_latent
 
 PIXELS = Manifest("tiny", "pixels", (3, 4, 5), "uint8", 1 / 8, -1.0, 10, (), "made up")
@@ -100,7 +100,7 @@ def test_pixels_are_mirrored_and_scaled() -> None:
 def test_moments_are_sampled_with_the_position_s_noise_and_scaled(flipped: bool) -> None:
     array = array_for(MOMENTS)
     mean, log_variance = array[int(flipped), :2].astype(np.float64), array[int(flipped), 2:].astype(np.float64)
-    noise = keyed(9, 41, "posterior").standard_normal((2, 4, 4), dtype=np.float32)
+    noise = generator_for(9, 41, "posterior").standard_normal((2, 4, 4), dtype=np.float32)
     expected = (mean + np.sqrt(np.exp(log_variance)) * noise) * 0.18215
     found = final_latent(array, MOMENTS, flipped, seed=9, position=41)
     assert found.dtype == np.float32
@@ -128,7 +128,7 @@ TEXT = replace(
     PIXELS,
     num_classes=0,
     condition="text",
-    text=(TextFeatures("t5", 4, 5, "float32", "a" * 64), TextFeatures("clip", 2, 7, "float32", "b" * 64)),
+    text=(TextEncoderInfo("t5", 4, 5, "float32", "a" * 64), TextEncoderInfo("clip", 2, 7, "float32", "b" * 64)),
 )
 
 

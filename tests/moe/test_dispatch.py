@@ -15,7 +15,7 @@ from diffmoe_ep.moe import dispatch as dispatching
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch, overlapped
 from diffmoe_ep.moe.experts import Experts
-from diffmoe_ep.moe.layer import Kept, MoELayer
+from diffmoe_ep.moe.layer import MoELayer, SavedRouting
 from diffmoe_ep.moe.permute import pairs_of
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.moe.routing import Assignment
@@ -271,7 +271,7 @@ def costs(rank: int, ep: int) -> None:
             layer.pools = Pools(None, mesh.pool)
         layer.train(training).rule = InferenceRule("threshold", 0.5)
         layer.dispatcher = AllToAllDispatch(mesh.expert, chunks)
-        kept, traffic, row = Kept(), mesh.expert.traffic, 64 * 4
+        kept, traffic, row = SavedRouting(), mesh.expert.traffic, 64 * 4
         traffic.reset()
         layer(torch.randn(16, 16, 64, generator=torch.Generator().manual_seed(rank)), kept)
         assert kept.choice is not None

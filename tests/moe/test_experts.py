@@ -125,7 +125,7 @@ def test_onednn_multiplies_as_torch_does(case: str, monkeypatch: pytest.MonkeyPa
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
 )
 def test_compiled_gelu_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept whole or computed again, trained or only run; and far out nothing overflows."""
+    """Saved whole or computed again, trained or only run; and far out nothing overflows."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for few in (0, 2**24):
         monkeypatch.setattr(fused_module, "FEW", few)

@@ -17,7 +17,7 @@ from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe import layer as layers
 from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
-from diffmoe_ep.moe.layer import Choice, Kept, MoELayer
+from diffmoe_ep.moe.layer import Choice, MoELayer, SavedRouting
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.train import trainer as training
 from ranks import run
@@ -121,7 +121,7 @@ def drifting() -> Any:
 
 def choosing_anew() -> Any:
     """The planted fault: the second forward chooses again."""
-    return mock.patch.object(Kept, "once", lambda self, choose: choose())
+    return mock.patch.object(SavedRouting, "once", lambda self, choose: choose())
 
 
 @pytest.mark.parametrize("recompute", AGAIN)
@@ -238,7 +238,7 @@ def test_memory_falls_to_the_blocks_inputs() -> None:
 
 
 def test_what_is_kept_of_a_choice_is_small() -> None:
-    layer, kept, wide = MoELayer(dataclasses.replace(SMALL, hidden_size=384), PoolConfig()), Kept(), 384 * 4
+    layer, kept, wide = MoELayer(dataclasses.replace(SMALL, hidden_size=384), PoolConfig()), SavedRouting(), 384 * 4
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1)
     layer(torch.randn(4, 16, 384), kept)

@@ -10,7 +10,7 @@ import torch
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.condition import Text
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.sampling.generate import CapacityRecord, generate, join, start_noise, to_pixels
 
 SHAPE, STEPS, LAYERS, EXPERTS, TOKENS = (2, 4, 4), 3, 2, 5, 4
@@ -115,7 +115,7 @@ def test_samples_agree_with_a_plain_loop_over_chunks():
     for first in range(0, 11, 3):
         numbers = range(first, min(first + 3, 11))
         x = torch.stack(
-            [torch.from_numpy(keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32)) for i in numbers]
+            [torch.from_numpy(generator_for(7, i, "start").standard_normal(SHAPE, dtype=np.float32)) for i in numbers]
         )
         condition = CONDITIONS[first : first + 3]
         for t in (1.0, 2 / 3, 1 / 3):
@@ -323,7 +323,7 @@ def test_ancestral_samples_agree_with_a_plain_loop_with_keyed_noise_and_one_pool
     for first in range(0, 11, 3):
         numbers = range(first, min(first + 3, 11))
         count = len(numbers)
-        x = np.stack([keyed(7, i, "start").standard_normal(SHAPE, dtype=np.float32) for i in numbers]).astype(
+        x = np.stack([generator_for(7, i, "start").standard_normal(SHAPE, dtype=np.float32) for i in numbers]).astype(
             np.float64
         )
         condition = torch.cat([CONDITIONS[first : first + count], torch.full((count,), 3)])
@@ -342,7 +342,7 @@ def test_ancestral_samples_agree_with_a_plain_loop_with_keyed_noise_and_one_pool
             if t:
                 low = added * (1 - before) / (1 - here)
                 noise = np.stack(
-                    [keyed(7, i, "start", step + 1).standard_normal(SHAPE, dtype=np.float32) for i in numbers]
+                    [generator_for(7, i, "start", step + 1).standard_normal(SHAPE, dtype=np.float32) for i in numbers]
                 )
                 x = x + np.sqrt(added ** ((1 + v) / 2) * low ** ((1 - v) / 2)) * noise
         np.testing.assert_allclose(latents[first : first + count].numpy(), x, rtol=1e-3, atol=1e-3)

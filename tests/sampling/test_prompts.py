@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import Config, ConfigError, DataConfig, from_tree
-from diffmoe_ep.data.captions import TextFields
+from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.sampling.prompts import Prompts, encode, first_captions, load_encoder, read_prompts
@@ -91,7 +91,7 @@ def test_features_are_those_that_were_stored(folder: Path, encoder: TextEncoder)
     """To a unit in float16's last place: they were made in a batch."""
     mixture = Mixture.open(DataConfig(folder=str(folder / "stored" / "train")))
     given = config(folder)
-    text = TextFields.of(given.model, given.text)
+    text = CaptionSpec.of(given.model, given.text)
     assert text is not None
     stored = first_captions(mixture, text, 45)
     assert stored.words[30:] == stored.words[:15]  # 30 samples, then again
@@ -99,7 +99,7 @@ def test_features_are_those_that_were_stored(folder: Path, encoder: TextEncoder)
     made = encode(encoder, stored.words, PLACES)[0]
     for ours, theirs in zip(made.rows, stored.rows, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=2e-3, atol=1e-3)
-    online = TextFields.of(given.model, config(folder, "text.online=true").text)
+    online = CaptionSpec.of(given.model, config(folder, "text.online=true").text)
     assert online is not None
     words = Mixture.open(DataConfig(folder=str(folder / "words" / "train")))
     longer = load_encoder(config(folder, "text.online=true"), facts(folder, "words"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffmoe_ep.config import Config, ConfigError
-from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.train.dataset import open_data
 from diffmoe_ep.train.log import Clock
@@ -29,7 +29,7 @@ def losses(rank: int, given: Config) -> tuple[list[float], list[str]]:
     """The losses of a run, and what it tells of the data."""
     mesh = start_mesh(given)
     dataset = open_data(given)
-    assert isinstance(dataset, Tars)
+    assert isinstance(dataset, PlainTars)
     trainer = Trainer(given, mesh, dataset)
     found = [trainer.measure(trainer.train_step(Clock(0)))["loss"] for _ in range(given.train.steps)]
     told = sorted(trainer.measure_data())

@@ -13,7 +13,7 @@ import torch
 
 from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.exported import save_single
+from diffmoe_ep.checkpoint.exported import save_exported
 from diffmoe_ep.checkpoint.load import config_of, facts_of
 from diffmoe_ep.config import Config, ConfigError, override
 from diffmoe_ep.data.loader.stream import Stream
@@ -167,7 +167,9 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
     assert meta["ancestry"][0]["path"] == str(store.resolve(source))
     provenance = {"ancestry": meta["ancestry"]}
     kept = override(config_of(checkpoint), ["sample.weights=model"])
-    save_single(load_model(checkpoint, "model"), kept, facts_of(checkpoint), tmp_path / "single", provenance=provenance)
+    save_exported(
+        load_model(checkpoint, "model"), kept, facts_of(checkpoint), tmp_path / "single", provenance=provenance
+    )
     given = tuned(
         digits,
         tmp_path / "second",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from diffmoe_ep.data.captions import TextFields, collate
+from diffmoe_ep.data.captions import CaptionSpec, collate
 from diffmoe_ep.data.condition import Text
 from diffmoe_ep.data.loader.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.manifest import Manifest
@@ -22,7 +22,7 @@ class Assembler:
     another.
     """
 
-    def __init__(self, seed: int, drop_condition: float, flip: bool, text: TextFields | None) -> None:
+    def __init__(self, seed: int, drop_condition: float, flip: bool, text: CaptionSpec | None) -> None:
         """drop_condition: how often a condition is replaced by the null condition; flip: mirror every second sample,
         about.
         """

@@ -9,7 +9,7 @@ import torch
 from numpy.random import Generator, Philox
 
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.rng import PURPOSES
+from diffmoe_ep.data.rng import STREAMS
 
 AT_ONCE = 32  # samples whose latents are made together
 
@@ -30,9 +30,9 @@ class Draws:
         }  # fmt: skip
 
     def at(self, position: int, purpose: str) -> Generator:
-        """The generator `keyed(seed, position, purpose)`; the one given before is void."""
+        """The generator `generator_for(seed, position, purpose)`; the one given before is void."""
         self._key[1] = position
-        self._counter[3] = PURPOSES[purpose]
+        self._counter[3] = STREAMS[purpose]
         self._philox.state = self._state
         return self._generator
 

@@ -17,7 +17,7 @@ from diffmoe_ep.data.shards import Dataset
 NOTHING = [0] * native.REQUEST  # for a sample that shall not be read
 
 
-class Quick:
+class FastReader:
     """Reads as `read_labelled` does, without looking at the values; gives None for whatever is unusual, so that it is
     looked at there.
     """

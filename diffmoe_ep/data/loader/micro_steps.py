@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from diffmoe_ep.data import native
 from diffmoe_ep.data.captions import read_chosen
 from diffmoe_ep.data.loader.assemble import Assembler, Stored
-from diffmoe_ep.data.loader.fast_reader import NOTHING, Quick
+from diffmoe_ep.data.loader.fast_reader import NOTHING, FastReader
 from diffmoe_ep.data.loader.quarantine import Fault
 from diffmoe_ep.data.manifest import REMEDY, DataError
 from diffmoe_ep.data.mixture import MixedOrder, Mixture, Place
@@ -49,10 +49,10 @@ class MicroSteps(TorchDataset["Result"]):
         self._rows = rows
         self._retries = retries
         self._substitute = substitute
-        self._quick: dict[int, Quick] = {}  # for datasets with labels
+        self._quick: dict[int, FastReader] = {}  # for datasets with labels
         if assembler.text is None:
             self._quick = {
-                number: Quick(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)
+                number: FastReader(part) for number, part in enumerate(mixture.parts) if isinstance(part, Dataset)
             }
         self._makes_latents = len(self._quick) == len(mixture.parts) and all(
             quick.makes_latents for quick in self._quick.values()

@@ -31,13 +31,13 @@ from typing import Literal, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.index import Foreign, facts_of
+from diffmoe_ep.data.index import MemberSpec, facts_of
 from diffmoe_ep.data.loader.assemble import Assembler, Stored
 from diffmoe_ep.data.loader.micro_steps import Result
 from diffmoe_ep.data.loader.quarantine import Fault
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.remote.fetch import LONGEST_PAUSE, Access, Unavailable, check_url, chunks, is_remote, shown
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Caption, decode_array, decode_label
 
 MOST_BAD = 32  # times the samples of a batch that may be bad before it is full
@@ -55,12 +55,12 @@ class Tar(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tars:
+class PlainTars:
     """Tars without an index, as a dataset to stream from."""
 
     urls: tuple[str, ...]  # paths or URLs
     manifest: Manifest  # what every sample is; it names no shards
-    says: Foreign  # extensions of the members
+    says: MemberSpec  # extensions of the members
     access: Access
     shuffle: int = 1000  # samples that a worker has at hand and draws from
 
@@ -68,11 +68,11 @@ class Tars:
     def open(
         cls,
         where: str,
-        says: Foreign,
+        says: MemberSpec,
         access: Access,
         condition: Literal["class", "text"] = "class",
         shuffle: int = 1000,
-    ) -> "Tars":
+    ) -> "PlainTars":
         """Tars of a folder, of a URL, or of a pattern such as https://host/{000..127}.tar; the first sample tells what
         the others are.
 
@@ -158,7 +158,7 @@ class ResampledSteps(IterableDataset["Result"]):
     """A rank's Batch of micro-step after micro-step; worker w of n makes every n-th of them."""
 
     def __init__(
-        self, tars: Tars, assembler: Assembler, seed: int, micro_step_size: int, rows: range, tolerant: bool
+        self, tars: PlainTars, assembler: Assembler, seed: int, micro_step_size: int, rows: range, tolerant: bool
     ) -> None:
         """rows: this rank's of the samples of a micro-step over all ranks; tolerant: bad samples are passed over."""
         self.first = 0  # micro-step that the next iteration starts at
@@ -173,7 +173,7 @@ class ResampledSteps(IterableDataset["Result"]):
         info = get_worker_info()
         worker, count = (info.id, info.num_workers) if info is not None else (0, 1)
         start, rank = self.first * self._micro_step_size, self._rows.start // len(self._rows)
-        seed = int(keyed(self._seed, start, "resample", part=(rank << 32) + worker).integers(2**62))
+        seed = int(generator_for(self._seed, start, "resample", part=(rank << 32) + worker).integers(2**62))
         source = _shuffled(self._tars.draw(seed), self._tars.shuffle, random.Random(seed))
         for micro_step in itertools.count(self.first + worker, count):
             begin = micro_step * self._micro_step_size

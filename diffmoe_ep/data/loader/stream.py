@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.captions import TextFields, check_text
+from diffmoe_ep.data.captions import CaptionSpec, check_text
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.assemble import Assembler
 from diffmoe_ep.data.loader.micro_steps import MicroSteps, Result
 from diffmoe_ep.data.loader.pack import Packed, pack, unpack
 from diffmoe_ep.data.loader.quarantine import Fault
-from diffmoe_ep.data.loader.resampled import ResampledSteps, Tars
+from diffmoe_ep.data.loader.resampled import PlainTars, ResampledSteps
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.order import Lanes
@@ -35,14 +35,14 @@ class Stream:
     Micro-step m covers the positions m M .. (m + 1) M - 1, M = batch / accumulation; rank r has the r-th of `world`
     equal slices. What a batch holds is a function of seed and positions alone, so ranks, workers and restarts change
     nothing. A sample whose bytes are bad is replaced by another of its shuffle block, which its position decides; one
-    that cannot be had is asked for again. Of `Tars`, which nobody has indexed, all that is promised stands in
+    that cannot be had is asked for again. Of `PlainTars`, which nobody has indexed, all that is promised stands in
     `resampled`.
     """
 
     def __init__(
-        self, dataset: Dataset | Mixture | Tars, *, seed: int, batch: int, accumulation: int, rank: int, world: int, drop_condition: float,
+        self, dataset: Dataset | Mixture | PlainTars, *, seed: int, batch: int, accumulation: int, rank: int, world: int, drop_condition: float,
         flip: bool, shuffle_block: int, workers: int, prefetch: int, samples_consumed: int = 0, lanes: int = 1, retries: int = 0,
-        max_bad_fraction: float = 0.0, quarantine_file: Path | None = None, text: TextFields | None = None,
+        max_bad_fraction: float = 0.0, quarantine_file: Path | None = None, text: CaptionSpec | None = None,
     ) -> None:  # fmt: skip
         """ConfigError where the numbers do not divide or the dataset has not what is asked for; costs nothing before
         the first batch.
@@ -68,7 +68,7 @@ class Stream:
             raise ConfigError(
                 f"data.lanes = {lanes} does not divide the {micro_step_size} samples of a micro-step; use a divisor of these"
             )
-        self.dataset = dataset if isinstance(dataset, Mixture | Tars) else Mixture([dataset])
+        self.dataset = dataset if isinstance(dataset, Mixture | PlainTars) else Mixture([dataset])
         for name, manifest in zip(self.dataset.names, self.dataset.manifests, strict=True):
             if flip and manifest.kind == "moments" and manifest.flips != 2:
                 raise ConfigError(
@@ -90,7 +90,7 @@ class Stream:
         share, assembler = micro_step_size // world, Assembler(seed, drop_condition, flip, text)
         rows, tolerant = range(rank * share, (rank + 1) * share), max_bad_fraction > 0
         self._source: MicroSteps | ResampledSteps
-        if isinstance(self.dataset, Tars):
+        if isinstance(self.dataset, PlainTars):
             self._source = ResampledSteps(self.dataset, assembler, seed, micro_step_size, rows, tolerant)
         else:
             order = self.dataset.order(seed, shuffle_block, Lanes(lanes, micro_step_size // lanes))
@@ -140,7 +140,7 @@ class Stream:
 
         everywhere: all ranks ask with the same number.
         """
-        if isinstance(self.dataset, Tars):
+        if isinstance(self.dataset, PlainTars):
             seen = max(self.samples_consumed - self._first, LEAST_SEEN)
         else:
             epoch = self.dataset.num_samples  # counted whole, for bad samples may lie at its beginning

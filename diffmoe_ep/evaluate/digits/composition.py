@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.rng import keyed, permutation
+from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.evaluate.digits.detect import UNCLEAR, Canvases, Detector, known_digits
 
 TASKS = ("single object", "two objects", "counting", "position")
@@ -90,7 +90,7 @@ def prompts(each: int) -> list[Prompt]:
     found = []
     for number, task in enumerate(TASKS):
         texts = _texts(number)
-        order = permutation(keyed(SEED, number, "order"), len(texts))
+        order = permutation(generator_for(SEED, number, "order"), len(texts))
         for place in range(each):
             prompt = read(texts[order[place % len(order)]])
             assert prompt is not None and prompt.task == task

@@ -8,7 +8,7 @@ import pytest
 
 from diffmoe_ep.data.loader.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.rng import PURPOSES, keyed
+from diffmoe_ep.data.rng import STREAMS, generator_for
 from diffmoe_ep.data.sample import final_latent
 
 
@@ -16,8 +16,8 @@ from diffmoe_ep.data.sample import final_latent
 def test_draws_are_those_of_keyed(seed: int) -> None:
     draws = Draws(seed)
     for position in (0, 3, 2**40, 2**63 - 1):
-        for purpose in PURPOSES:
-            found, expected = draws.at(position, purpose), keyed(seed, position, purpose)
+        for purpose in STREAMS:
+            found, expected = draws.at(position, purpose), generator_for(seed, position, purpose)
             assert found.random(dtype=np.float32) == expected.random(dtype=np.float32)  # leaves half a word behind
             np.testing.assert_array_equal(
                 found.standard_normal(7, dtype=np.float32), expected.standard_normal(7, dtype=np.float32)
@@ -27,8 +27,8 @@ def test_draws_are_those_of_keyed(seed: int) -> None:
 
 def test_draws_survive_the_way_to_a_worker() -> None:
     copied = pickle.loads(pickle.dumps(Draws(5)))
-    assert copied.at(9, "noise").random() == keyed(5, 9, "noise").random()
-    assert copied.at(9, "noise").random() == keyed(5, 9, "noise").random()
+    assert copied.at(9, "noise").random() == generator_for(5, 9, "noise").random()
+    assert copied.at(9, "noise").random() == generator_for(5, 9, "noise").random()
 
 
 @pytest.mark.parametrize("count", [1, 5, 2 * AT_ONCE + 3])
@@ -45,7 +45,10 @@ def test_latents_of_a_batch_are_those_of_its_samples(kind: Any, dtype: str, coun
     flipped, positions = [bool(number % 2) for number in range(count)], [number * 13 for number in range(count)]
     latents = Latents(facts)
     found = np.stack(
-        [keyed(3, position, "posterior").standard_normal(facts.shape, dtype=np.float32) for position in positions]
+        [
+            generator_for(3, position, "posterior").standard_normal(facts.shape, dtype=np.float32)
+            for position in positions
+        ]
     )
     for first in range(0, count, AT_ONCE):
         rows = list(range(count))[:: -1 if scattered else 1][first : first + AT_ONCE]

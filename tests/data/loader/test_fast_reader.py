@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.write import write_dataset
 from diffmoe_ep.data.crc import fastest_crc32
-from diffmoe_ep.data.loader.fast_reader import Quick
+from diffmoe_ep.data.loader.fast_reader import FastReader
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.remote.fetch import Unavailable
 from diffmoe_ep.data.sample import encode, read_labelled
@@ -31,7 +31,7 @@ def write(folder: Path, facts: Manifest) -> Dataset:
 @pytest.mark.parametrize("facts", [PIXELS, MOMENTS], ids=["pixels", "moments"])
 def test_the_quick_way_is_the_plain_way(tmp_path: Path, facts: Manifest) -> None:
     dataset = write(tmp_path / "tiny", facts)
-    quick = Quick(dataset)
+    quick = FastReader(dataset)
     for _ in range(2):
         for shard, size in enumerate(dataset.sizes):
             for sample in range(size):
@@ -65,14 +65,14 @@ def test_what_is_bad_or_unusual_is_left_to_the_plain_way(tmp_path: Path) -> None
         file.seek(int(index["pixels.npy"]["offset"][3]) + 130)
         file.write(b"?")  # the checksum is that of what was there
     np.save(path, index)
-    quick = Quick(dataset)
+    quick = FastReader(dataset)
     found = [quick(0, sample) for sample in range(5)]
     assert [each is None for each in found] == [False, True, True, True, False]
     assert read_labelled(dataset, 0, 2)[1] == 6  # spelt in another way, but sound
     os.truncate(folder / "tiny-000001.tar", 600)
     assert quick(1, 4) is None
     path.with_name("tiny-000001.index.npy").write_bytes(b"")
-    assert Quick(Dataset(folder, dataset.manifest))(1, 0) is None
+    assert FastReader(Dataset(folder, dataset.manifest))(1, 0) is None
     (folder / "tiny-000002.tar").unlink()
     with pytest.raises(Unavailable, match=r"tiny-000002\.tar"):
         quick(2, 0)

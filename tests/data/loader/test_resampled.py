@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.captions import TextFields
+from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.condition import Text
-from diffmoe_ep.data.index import Foreign
+from diffmoe_ep.data.index import MemberSpec
 from diffmoe_ep.data.loader import quarantine
-from diffmoe_ep.data.loader.resampled import Tars
+from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.remote.fetch import Access, Unavailable
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Batch
 
-SAYS = Foreign("pixels", label="txt", array="img.npy", scale=0.5, shift=-1.0, num_classes=40)
+SAYS = MemberSpec("pixels", label="txt", array="img.npy", scale=0.5, shift=-1.0, num_classes=40)
 ACCESS = Access(retries=2, pause=0.0)
 NUM_TARS, SIZE = 5, 8
 
@@ -65,11 +65,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(folder: Path | str, **changes: Any) -> Tars:
-    return Tars.open(str(folder), SAYS, changes.pop("access", ACCESS), shuffle=changes.pop("shuffle", 10), **changes)
+def opened(folder: Path | str, **changes: Any) -> PlainTars:
+    return PlainTars.open(
+        str(folder), SAYS, changes.pop("access", ACCESS), shuffle=changes.pop("shuffle", 10), **changes
+    )
 
 
-def make(tars: Tars, **changes: Any) -> Stream:
+def make(tars: PlainTars, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
         "seed": 5, "batch": 8, "accumulation": 1, "rank": 0, "world": 1, "drop_condition": 0.25, "flip": True, "shuffle_block": 2,
         "workers": 0, "prefetch": 2,
@@ -77,7 +79,7 @@ def make(tars: Tars, **changes: Any) -> Stream:
     return Stream(tars, **settings | changes)
 
 
-def take(tars: Tars, steps: int, **changes: Any) -> list[Batch]:
+def take(tars: PlainTars, steps: int, **changes: Any) -> list[Batch]:
     source = make(tars, **changes)
     try:
         return list(islice(source, steps))
@@ -100,10 +102,10 @@ def test_a_batch_has_all_its_fields(folder: Path, workers: int) -> None:
         assert batch.latent.dtype == batch.noise.dtype == batch.u.dtype == torch.float32
         assert batch.position[place] == position
         np.testing.assert_array_equal(
-            batch.noise[place].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
+            batch.noise[place].numpy(), generator_for(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
         )
-        assert batch.u[place].item() == keyed(5, position, "time").random(dtype=np.float32)
-        dropped = keyed(5, position, "drop").random() < 0.25
+        assert batch.u[place].item() == generator_for(5, position, "time").random(dtype=np.float32)
+        dropped = generator_for(5, position, "drop").random() < 0.25
         assert isinstance(batch.condition, torch.Tensor)
         assert batch.condition[place].item() == (40 if dropped else numbers[row])
     assert len(set(numbers)) > 15
@@ -156,7 +158,8 @@ def test_tars_by_pattern_and_by_command(folder: Path) -> None:
 def test_fingerprints_follow_names_and_facts_but_no_secrets(folder: Path) -> None:
     urls = [f"https://me:{secret}@host/{{0..3}}.tar?signature={secret}" for secret in ("a", "b")]
     first, second = (
-        Tars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SAYS, ACCESS) for url in urls
+        PlainTars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SAYS, ACCESS)
+        for url in urls
     )
     assert first.fingerprint == second.fingerprint != opened(folder).fingerprint
     assert "a@" not in first.names[0] and "signature" not in first.names[0]
@@ -164,13 +167,13 @@ def test_fingerprints_follow_names_and_facts_but_no_secrets(folder: Path) -> Non
 
 def test_captions_are_words_to_be_encoded(folder: Path) -> None:
     tars = opened(folder, condition="text")
-    batches = take(tars, 3, text=TextFields("t5", 4, 3, online=True))
+    batches = take(tars, 3, text=CaptionSpec("t5", 4, 3, online=True))
     numbers = images(batches)
     words = [caption for batch in batches for caption in batch.captions]
-    dropped = [keyed(5, position, "drop").random() < 0.25 for position in range(24)]
+    dropped = [generator_for(5, position, "drop").random() < 0.25 for position in range(24)]
     assert words == ["" if drop else str(number) for number, drop in zip(numbers, dropped, strict=True)]
     assert isinstance(batches[0].condition, Text)
-    for text in (None, TextFields("t5", 4, 3)):
+    for text in (None, CaptionSpec("t5", 4, 3)):
         with pytest.raises(ConfigError, match=r"model\.condition is class|text\.online=true"):
             make(tars, text=text)
 
@@ -278,6 +281,6 @@ def test_tars_that_are_none_are_told_at_the_start(tmp_path: Path, spoil: Callabl
 
 def test_members_that_are_not_there_are_named(folder: Path) -> None:
     with pytest.raises(DataError, match=r"key some/k000: has no member npy and cls \(it has img\.npy, json, txt\)"):
-        Tars.open(str(folder), Foreign("pixels", num_classes=3), ACCESS)
+        PlainTars.open(str(folder), MemberSpec("pixels", num_classes=3), ACCESS)
     with pytest.raises(ConfigError, match="no index tells how many classes"):
-        Tars.open(str(folder), Foreign("pixels", label="txt", array="img.npy"), ACCESS)
+        PlainTars.open(str(folder), MemberSpec("pixels", label="txt", array="img.npy"), ACCESS)

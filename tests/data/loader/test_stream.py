@@ -18,7 +18,7 @@ from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.order import Order
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Batch, encode
 from diffmoe_ep.data.shards import Dataset, load_index
 
@@ -122,14 +122,14 @@ def test_a_batch_is_what_its_positions_say(pixels: Dataset, flip: bool) -> None:
     for row, position in enumerate(range(120)):
         shard, sample = order.locate(position)
         latent = content[shard * 8 + sample].astype(np.float32) * 0.5 - 1
-        if flip and keyed(5, position, "flip").random() < 0.5:
+        if flip and generator_for(5, position, "flip").random() < 0.5:
             latent = latent[:, :, ::-1]
-        dropped = keyed(5, position, "drop").random() < 0.25
+        dropped = generator_for(5, position, "drop").random() < 0.25
         np.testing.assert_array_equal(batch.latent[row].numpy(), latent)
         np.testing.assert_array_equal(
-            batch.noise[row].numpy(), keyed(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
+            batch.noise[row].numpy(), generator_for(5, position, "noise").standard_normal((1, 2, 3), dtype=np.float32)
         )
-        assert batch.u[row].item() == keyed(5, position, "time").random(dtype=np.float32)
+        assert batch.u[row].item() == generator_for(5, position, "time").random(dtype=np.float32)
         assert batch.condition[row].item() == (4 if dropped else (shard * 8 + sample) % 4)
 
 
@@ -142,7 +142,7 @@ def test_draws_have_their_distributions(pixels: Dataset) -> None:
     assert batch.u.max() < 1
     assert abs(batch.noise.mean().item()) < 0.04
     assert abs(batch.noise.std().item() - 1) < 0.03
-    drawn = [keyed(5, position, "flip").random() < 0.5 for position in range(2400)]
+    drawn = [generator_for(5, position, "flip").random() < 0.5 for position in range(2400)]
     assert abs(np.mean(drawn) - 0.5) < 0.05
 
 

@@ -18,21 +18,21 @@ import torch
 
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, from_tree
-from diffmoe_ep.data.captions import TextFields, check_text
+from diffmoe_ep.data.captions import CaptionSpec, check_text
 from diffmoe_ep.data.condition import Text
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.stream import Stream
-from diffmoe_ep.data.manifest import DataError, Manifest, TextFeatures
+from diffmoe_ep.data.manifest import DataError, Manifest, TextEncoderInfo
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.order import Order
-from diffmoe_ep.data.rng import keyed
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.sample import Batch, Caption, encode
 from diffmoe_ep.data.shards import Dataset
 
-T5, CLIP = TextFeatures("t5", 3, 6, "float32", "a" * 64), TextFeatures("clip", 2, 4, "float32", "b" * 64)
+T5, CLIP = TextEncoderInfo("t5", 3, 6, "float32", "a" * 64), TextEncoderInfo("clip", 2, 4, "float32", "b" * 64)
 FACTS = Manifest("tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 0, (), "made up", condition="text", text=(T5, CLIP))
 LABELS = replace(FACTS, condition="class", num_classes=5, text=())
-WANTED = TextFields("t5", places=4, width=3)
+WANTED = CaptionSpec("t5", places=4, width=3)
 ONLINE = replace(WANTED, online=True)
 NUM_SAMPLES, SHARD_SIZE = 40, 5
 
@@ -110,7 +110,7 @@ def assert_equal(found: Batch, expected: Batch) -> None:
 def chosen(position: int, number: int) -> Caption:
     """An independent reference: the interval of the weights that the position's draw falls into."""
     held = captions(number)
-    point = keyed(5, position, "caption").random() * sum(caption.weight for caption in held)
+    point = generator_for(5, position, "caption").random() * sum(caption.weight for caption in held)
     for caption in held:
         if point < caption.weight:
             return caption
@@ -119,8 +119,8 @@ def chosen(position: int, number: int) -> Caption:
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.4])
-@pytest.mark.parametrize("text", [WANTED, ONLINE, TextFields("clip", 4, 2)], ids=["t5", "online", "clip"])
-def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: TextFields, drop: float) -> None:
+@pytest.mark.parametrize("text", [WANTED, ONLINE, CaptionSpec("clip", 4, 2)], ids=["t5", "online", "clip"])
+def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: CaptionSpec, drop: float) -> None:
     batch, order = joined(tiny, text=text, drop_condition=drop), Order(tiny.sizes, 5, 3)
     assert isinstance(batch.condition, Text)
     assert batch.condition.features.shape == (120, 4, 0 if text.online else text.width)
@@ -131,7 +131,7 @@ def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: TextFields, drop
         shard, sample = order.locate(position)
         number = shard * SHARD_SIZE + sample
         assert batch.latent[position].unique().item() == number + 1
-        caption, dropped = chosen(position, number), keyed(5, position, "drop").random() < drop
+        caption, dropped = chosen(position, number), generator_for(5, position, "drop").random() < drop
         length = int(batch.condition.lengths[position])
         if text.online:
             assert batch.captions[position] == ("" if dropped else caption.text)
@@ -147,7 +147,7 @@ def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: TextFields, drop
 @pytest.mark.parametrize(("world", "accumulation", "workers"), [(2, 1, 0), (4, 2, 0), (1, 1, 2), (2, 2, 1)])
 @pytest.mark.parametrize("text", [WANTED, ONLINE], ids=["stored", "online"])
 def test_ranks_and_workers_change_nothing(
-    tiny: Dataset, text: TextFields, world: int, accumulation: int, workers: int
+    tiny: Dataset, text: CaptionSpec, world: int, accumulation: int, workers: int
 ) -> None:
     expected = joined(tiny, steps=6, text=text, drop_condition=0.3)
     assert_equal(joined(tiny, 6, world, accumulation, workers=workers, text=text, drop_condition=0.3), expected)
@@ -225,7 +225,7 @@ def test_a_label_model_and_a_text_model_take_their_own_data(tiny: Dataset, tmp_p
     ],
 )
 def test_features_that_are_not_there_are_told(
-    tmp_path: Path, wanted: TextFields, held: tuple[TextFeatures, ...], message: str | None
+    tmp_path: Path, wanted: CaptionSpec, held: tuple[TextEncoderInfo, ...], message: str | None
 ) -> None:
     mixture = Mixture([write_tiny(tmp_path / "tiny", replace(FACTS, text=held), 6)])
     if message is None:
@@ -245,14 +245,14 @@ def test_mixed_features_must_be_of_one_encoder(tiny: Dataset, tmp_path: Path) ->
     ):
         make(Mixture([tiny, other]))
     assert len(joined(Mixture([tiny, other]), 3, text=ONLINE).captions) == 24
-    assert len(joined(Mixture([tiny, other]), 3, text=TextFields("clip", 4, 2))) == 24
+    assert len(joined(Mixture([tiny, other]), 3, text=CaptionSpec("clip", 4, 2))) == 24
     assert_equal(joined(Mixture([tiny, longer]), 6, world=2), joined(Mixture([tiny, longer]), 6))
 
 
 def test_what_a_model_wants_is_what_its_config_says() -> None:
     config = from_tree({"model": {"condition": "text", "text_width": 8, "text_length": 7}, "text": {"encoder": "clip"}})
-    assert TextFields.of(config.model, config.text) == TextFields("clip", 7, 8, False)
-    assert TextFields.of(from_tree({}).model, config.text) is None
+    assert CaptionSpec.of(config.model, config.text) == CaptionSpec("clip", 7, 8, False)
+    assert CaptionSpec.of(from_tree({}).model, config.text) is None
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -340,7 +340,7 @@ def test_the_features_of_other_encoders_are_not_read(tmp_path: Path) -> None:
     assert len(joined(dataset, 5)) == 40
     assert len(joined(dataset, 5, text=ONLINE)) == 40
     with pytest.raises(DataError, match=r"text\.clip\.npy is damaged"):
-        joined(dataset, 5, text=TextFields("clip", 4, 2))
+        joined(dataset, 5, text=CaptionSpec("clip", 4, 2))
 
 
 @pytest.mark.parametrize(
