@@ -99,7 +99,7 @@ class Probe:
     def __init__(self, config: Config, device: str = "cpu") -> None:
         self.where, hidden = torch.device(device), config.model.hidden_size
         self.bf16 = config.train.precision == "bf16"
-        tokens = config.train.global_batch // config.train.grad_accumulation * num_tokens(config.model)
+        tokens = config.train.micro_step_samples * num_tokens(config.model)
         rows = tokens if self.where.type == "cuda" else max(1, min(tokens, LARGEST // (8 * hidden**2)))
         kind = torch.bfloat16 if self.bf16 else torch.float32
         x = torch.randn(rows, hidden, device=self.where).to(kind)
@@ -196,7 +196,7 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
         objective_of(config.train.objective),
         (config.model.in_channels, config.model.input_size, config.model.input_size),
     )
-    micro = config.train.global_batch // config.train.grad_accumulation
+    micro = config.train.micro_step_samples
     latent, noise = (torch.randn(micro, *shape, device=mesh.device) for _ in range(2))
     u = torch.rand(micro, device=mesh.device)
     condition: Condition = torch.arange(micro, device=mesh.device) % config.model.num_classes

@@ -102,10 +102,10 @@ def _dry_run(config: Config) -> None:
     ]
     for name, number in rows:
         print(f"{name:<22}{number:>16,}")
-    local = config.train.global_batch // config.train.grad_accumulation // world
+    local = config.train.micro_step_samples // world
     print("---")
     print(
-        f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.global_batch // config.train.grad_accumulation} samples of a micro-step, "
+        f"{world} rank{'s' * (world > 1)}: each {local} of the {config.train.micro_step_samples} samples of a micro-step, "
         f"{config.train.grad_accumulation} micro-step{'s' * (config.train.grad_accumulation > 1)} a step"
     )
     if has_experts(config.model):

@@ -71,7 +71,7 @@ def _check_start(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    data, micro = config.data, config.train.global_batch // config.train.grad_accumulation
+    data, micro = config.data, config.train.micro_step_samples
     if data.mode == "resampled":
         text = config.model.condition == "text"
         for key, wrong in (("mixture", bool(data.mixture)), ("lanes", data.lanes > 1)):
@@ -153,7 +153,7 @@ def _check_experts(config: Config) -> None:
             f"model.num_experts {num_experts} is not a multiple of parallel.expert_parallel {expert}; "
             f"parallel.expert_parallel that divides it: {_divisors(num_experts)}"
         )
-    micro = config.train.global_batch // config.train.grad_accumulation
+    micro = config.train.micro_step_samples
     if isinstance(config.pool.span, int) and (config.pool.span < 1 or micro % config.pool.span):
         raise ConfigError(
             f"pool.span {config.pool.span} does not divide the {micro} samples of a micro-step "
@@ -195,7 +195,7 @@ def _check_family(config: Config) -> None:
 
 def check_world(config: Config, world: int) -> None:
     """Check what follows from the number of ranks W; raises ConfigError."""
-    expert, micro = config.parallel.expert_parallel, config.train.global_batch // config.train.grad_accumulation
+    expert, micro = config.parallel.expert_parallel, config.train.micro_step_samples
     if world < expert:
         raise ConfigError(
             f"parallel.expert_parallel is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
@@ -242,9 +242,7 @@ def pool_samples(config: Config) -> int:
     """Samples in one training pool."""
     if config.model.family == "ec":
         return 1
-    return (
-        config.train.global_batch // config.train.grad_accumulation if config.pool.span == "all" else config.pool.span
-    )
+    return config.train.micro_step_samples if config.pool.span == "all" else config.pool.span
 
 
 def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "capacity", granularity: int = 1) -> int:

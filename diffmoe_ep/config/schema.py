@@ -257,6 +257,11 @@ class TrainConfig:
     schedule: ScheduleConfig = section(ScheduleConfig)
     ema: EmaConfig = section(EmaConfig)
 
+    @property
+    def micro_step_samples(self) -> int:
+        """Samples of one micro-step over all ranks."""
+        return self.global_batch // self.grad_accumulation
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

@@ -115,7 +115,7 @@ def lines(plan: ClusterPlan) -> list[str]:
 
 def _head(plan: ClusterPlan) -> list[str]:
     config, ranks = plan.config, plan.cluster.ranks
-    micro = config.train.global_batch // config.train.grad_accumulation
+    micro = config.train.micro_step_samples
     part = share(config, plan.estimates[0].layout)
     steps = f", {config.train.grad_accumulation} micro-steps" if config.train.grad_accumulation > 1 else ""
     lines = [

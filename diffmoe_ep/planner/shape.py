@@ -157,7 +157,7 @@ def _cut(numels: list[int], ranks: int) -> Partition:
 def share(config: Config, layout: Layout) -> Share:
     """One rank's part of a micro-step; the config's batch must divide over the ranks."""
     model = config.model
-    samples = config.train.global_batch // config.train.grad_accumulation // layout.world
+    samples = config.train.micro_step_samples // layout.world
     tokens = samples * num_tokens(model)
     if not has_experts(model):
         return Share(samples, tokens, 0, 0, 0, 0, 1)

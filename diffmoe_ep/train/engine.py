@@ -224,7 +224,7 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's settings for a config, with the user's own JSON file merged in; raises ConfigError where that
     contradicts the config.
     """
-    micro = config.train.global_batch // config.train.grad_accumulation // mesh.size
+    micro = config.train.micro_step_samples // mesh.size
     ours: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro,

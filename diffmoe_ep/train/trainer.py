@@ -66,7 +66,7 @@ def train(config: Config) -> None:
 
 def start_mesh(config: Config) -> Mesh:
     """Join the other ranks in the grid that the config asks for."""
-    local = config.train.global_batch // config.train.grad_accumulation // meshes.launched_world()
+    local = config.train.micro_step_samples // meshes.launched_world()
     ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
     return meshes.start(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 

@@ -38,7 +38,7 @@ class Casts(TorchDispatchMode):
 
 def built(config: Config) -> tuple[DiT, meshes.Mesh]:
     """This rank's part of the model, with weights that are not zero."""
-    local = config.train.global_batch // config.train.grad_accumulation // meshes.launched_world()
+    local = config.train.micro_step_samples // meshes.launched_world()
     ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
     mesh = meshes.start(config.parallel.expert_parallel, ranks, 5)
     compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
@@ -81,7 +81,7 @@ def forward_allocates(rank: int, config: Config) -> int:
 def held(rank: int, config: Config) -> dict[str, int]:
     """Bytes of each part on this rank in a training step."""
     model, mesh = built(config)
-    local = config.train.global_batch // config.train.grad_accumulation // mesh.size
+    local = config.train.micro_step_samples // mesh.size
     engine, zero = Engine(model, config, mesh), config.parallel.zero_stage
     ema = Ema(model, config.train.ema)
     optimizer = engine.optimizer
