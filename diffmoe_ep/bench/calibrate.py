@@ -183,11 +183,11 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
     from diffmoe_ep.diffusion.objective import objective_of
     from diffmoe_ep.model.initialize import initialize
     from diffmoe_ep.model.parallelize import build_sharded
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import init_mesh
     from diffmoe_ep.train.ema import Ema
     from diffmoe_ep.train.engine import Engine  # seconds to import
 
-    mesh = meshes.start(1, 1, config.parallel.timeout_minutes, device)
+    mesh = init_mesh(1, 1, config.parallel.timeout_minutes, device)
     model = initialize(
         build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed
     )

@@ -36,10 +36,10 @@ def _tell(error: UserError, patience: float) -> None:
     """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or
     one agreed upon.
     """
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import is_initialized, launched_rank, launched_world
 
-    world, rank = meshes.launched_world(strict=False), meshes.launched_rank(strict=False)
-    if world > 1 and meshes.joined() and not error.everywhere:
+    world, rank = launched_world(strict=False), launched_rank(strict=False)
+    if world > 1 and is_initialized() and not error.everywhere:
         print(f"diffmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
     elif rank == 0:
         print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)

@@ -121,7 +121,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _bench_select(options: argparse.Namespace) -> None:
     from diffmoe_ep.bench.topk import Work, measure, predict
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh, init_mesh
 
     for name in ("tokens", "experts", "hidden", "repetitions", "per_node"):
         if getattr(options, name) < 1:
@@ -129,11 +129,11 @@ def _bench_select(options: argparse.Namespace) -> None:
     work = Work(
         options.tokens, options.experts, options.hidden, not options.no_predictor, options.capacity, options.compute
     )
-    mesh = meshes.start(1, 1, 10)
+    mesh = init_mesh(1, 1, 10)
     measured = measure(mesh, work, options.repetitions)
     if measured is not None:
         _told(options.json, measured=measured, predicted=predict(work, per_node=options.per_node))
-    meshes.stop()
+    destroy_mesh()
 
 
 def _bench_layer(options: argparse.Namespace) -> None:
@@ -196,22 +196,22 @@ def _bench_experts(options: argparse.Namespace) -> None:
 
 def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
     """Join the launched ranks, which share the experts and one pool."""
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 
-    world = meshes.launched_world()
+    world = launched_world()
     if alone and world > 1:
         raise ConfigError(f"this bench measures one process, and {world} were started; start it without a launcher")
     if options.turns < 2:
         raise ConfigError(f"--turns is {options.turns}; it must be at least 2, and 20 to be believed")
-    return meshes.start(world, world, 10)
+    return init_mesh(world, world, 10)
 
 
 def _measured(mesh: "Mesh", options: argparse.Namespace, **found: Any) -> None:
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
 
     if mesh.is_first:
         _told(options.json, **found)
-    meshes.stop()
+    destroy_mesh()
 
 
 def _compute(options: argparse.Namespace) -> "torch.dtype":

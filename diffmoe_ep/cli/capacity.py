@@ -65,7 +65,7 @@ def _thresholds(text: str) -> list[Any]:
 
 def _capacity_report(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.capacity.report import check_report, report
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.prompts import read_prompts
 
     words = [*options.prompt, *(read_prompts(options.prompts) if options.prompts is not None else [])]
@@ -86,13 +86,13 @@ def _capacity_report(options: argparse.Namespace) -> None:
     if found is not None:
         print("\n".join(found.lines()))
         print(f"written to {out}")
-    meshes.stop()
+    destroy_mesh()
 
 
 def _capacity_search(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of
 
     train, heldout = load_images(options.reference), load_images(options.heldout)
@@ -113,4 +113,4 @@ def _capacity_search(options: argparse.Namespace) -> None:
         print("\n".join(found.lines()))
         if out is not None:
             print(f"written to {out}: {', '.join(write_search(found, out))}")
-    meshes.stop()
+    destroy_mesh()

@@ -28,7 +28,7 @@ def add(verbs: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of, write_grid
 
     if options.samples is None:
@@ -55,7 +55,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             write_json(out / "scores.json", {**scores.as_dict(), "protocol": protocol(source)})
             write_grid(drawn, source.facts, out / "grid.png")
             print(f"written to {out}: scores.json, grid.png")
-    meshes.stop()
+    destroy_mesh()
     return None
 
 
@@ -63,7 +63,7 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
     """Score how well prompts are followed."""
     from diffmoe_ep.evaluate.digits.composition import TASKS, check_canvases, composition, prompts
     from diffmoe_ep.evaluate.digits.detect import load_canvases
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import pixels_of, write_grid
 
     each, rest = divmod(options.samples, len(TASKS))
@@ -93,4 +93,4 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
             )
             write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
             print(f"written to {out}: composition.json, grid.png")
-    meshes.stop()
+    destroy_mesh()

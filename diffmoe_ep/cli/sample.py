@@ -110,10 +110,10 @@ def load_source(source: Source) -> "tuple[DiT, Mesh]":
 
 
 def _mesh(source: Source) -> "Mesh":
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import init_mesh
 
     parallel = source.config.parallel
-    return meshes.start(parallel.expert_parallel, 1, parallel.timeout_minutes)
+    return init_mesh(parallel.expert_parallel, 1, parallel.timeout_minutes)
 
 
 def _load(source: Source, mesh: "Mesh") -> "DiT":
@@ -272,7 +272,7 @@ def _asked(options: argparse.Namespace, words: list[str], config: Config) -> "Te
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from diffmoe_ep.parallel import mesh as meshes
+    from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import check_pictures, pixels_of, write_grid
 
     if options.threshold is not None:
@@ -306,7 +306,7 @@ def _sample(options: argparse.Namespace) -> None:
         print(f"written to {out}: {', '.join(written)}")
         if not pictures:
             print("these are latents of a VAE; to see pictures, set sample.vae to its local folder")
-    meshes.stop()
+    destroy_mesh()
 
 
 def images(source: Source, drawn: "Drawn", negative: str | None) -> dict[str, Any]:

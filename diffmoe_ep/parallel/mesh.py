@@ -74,12 +74,12 @@ def launched_rank(strict: bool = True) -> int:
     return _integer("RANK", 0, strict)
 
 
-def joined() -> bool:
+def is_initialized() -> bool:
     """Whether this process has joined the others in a process group."""
     return dist.is_initialized()
 
 
-def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
+def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
     """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks`
     ranks.
 
@@ -146,7 +146,7 @@ def start(expert: int, pool_ranks: int, timeout_minutes: float, device: str | No
     return Mesh(everyone, experts, replicas, pool, where, hosts[rank])
 
 
-def stop() -> None:
+def destroy_mesh() -> None:
     """Leave the process group, so that a process can end (or a test start again) cleanly."""
     if not dist.is_initialized():
         return

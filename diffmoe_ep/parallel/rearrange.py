@@ -1,14 +1,14 @@
 """Another grid of the ranks that have joined, for checks and measurements that try several layouts in one process."""
 
-from diffmoe_ep.parallel.mesh import Mesh, joined, start
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh, is_initialized
 
 
 def rearrange(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
-    """As `mesh.start`, also where a grid was made before; that one's groups are not used any more, but live on until
+    """As `init_mesh`, also where a grid was made before; that one's groups are not used any more, but live on until
     the process ends.
     """
-    if joined():
+    if is_initialized():
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-    return start(expert, pool_ranks, timeout_minutes, device)
+    return init_mesh(expert, pool_ranks, timeout_minutes, device)

@@ -30,9 +30,8 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import build_sharded, is_expert, widen_pools
 from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
 from diffmoe_ep.moe.layer import LayerReport
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import all_sum
-from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_world, pool_ranks
 from diffmoe_ep.sampling.decode import load_decoder
 from diffmoe_ep.sampling.sample import draw, write_grid
 from diffmoe_ep.train.conditions import Conditions
@@ -50,7 +49,7 @@ def train(config: Config) -> None:
     Raises ConfigError, DataError or CheckpointError, the same on every rank, before anything is built if something does
     not fit.
     """
-    check_world(config, meshes.launched_world())
+    check_world(config, launched_world())
     mesh = start_mesh(config)
     dataset, checkpoint = prepare(config, mesh)
     step = read_meta(checkpoint)["step"] if checkpoint else 0
@@ -61,14 +60,14 @@ def train(config: Config) -> None:
             f"{config.folder} is finished: step {step} of {config.train.steps}. "
             "To go on, raise train.steps; to start anew, give another folder."
         )
-    meshes.stop()  # not when something failed: leaving a group can wait for peers that wait for this rank
+    destroy_mesh()  # not when something failed: leaving a group can wait for peers that wait for this rank
 
 
 def start_mesh(config: Config) -> Mesh:
     """Join the other ranks in the grid that the config asks for."""
-    local = config.train.micro_step_samples // meshes.launched_world()
-    ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
-    return meshes.start(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
+    local = config.train.micro_step_samples // launched_world()
+    ranks = pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
+    return init_mesh(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 
 
 def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | PlainTars, Path | None]:

@@ -17,8 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from diffmoe_ep.parallel import mesh as meshes
-from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, launched_rank, launched_world
 from diffmoe_ep.parallel.rearrange import rearrange
 from diffmoe_ep.verify.difference import Difference
 from diffmoe_ep.verify.layer import check_choice, check_dispatch, check_kernels, check_layer
@@ -103,7 +102,7 @@ def verify(
     started, mesh, checks = time.monotonic(), None, list[Check]()
     alone: dict[int, dict[str, Trace]] = {}  # by the ranks that a pool covers
     logging.disable(logging.WARNING)  # DeepSpeed repeats itself with every engine
-    for layout in given or layouts(meshes.launched_world()):
+    for layout in given or layouts(launched_world()):
         mesh = rearrange(layout.expert, layout.pool, timeout_minutes, device)
         if layout.pool not in alone:
             alone[layout.pool] = train_alone(mesh)
@@ -146,7 +145,7 @@ def run(options: argparse.Namespace) -> None:
     """The verb, with options device and timeout_minutes: print the checks on the first rank; exit code 1 on every rank
     if one failed.
     """
-    first = meshes.launched_rank() == 0
+    first = launched_rank() == 0
 
     def show(check: Check) -> None:
         if first:
@@ -157,6 +156,6 @@ def run(options: argparse.Namespace) -> None:
     verdict = verify(options.device, options.timeout_minutes, show)
     if first:
         print("\n".join(verdict.lines()), flush=True)
-    meshes.stop()
+    destroy_mesh()
     if not verdict.passed:
         sys.exit(1)

@@ -12,8 +12,7 @@ from diffmoe_ep.bench.layer import Case, PlainLoop, bench_layer, our_layer
 from diffmoe_ep.bench.step import PARTS, bench_experts, bench_step
 from diffmoe_ep.bench.timing import Timing, interleaved
 from diffmoe_ep.config import ConfigError, ModelConfig
-from diffmoe_ep.parallel import mesh as meshes
-from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh
 from ranks import run
 
 CASE = Case(16, 64, 4)
@@ -54,7 +53,7 @@ def test_ours_and_the_plain_loop_do_the_same_work() -> None:
 
 
 def measured(rank: int, world: int) -> list[str]:
-    mesh = meshes.start(world, world, 2)
+    mesh = init_mesh(world, world, 2)
     found = bench_layer(mesh, [CASE], turns=2)
     row = found.rows[0]
     alone = {"loop", "matmuls", "batched"} if world == 1 else set()  # what one rank can be measured against
@@ -64,7 +63,7 @@ def measured(rank: int, world: int) -> list[str]:
         row.timings["ours"].seconds
     )
     lines = found.lines()
-    meshes.stop()
+    destroy_mesh()
     return lines
 
 

@@ -13,7 +13,8 @@ from diffmoe_ep.bench import topk as bench_select
 from diffmoe_ep.bench.topk import Work, measure, predict
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.moe.pool import Selection
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh, launched_world
 from ranks import run
 
 WORK = Work(tokens=512, experts=8, hidden=16)
@@ -21,7 +22,7 @@ WORK = Work(tokens=512, experts=8, hidden=16)
 
 def measured(rank: int, fault: bool = False) -> dict[str, Any] | None:
     """The measurement as a user's JSON gets it, with the lines that are printed."""
-    mesh = meshes.start(1, meshes.launched_world(), 1.0)
+    mesh = init_mesh(1, launched_world(), 1.0)
     original = bench_select.select
 
     def spoiled(scores: Any, k: Any, pools: Any, also: Any = None) -> Selection:
@@ -66,7 +67,7 @@ def test_a_rank_alone_searches_by_itself() -> None:
 
 def refused(rank: int) -> str:
     with pytest.raises(ConfigError) as error:
-        measure(meshes.start(1, 2, 1.0), Work(experts=3))
+        measure(init_mesh(1, 2, 1.0), Work(experts=3))
     return str(error.value)
 
 
@@ -94,7 +95,5 @@ def test_predicts_to_4096_ranks() -> None:
 
 def test_scores_are_of_each_rank() -> None:
     """Ranks draw different scores, or every search would be of copies."""
-    first, second = (
-        bench_select._drawn(WORK, meshes.Mesh(world=meshes.Group(size=2, rank=rank)))[0] for rank in (0, 1)
-    )
+    first, second = (bench_select._drawn(WORK, Mesh(world=Group(size=2, rank=rank)))[0] for rank in (0, 1))
     assert not torch.equal(first, second)

@@ -19,8 +19,8 @@ from diffmoe_ep.moe.layer import MoELayer, SavedRouting
 from diffmoe_ep.moe.permute import pairs_of
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.moe.routing import Assignment
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
 
 N, D = 8, 6
@@ -59,7 +59,7 @@ def problem(case: str, rank: int, dtype: torch.dtype = torch.float64, hidden: in
 
 def dispatcher_of(ep: int) -> tuple[LocalDispatch | AllToAllDispatch, int]:
     """The dispatcher of this rank, and its first expert."""
-    mesh = meshes.start(ep, 1, 1.0)
+    mesh = init_mesh(ep, 1, 1.0)
     return (AllToAllDispatch(mesh.expert), mesh.expert.rank * N // ep) if ep > 1 else (LocalDispatch(), 0)
 
 
@@ -170,7 +170,7 @@ def experts_of(first: int, here: int, dtype: torch.dtype, kernel: Any) -> Expert
 
 def in_parts(rank: int, ep: int) -> None:
     """Every number of chunks gives the same bits, forward and backward, twice in a row."""
-    group = meshes.start(ep, 1, 1.0).expert
+    group = init_mesh(ep, 1, 1.0).expert
     for case, dtype, kernel in itertools.product(
         CASES, (torch.float32, torch.float64, torch.bfloat16), ("auto", "loop")
     ):
@@ -201,7 +201,7 @@ def test_parts_give_the_same_bits(world: int, ep: int) -> None:
 
 def in_flight_at_once(rank: int) -> list[str]:
     """The order in which exchanges start and land, with two chunks, forward and backward."""
-    group, told = meshes.start(2, 1, 1.0).expert, []
+    group, told = init_mesh(2, 1, 1.0).expert, []
     way = dispatching.start_all_to_all.__globals__["_Way"]
     start, wait = way.start, way.wait
     way.start = lambda self, *args: (told.append("start"), start(self, *args))[1]
@@ -261,7 +261,7 @@ def costs(rank: int, ep: int) -> None:
     """What one layer's forward receives over the expert group is hardly more than the rows that must move, there and
     back.
     """
-    mesh = meshes.start(ep, meshes.launched_world(), 1.0)
+    mesh = init_mesh(ep, launched_world(), 1.0)
     for (family, training, syncs), chunks in itertools.product(COSTS, (1, 2)):
         layer = MoELayer(dataclasses.replace(MODEL, family=family), PoolConfig())  # type: ignore[arg-type]
         layer.experts = Experts(8 // ep, 64)
@@ -312,7 +312,7 @@ def known_before_asking(rank: int) -> None:
     """Where the pool is the expert group, or lies inside it, the rows of an expert are known; the splits still have to
     come.
     """
-    group = meshes.start(4, 1, 1.0).expert
+    group = init_mesh(4, 1, 1.0).expert
     for pool in (2, 4):
         dispatcher = AllToAllDispatch(group)
         chosen = torch.zeros(6, N, dtype=torch.bool)

@@ -17,7 +17,7 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.moe.routing import balance_loss, choices, choose_by_token
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world, pool_ranks
 from ranks import run
 
 TOKENS = 4
@@ -155,10 +155,10 @@ def test_balance_loss(pool: int | None) -> None:
 
 
 def on_ranks(rank: int, family: str, ep: int, span: Any) -> dict[str, Any]:
-    model, world = FAMILIES[family], meshes.launched_world()
+    model, world = FAMILIES[family], launched_world()
     local = 8 // world
     samples = {"all": 8}.get(span, span) if model.family != "ec" else 1
-    mesh = meshes.start(ep, meshes.pool_ranks(samples, local), 1.0)
+    mesh = init_mesh(ep, pool_ranks(samples, local), 1.0)
     layer = make(model, span)
     holder = DiT(model, PoolConfig(span=span))
     holder.blocks[0].ffn = layer  # type: ignore[union-attr]

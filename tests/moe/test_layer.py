@@ -18,8 +18,8 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.routing import Assignment
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world, pool_ranks
 from ranks import run
 
 MODEL = ModelConfig(
@@ -207,9 +207,9 @@ def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     """This rank's part of the layer: outputs, gradients of its tokens, of the shared weights and of its experts, and
     what was chosen.
     """
-    world, local = meshes.launched_world(), 8 // meshes.launched_world()
+    world, local = launched_world(), 8 // launched_world()
     samples = 8 if span == "all" else span
-    mesh = meshes.start(ep, meshes.pool_ranks(samples, local), 1.0)
+    mesh = init_mesh(ep, pool_ranks(samples, local), 1.0)
     layer = make_layer(PoolConfig(span=span))
     layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
     holder = DiT(dataclasses.replace(MODEL, num_blocks=1), PoolConfig(span=span))
@@ -280,7 +280,7 @@ def test_inference_on_ranks_is_a_pool_a_rank(mode: str) -> None:
 
 def lopsided(rank: int, wanted_by: list[int]) -> Tensor:
     """Dispatch where all tokens go to the experts of some ranks, and some ranks have no tokens at all."""
-    mesh = meshes.start(4, 1, 1.0)
+    mesh = init_mesh(4, 1, 1.0)
     tokens = torch.arange(6.0, dtype=torch.float64).view(3, 2)[: 0 if rank == 1 else 3] + 100 * rank
     chosen = torch.zeros(len(tokens), 8, dtype=torch.bool)
     chosen[:, wanted_by] = True
@@ -301,7 +301,7 @@ def test_peers_that_send_or_get_nothing(wanted_by: list[int]) -> None:
 
 def initial(rank: int, order: str) -> dict[str, Tensor]:
     """A rank's experts, initialised before or after they are sharded."""
-    mesh = meshes.start(2, 1, 1.0)
+    mesh = init_mesh(2, 1, 1.0)
     model = DiT(MODEL)
     model = (
         shard_experts(initialize(model, 7), mesh) if order == "before" else initialize(shard_experts(model, mesh), 7)

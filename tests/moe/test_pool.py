@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffmoe_ep.moe.pool import Pools, select
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
 
 
@@ -60,8 +60,8 @@ def test_worked_identity() -> None:
 
 def on_ranks(rank: int, scores: np.ndarray, also: np.ndarray, k: int, pool: int) -> tuple[np.ndarray, np.ndarray]:
     """Select with this rank's consecutive part of the tokens."""
-    local = len(scores) // meshes.launched_world()
-    mesh = meshes.start(1, max(1, pool // local), 1.0)
+    local = len(scores) // launched_world()
+    mesh = init_mesh(1, max(1, pool // local), 1.0)
     mine = slice(rank * local, (rank + 1) * local)
     group = mesh.pool if pool > local else Group()
     selection = select(torch.from_numpy(scores[mine]), k, Pools(pool, group), also=torch.from_numpy(also[mine]))

@@ -18,7 +18,7 @@ from diffmoe_ep.moe import layer as layers
 from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.layer import Choice, MoELayer, SavedRouting
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import busy, config, layout
@@ -156,7 +156,7 @@ def moved(rank: int, family: str) -> None:
     """Two expert-parallel ranks: the same bits, and in the backward the rows travel once more, but nothing is chosen or
     asked.
     """
-    mesh = meshes.start(2, 2 if family != "ec" else 1, 1.0)
+    mesh = init_mesh(2, 2 if family != "ec" else 1, 1.0)
     given = (
         inputs()[0][2 * rank : 2 * rank + 2],
         inputs()[1][2 * rank : 2 * rank + 2],
@@ -305,7 +305,7 @@ def trained(rank: int, given: Config, recompute: str, overlap: int = 1) -> dict[
     return told
 
 
-def meshed(logits: Tensor, mesh: meshes.Mesh) -> Tensor:
+def meshed(logits: Tensor, mesh: Mesh) -> Tensor:
     """The predictions of all ranks."""
     parts = [torch.empty_like(logits) for _ in range(mesh.size)]
     if mesh.size == 1:

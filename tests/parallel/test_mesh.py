@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_all, all_to_all_even, gather_objects
+from diffmoe_ep.parallel.mesh import init_mesh
 from ranks import RankError, run
 
 
 def members(rank: int, expert: int, pool: int) -> dict[str, list[int]]:
     """Which ranks each of this rank's groups holds, found by talking in it."""
-    mesh = meshes.start(expert, pool, 1.0)
+    mesh = init_mesh(expert, pool, 1.0)
     return {name: gather_objects(rank, getattr(mesh, name)) for name in ("world", "expert", "replicas", "pool")}
 
 
@@ -27,7 +27,7 @@ def test_groups_are_runs_of_neighbours_and_their_copies(expert: int, pool: int) 
 
 
 def exchanged(rank: int) -> dict[str, Any]:
-    mesh = meshes.start(1, 1, 1.0)
+    mesh = init_mesh(1, 1, 1.0)
     splits = torch.tensor([[2, 0], [0, 0]])  # rows from a rank to each
     send, receive = splits[rank].tolist(), splits[:, rank].tolist()
     x = (10.0 * rank + torch.arange(float(sum(send)))).requires_grad_()
@@ -65,7 +65,7 @@ def test_alone_they_are_identities() -> None:
 
 
 def disagree(rank: int, problems: list[str | None]) -> str:
-    mesh = meshes.start(1, 1, 1.0)
+    mesh = init_mesh(1, 1, 1.0)
     try:
         mesh.agree(problems[rank])
     except ConfigError as error:
@@ -87,14 +87,14 @@ def test_a_world_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ConfigError, match="WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT are not set|but MASTER_ADDR"
     ):
-        meshes.start(1, 1, 1.0)
+        init_mesh(1, 1, 1.0)
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK is 'first'"):
-        meshes.start(1, 1, 1.0)
+        init_mesh(1, 1, 1.0)
 
 
 def outlives(rank: int) -> None:
-    mesh = meshes.start(1, 1, 0.05)
+    mesh = init_mesh(1, 1, 0.05)
     if rank == 0:
         all_sum(torch.ones(1), mesh.world)
 

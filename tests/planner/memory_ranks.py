@@ -11,7 +11,7 @@ from diffmoe_ep.data.condition import Condition, Text
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import apply_compute, shard_experts, widen_pools
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh, launched_world, pool_ranks
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine
 
@@ -36,11 +36,11 @@ class Casts(TorchDispatchMode):
         return out
 
 
-def built(config: Config) -> tuple[DiT, meshes.Mesh]:
+def built(config: Config) -> tuple[DiT, Mesh]:
     """This rank's part of the model, with weights that are not zero."""
-    local = config.train.micro_step_samples // meshes.launched_world()
-    ranks = meshes.pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
-    mesh = meshes.start(config.parallel.expert_parallel, ranks, 5)
+    local = config.train.micro_step_samples // launched_world()
+    ranks = pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
+    mesh = init_mesh(config.parallel.expert_parallel, ranks, 5)
     compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
     model = DiT(config.model, config.pool, compute_type, config.compute.recompute)
     apply_compute(model, config.compute)

@@ -6,7 +6,7 @@ import pytest
 
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.loader.resampled import PlainTars
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.mesh import destroy_mesh
 from diffmoe_ep.train.dataset import open_data
 from diffmoe_ep.train.log import Clock
 from diffmoe_ep.train.trainer import Trainer, start_mesh
@@ -34,7 +34,7 @@ def losses(rank: int, given: Config) -> tuple[list[float], list[str]]:
     found = [trainer.measure(trainer.train_step(Clock(0)))["loss"] for _ in range(given.train.steps)]
     told = sorted(trainer.measure_data())
     trainer.stream.close()
-    meshes.stop()
+    destroy_mesh()
     return found, told
 
 

@@ -16,7 +16,7 @@ from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.load import check_continues, config_of, load_sharded
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.parallel import mesh as meshes
+from diffmoe_ep.parallel.mesh import init_mesh
 from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import config, layout
@@ -95,7 +95,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(rank: int, folder: Path, expert: int, weights: str) -> torch.Tensor:
     """Load over an expert group and predict in eval mode."""
-    mesh = meshes.start(expert, 1, 1.0)
+    mesh = init_mesh(expert, 1, 1.0)
     checkpoint = store.resolve(folder)
     model = load_sharded(checkpoint, weights, config_of(checkpoint), mesh)  # type: ignore[arg-type]
     x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))

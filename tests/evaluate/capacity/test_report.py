@@ -14,8 +14,7 @@ from diffmoe_ep.evaluate.capacity.report import check_report, report
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.parallel import mesh as meshes
-from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from diffmoe_ep.sampling.generate import CapacityRecord, start_noise
 from diffmoe_ep.sampling.sample import Drawn, draw
 from ranks import run
@@ -414,7 +413,7 @@ def test_expert_choice_with_a_predictor_can_be_searched():
 
 def report_on_ranks(rank: int):
     """The same report with the experts over two ranks: what the first rank counts, None of the other."""
-    mesh = meshes.start(2, 1, 1.0, device="cpu")
+    mesh = init_mesh(2, 1, 1.0, device="cpu")
     module = shard_experts(build(), mesh)
     sharded = lambda labels, sample, progress: draw(module, labels, sample, mesh, seed=SEED, progress=progress)  # noqa: E731
     found = report(module, sharded, SAMPLE, FACTS, mesh, per_class=PER_CLASS, seed=SEED)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffmoe_ep.moe.pool import Pools, select
-from diffmoe_ep.parallel import mesh as meshes
 from diffmoe_ep.parallel.collectives import ALONE, Traffic
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
 
 ALGORITHMS = ("gather", "owner", "radix")
@@ -81,9 +81,9 @@ def on_ranks(
     rank: int, given: list[Case], algorithms: tuple[str, ...]
 ) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
     """This rank's part of every case by every algorithm."""
-    world, found = meshes.launched_world(), []
+    world, found = launched_world(), []
     pool, local = given[0].pool, len(given[0].scores) // world
-    mesh = meshes.start(1, max(1, pool // local), 1.0)
+    mesh = init_mesh(1, max(1, pool // local), 1.0)
     mine, group = slice(rank * local, (rank + 1) * local), mesh.pool if pool > local else ALONE
     for case in given:
         k = torch.tensor(case.k) if isinstance(case.k, list) else case.k
@@ -174,7 +174,7 @@ def traffic(
     rank: int, tokens: int, experts: int, others: int, dtype: torch.dtype, algorithms: tuple[str, ...]
 ) -> list[tuple[int, int]]:
     """Bytes received and rounds of one selection by each algorithm, over all ranks."""
-    mesh = meshes.start(1, meshes.launched_world(), 1.0)
+    mesh = init_mesh(1, launched_world(), 1.0)
     generator = torch.Generator().manual_seed(rank)
     scores, also = (torch.randn(tokens, number, generator=generator, dtype=dtype) for number in (experts, others))
     found = []
@@ -217,7 +217,7 @@ def exchanges(rank: int) -> list[tuple[int, int]]:
     """Bytes and rounds of each collective with 3 numbers of 8 bytes to every rank."""
     from diffmoe_ep.parallel.collectives import all_gather, all_sum, all_to_all, all_to_all_even
 
-    mesh = meshes.start(1, 1, 1.0)
+    mesh = init_mesh(1, 1, 1.0)
     x, found = torch.ones(3 * mesh.size, 2, dtype=torch.float64, requires_grad=True), []
     send = [[3, 3], [0, 6]][rank] if mesh.size == 2 else []
     receive = [[3, 0], [3, 6]][rank]
