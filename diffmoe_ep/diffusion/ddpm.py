@@ -8,7 +8,6 @@ is computed from them are float64.
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 import torch
@@ -21,7 +20,7 @@ from diffmoe_ep.config import ConfigError
 class Schedule:
     """A chain of noising steps, the trained one or a subset of it."""
 
-    index: Tensor  # (T,) int64, the trained chain's number of each step: what the model is told
+    index: Tensor  # (T,) int64, the trained chain's number of each step, with which the model is called
     signal: Tensor  # (T,) float64, share of the data's variance that is left after each step
 
     def __len__(self) -> int:
@@ -53,22 +52,33 @@ class Schedule:
         return low.log(), self.beta.log()
 
     def respaced(self, steps: int) -> "Schedule":
-        """Keep `steps` of the T steps: number i (from 0) is index i (T - 1) / (steps - 1), rounded to the nearest (ties
-        to the even one).
+        """Keep `steps` of the T steps, spread evenly from the first to the last, both included (250 of 1000: 0, 4, 8,
+        12, 16, 20, ..., 995, 999).
 
-        So the first and the last step are always kept and the rest are spread evenly (250 of 1000: 0, 4, 8, 12, 16, 20,
-        ..., 995, 999). The signal at the kept steps stays, betas and posteriors follow from it, and the model is told
-        the original numbers. One
-        step: the last alone. Raises ConfigError unless 1 <= steps <= T.
+        The signal at the kept steps stays, betas and posteriors follow from it, and the model is called with the
+        original numbers. One step: the last alone. Raises ConfigError unless 1 <= steps <= T.
         """
         if not 1 <= steps <= len(self):
             raise ConfigError(
                 f"sample.steps is {steps}, but a chain of {len(self)} steps has 1 to {len(self)} to choose from",
                 everywhere=True,
             )
-        stride = Fraction(len(self) - 1, steps - 1) if steps > 1 else Fraction(0)
-        kept = torch.tensor([round(number * stride) for number in range(steps)] if steps > 1 else [len(self) - 1])
+        kept = torch.tensor(_evenly_spaced(len(self), steps) if steps > 1 else [len(self) - 1])
         return Schedule(self.index[kept], self.signal[kept])
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` (2 or more) of the numbers 0 .. total - 1, as published models are respaced: the stride is added up in
+    floating point and each sum rounded, half to even.
+
+    The sums' own rounding is part of it: of 1000 it decides at many odd counts (21, 23, 27, 35, ..., 999), where a sum
+    should lie halfway between two numbers.
+    """
+    stride, place, kept = (total - 1) / (count - 1), 0.0, []
+    for _ in range(count):
+        kept.append(round(place))
+        place += stride
+    return kept
 
 
 def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
@@ -86,8 +96,8 @@ def halves(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Split a prediction (B, 2C, H, W) into eps and v; raises ConfigError when it has no variance channels."""
     if prediction.shape[1] != 2 * channels:
         raise ConfigError(
-            f"model.out_channels is {prediction.shape[1]}, but ddpm predicts noise and variance: 2 * model.in_channels = {2 * channels} "
-            f"channels; set model.out_channels={2 * channels} or train.objective=flow",
+            f"model.out_channels is {prediction.shape[1]}, but ddpm predicts noise and variance: "
+            f"2 * model.in_channels = {2 * channels} channels; set model.out_channels={2 * channels} or train.objective=flow",
             everywhere=True,
         )
     return prediction[:, :channels], prediction[:, channels:]
@@ -140,11 +150,11 @@ def normal_divergence(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_l
 def discretised_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """Log probability of data in 256 levels evenly from -1 to 1, elementwise, in nats.
 
-    A level has the normal distribution's mass within half a spacing of it; the outer two reach to infinity, so the
-    masses sum to 1. Exact in the tails, where the mass itself would underflow. Data beyond [-1, 1], as latents may be,
-    count to the outer levels.
+    A value has the normal distribution's mass within half a spacing (1/255) of it; those beyond 0.999, the outer two
+    levels and whatever latents have outside [-1, 1], reach to infinity, so the levels' masses sum to 1. Exact in the
+    tails, where the mass itself would underflow.
     """
-    half = 1 / 255
+    half, outermost = 1 / 255, 0.999
     scale = (-log_var / 2).exp()
     upper, lower = (latent + half - mean) * scale, (latent - half - mean) * scale
     mirrored = upper + lower > 0  # the lower tail is the accurate one
@@ -152,7 +162,7 @@ def discretised_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) ->
     right = torch.where(mirrored, -lower, upper)
     inside = _log_difference(torch.special.log_ndtr(right), torch.special.log_ndtr(left))
     below, above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-    return torch.where(latent < -1 + half, below, torch.where(latent > 1 - half, above, inside))
+    return torch.where(latent < -outermost, below, torch.where(latent > outermost, above, inside))
 
 
 def _log_difference(larger: Tensor, smaller: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -97,6 +98,26 @@ def test_250_of_1000_keep_both_ends_and_are_spread_evenly():
     assert short.respaced(50).index[[0, -1]].tolist() == [0, 999]  # the model still gets trained numbers
 
 
+# Of 1000 steps: the count that is kept -> those of an exact stride that the published one replaces, and by which.
+HALFWAY = {count: {500: 499} for count in (21, 23, 27, 35, 39, 45, 47, 53, 59, 999)} | {43: {500: 499, 832: 833}}
+
+
+@pytest.mark.parametrize("count", HALFWAY)
+def test_a_stride_is_added_up_in_floating_point_as_published(count):
+    """Where a sum should lie halfway between two steps, its rounding decides."""
+    exact = [round(Fraction(number * 999, count - 1)) for number in range(count)]
+    kept = SCHEDULE.respaced(count).index.tolist()
+    assert kept == [HALFWAY[count].get(step, step) for step in exact]
+    sums = np.concatenate([[0.0], np.cumsum(np.full(count - 1, 999 / (count - 1)))])
+    assert kept == np.rint(sums).astype(int).tolist()
+
+
+@pytest.mark.parametrize("count", [10, 25, 50, 100, 200, 250, 500, 1000])
+def test_usual_counts_keep_what_an_exact_stride_keeps(count):
+    exact = [round(Fraction(number * 999, count - 1)) for number in range(count)]
+    assert SCHEDULE.respaced(count).index.tolist() == exact
+
+
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_steps_that_the_chain_does_not_have_are_an_error(steps):
     with pytest.raises(ConfigError, match=f"sample.steps is {steps}"):
@@ -150,6 +171,31 @@ def test_the_probability_of_a_level_is_the_normal_mass_around_it():
         levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
     )
     np.testing.assert_allclose(log.exp().numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_beyond_0_999_belong_to_the_outer_levels_and_those_within_to_their_own(sign):
+    """Latents are no pixels: their values lie between the levels too, and outside [-1, 1]."""
+    values = [0.99, 0.995, 0.996, 1 - 1 / 255, 0.9961, 0.998, 0.9989, 0.999, 0.9991, 1.0, 1.1, 1.5, 4.0]
+    deviation = 0.02
+    for mean in (0.95, 1.0, 1.2, 3.9):
+
+        def beyond(x: float, mean: float = mean) -> float:  # erfc is accurate in both tails
+            return math.erfc((x - mean) / deviation / math.sqrt(2)) / 2
+
+        latent = torch.tensor(values, dtype=torch.float64) * sign
+        log_var = torch.full_like(latent, 2 * math.log(deviation)).requires_grad_()
+        log = discretised_log_likelihood(latent, torch.full_like(latent, mean * sign), log_var)
+        (gradient,) = torch.autograd.grad(log.sum(), log_var)
+        for place, value in enumerate(values):
+            lower, upper = (value - 1 / 255 - mean) / deviation, (value + 1 / 255 - mean) / deviation
+            mass = beyond(value - 1 / 255) - (beyond(value + 1 / 255) if value <= 0.999 else 0.0)
+            if mass < 1e-250 or (value <= 0.999 and upper < -5):
+                continue  # a difference of two numbers near 1 says nothing
+            assert log[place].item() == pytest.approx(math.log(mass), rel=1e-9, abs=1e-9), (value, mean)
+            density = [z * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) for z in (lower, upper)]
+            slope = (density[0] - (density[1] if value <= 0.999 else 0.0)) / mass / 2
+            assert gradient[place].item() == pytest.approx(slope, rel=1e-7, abs=1e-9), (value, mean)
 
 
 def test_the_likelihood_and_its_gradient_stay_finite_far_in_the_tails():
