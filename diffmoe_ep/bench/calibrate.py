@@ -22,7 +22,7 @@ from diffmoe_ep.planner.cluster import Cluster, Measurement
 from diffmoe_ep.planner.layouts import estimate
 from diffmoe_ep.planner.report import Estimate
 from diffmoe_ep.planner.shape import Layout
-from diffmoe_ep.planner.tables import size, span, table
+from diffmoe_ep.tables import duration, size, table
 
 ROUNDS = 10
 FRESH = 1 << 24  # elements that an allocator asks the system for each time
@@ -57,13 +57,13 @@ class Comparison:
         """The comparison to read."""
         rates = [(key, f"{value:.4g}") for key, value in asdict(self.measurement).items() if isinstance(value, float)]
         parts = [
-            (name, span(taken), f"{taken / self.estimate.step.seconds:.0%}")
+            (name, duration(taken), f"{taken / self.estimate.step.seconds:.0%}")
             for name, taken in self.estimate.step.parts.items()
             if taken
         ]
         told = [
-            f"{self.name}: predicted {span(self.estimate.step.seconds)}, measured {span(self.seconds)}, error {self.error:+.1%} "
-            f"(median {span(self.median)}, slowest {span(self.slowest)}, load {self.load:.2f})",
+            f"{self.name}: predicted {duration(self.estimate.step.seconds)}, measured {duration(self.seconds)}, error {self.error:+.1%} "
+            f"(median {duration(self.median)}, slowest {duration(self.slowest)}, load {self.load:.2f})",
             f"MFU {self.utilisation:.1%} of the device's bf16 peak, predicted {self.estimate.step.utilisation:.1%}",
             "rates of this device: " + ", ".join(f"{key} {value}" for key, value in rates),
         ]

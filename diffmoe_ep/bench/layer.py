@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_ep.bench.timing import Timing, aligned, device_name, interleaved, keep_memory, load
+from diffmoe_ep.bench.timing import Timing, device_name, interleaved, keep_memory, load
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig
 from diffmoe_ep.model.parallelize import shard_layer
 from diffmoe_ep.moe.experts import FeedForward
@@ -26,6 +26,7 @@ from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.tables import table
 
 CONTENDERS = ("dense", "ours", "deepspeed", "loop", "matmuls", "batched")
 
@@ -94,7 +95,7 @@ class LayerBench:
             "matmuls": "matmuls alone",
             "batched": "batched",
         }
-        table = [
+        rows = [
             [
                 "D, tokens, N",
                 "dense ms",
@@ -111,13 +112,13 @@ class LayerBench:
             cells = [f"{1e3 * dense.median:.1f}", f"{dense.spread:.0%}", *(f"{row.ratio(name):.2f}" for name in names)]
             cells += [f"{ours.over(dense)[1]:.2f}", f"{ours.spread:.0%}", f"{row.limit:.2f}"]
             cells.append("-" if row.over_matmuls is None else f"{row.over_matmuls:.2f}")
-            table.append([f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", *cells])
+            rows.append([f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", *cells])
         head = f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}, {self.device}"
         head += "; dense and ours compiled" if self.compiled else ""
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
         return [
             head,
-            *aligned(table),
+            *table(rows),
             f"{ranks}{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}",
         ]
 

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from diffmoe_ep.bench.layer import Case, fill, our_layer
-from diffmoe_ep.bench.timing import Timing, aligned, device_name, interleaved, load, settle
+from diffmoe_ep.bench.timing import Timing, device_name, interleaved, load, settle
 from diffmoe_ep.config import Config, EmaConfig, ModelConfig, PoolConfig
 from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.planner.flops import plan
+from diffmoe_ep.tables import table
 from diffmoe_ep.train.ema import Ema
 
 PARTS = ("forward and backward", "AdamW", "averaged weights")
@@ -46,11 +47,11 @@ class StepBench:
     def lines(self) -> list[str]:
         """As a table."""
         dense, ours = self.timings["dense"], self.timings["experts"]
-        table = [["", "dense ms", "experts ms", "ratio"]]
+        rows = [["", "dense ms", "experts ms", "ratio"]]
         for part in PARTS:
             one, two = self.parts["dense"][part], self.parts["experts"][part]
-            table.append([part, f"{1e3 * one:.1f}", f"{1e3 * two:.1f}", f"{two / one:.2f}"])
-        table.append(
+            rows.append([part, f"{1e3 * one:.1f}", f"{1e3 * two:.1f}", f"{two / one:.2f}"])
+        rows.append(
             [
                 "whole step, median",
                 f"{1e3 * dense.median:.1f}",
@@ -58,7 +59,7 @@ class StepBench:
                 f"{ours.over(dense)[0]:.2f}",
             ]
         )
-        table.append(
+        rows.append(
             [
                 "whole step, minimum",
                 f"{1e3 * dense.minimum:.1f}",
@@ -68,14 +69,14 @@ class StepBench:
         )
         rates = {name: self.flops[name] / timing.median for name, timing in self.timings.items()}
         of_peak = {name: f"{rate / self.peak:.2f}" for name, rate in rates.items()}
-        table.append(
+        rows.append(
             ["TFLOP/s", *(f"{rates[name] / 1e12:.3g}" for name in rates), f"{rates['experts'] / rates['dense']:.2f}"]
         )
-        table.append(["MFU, of the matmul peak", of_peak["dense"], of_peak["experts"], ""])
-        table.append(["spread", f"{dense.spread:.0%}", f"{ours.spread:.0%}", ""])
+        rows.append(["MFU, of the matmul peak", of_peak["dense"], of_peak["experts"], ""])
+        rows.append(["spread", f"{dense.spread:.0%}", f"{ours.spread:.0%}", ""])
         head = f"one training step of {self.batch} samples, dense and with experts; {self.compute}, {self.device}"
         end = f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}"
-        return [head, *aligned(table), f"matmul peak {self.peak / 1e12:.3g} TFLOP/s; {end}"]
+        return [head, *table(rows), f"matmul peak {self.peak / 1e12:.3g} TFLOP/s; {end}"]
 
 
 def bench_step(
@@ -162,10 +163,10 @@ class ExpertsBench:
         """As a table."""
         first = next(iter(self.timings))
         base = 8 if 8 in self.timings else first
-        table = [["experts", "tokens", "ms", "us a token", f"over N = {base}", "by minima", "spread"]]
+        rows = [["experts", "tokens", "ms", "us a token", f"over N = {base}", "by minima", "spread"]]
         for number, timing in self.timings.items():
             least = timing.minimum / self.tokens[number] / (self.timings[base].minimum / self.tokens[base])
-            table.append([
+            rows.append([
                 str(number), str(self.tokens[number]), f"{1e3 * timing.median:.1f}", f"{1e6 * self.per_token(number):.2f}",
                 f"{self.per_token(number) / self.per_token(base):.2f}", f"{least:.2f}", f"{timing.spread:.0%}",
             ])  # fmt: skip
@@ -177,7 +178,7 @@ class ExpertsBench:
         head = f"one MoE layer of D {self.hidden} over the number of experts, {what}; {self.compute}, {self.device}"
         return [
             head,
-            *aligned(table),
+            *table(rows),
             f"{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}",
         ]
 

@@ -31,6 +31,7 @@ from diffmoe_ep.moe.topk.cost import (
 )
 from diffmoe_ep.parallel.collectives import Group, Traffic, all_sum, all_to_all, all_to_all_even, gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.tables import table
 
 MOVE = "dispatch"
 RANKS = tuple(2**power for power in range(3, 13))  # 8 to 4096
@@ -104,7 +105,7 @@ class Measured:
         verdict = "the same bits by every algorithm" if self.identical else "THE ALGORITHMS DISAGREE"
         return [
             head,
-            *_aligned(rows),
+            *table(rows),
             f"{self.repetitions} interleaved repetitions, each as long as its slowest rank; load {self.load[0]:.1f} to {self.load[1]:.1f}",
             f"{verdict}; auto picks {self.picked}"
             if self.ranks > 1
@@ -163,7 +164,7 @@ class Predictions:
                 f"{name}: {_described(link)}"
                 for name, link in (("inside a machine", self.inside), ("across machines", self.across))
             ),
-            *_aligned(rows),
+            *table(rows),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -329,14 +330,3 @@ def _described(link: Link) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffmoe_ep.config import Config, ConfigError, load, to_tree
 from diffmoe_ep.model.count import count
+from diffmoe_ep.tables import table
 
 LAYOUT = (
     "seed",
@@ -79,13 +80,7 @@ class Comparison:
             scores = tuple(setting.shown(column, digits) for column, digits in zip(COLUMNS, (4, 3, 1, 3), strict=True))
             steps = "-".join(map(str, sorted({min(setting.steps), max(setting.steps)})))
             rows.append((setting.name, ",".join(map(str, setting.seeds)), steps, *sizes, *scores))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        ]
+        return table(rows, rule=False)
 
 
 def compare(folders: Sequence[Path]) -> Comparison:

@@ -15,6 +15,7 @@ from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.evaluate.features import Features, pixel_features
 from diffmoe_ep.evaluate.scores import classifier_accuracy, frechet_distance, nearest_distance
 from diffmoe_ep.sampling.generate import CapacityRecord
+from diffmoe_ep.tables import table
 
 Images = tuple[Tensor, Tensor]  # uint8 (n, C, H, W), int64 labels (n,)
 
@@ -76,8 +77,7 @@ class Scores:
             ),
             ("inference capacity", f"{self.capacity:.3f}", "", self._capacity_note()),
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {note}".rstrip() for a, b, c, note in rows]
+        return table(rows, align="<>><", rule=False)
 
     def as_dict(self) -> dict[str, object]:
         """All fields, ready for JSON."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, has_experts, has_predictor, num_tokens
 from diffmoe_ep.model.count import Count, count, equation_40, expert_width, moe_blocks
+from diffmoe_ep.tables import table
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,13 @@ class Plan:
         rows = [("", "parameters", f"activated, {at}", f"GFLOPs a sample, {at}")]
         for name, parameters, activated, forward in [*held, ("total", self.total, self.activated, self.forward)]:
             rows.append((name, f"{parameters:,}", f"{activated:,.0f}", f"{forward / 1e9:,.3f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        table = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]) for row in rows]
-        rule = "-" * len(table[0])
+        head, rule, *parts, total = table(rows)
         notes = [
             f"activated, exactly: {self.activated / 1e6:,.1f}M; by the paper's Eq. 40: {self.equation_40 / 1e6:,.1f}M",
             f"FLOPs a sample: forward {self.forward / 1e9:,.3f} G at {at}; "
             f"training {self.training / 1e9:,.3f} G at C = {self.training_capacity:g} (three forwards)",
         ]
-        return [self.title, "", table[0], rule, *table[1:-1], rule, table[-1], "", *notes]
+        return [self.title, "", head, rule, *parts, rule, total, "", *notes]
 
 
 def plan(config: Config, capacity: float | None = None) -> Plan:

@@ -8,9 +8,9 @@ from diffmoe_ep.model.count import count, moe_blocks
 from diffmoe_ep.planner.cluster import Cluster
 from diffmoe_ep.planner.memory import Memory
 from diffmoe_ep.planner.shape import RECOMPUTES, Layout, share
-from diffmoe_ep.planner.tables import beside, days_of, size, span, table
 from diffmoe_ep.planner.time import Step
 from diffmoe_ep.planner.traffic import Flow, Traffic
+from diffmoe_ep.tables import beside, duration, size, table, three_digits
 
 DAY = 86400.0
 SIGNS = {"yes": " ", "in the mean": "~", "no": "!"}
@@ -160,9 +160,9 @@ def _layouts(plan: ClusterPlan) -> list[str]:
         rate = first.step.rate()
         rows.append([
             str(expert), str(zero), *(size(group[kind].memory.total) + SIGNS[group[kind].verdict] for kind in RECOMPUTES),
-            *(span(group[kind].step.seconds) for kind in RECOMPUTES), span(first.step.overlapped),
+            *(duration(group[kind].step.seconds) for kind in RECOMPUTES), duration(first.step.overlapped),
             f"{first.step.utilisation:.1%}",
-            f"{rate:,.{0 if rate >= 100 else 1}f}", f"{rate * 0.0864:,.{1 if rate >= 100 else 2}f} M", days_of(plan.days(first)),
+            f"{rate:,.{0 if rate >= 100 else 1}f}", f"{rate * 0.0864:,.{1 if rate >= 100 else 2}f} M", three_digits(plan.days(first)),
             ", ".join(marks),
         ])  # fmt: skip
     room = size(plan.estimates[0].room)
@@ -179,7 +179,7 @@ def _layouts(plan: ClusterPlan) -> list[str]:
         ),
     ]
     width = max(len(row[-1]) for row in rows)
-    return [*table([row if width else row[:-1] for row in rows], left=0), *notes]
+    return [*table([row if width else row[:-1] for row in rows], align=">"), *notes]
 
 
 def _details(plan: ClusterPlan, one: Estimate, title: str) -> list[str]:
@@ -191,9 +191,9 @@ def _details(plan: ClusterPlan, one: Estimate, title: str) -> list[str]:
     held.append(("total", size(total), f"of {size(one.room)}"))
     seconds = [("time of a step", "time", "share")]
     seconds += [
-        (name, span(taken), f"{taken / one.step.seconds:.1%}") for name, taken in one.step.parts.items() if taken
+        (name, duration(taken), f"{taken / one.step.seconds:.1%}") for name, taken in one.step.parts.items() if taken
     ]
-    seconds.append(("total", span(one.step.seconds), f"{one.step.utilisation:.1%} MFU"))
+    seconds.append(("total", duration(one.step.seconds), f"{one.step.utilisation:.1%} MFU"))
     return [title, "", *beside(table(held), table(seconds)), f"peak: {one.memory.moment}", "", *_traffic(plan, one)]
 
 
@@ -212,7 +212,7 @@ def _traffic(plan: ClusterPlan, one: Estimate) -> list[str]:
                     size(flow.inside),
                     size(flow.across),
                     str(flow.rounds),
-                    span(flow.seconds(plan.cluster)),
+                    duration(flow.seconds(plan.cluster)),
                     str(times[name]),
                 )
             )
@@ -224,7 +224,7 @@ def _traffic(plan: ClusterPlan, one: Estimate) -> list[str]:
                     size(flow.inside),
                     size(flow.across),
                     str(flow.rounds),
-                    span(flow.seconds(plan.cluster)),
+                    duration(flow.seconds(plan.cluster)),
                     "",
                 )
             )
@@ -261,7 +261,7 @@ def _verdict(plan: ClusterPlan) -> list[str]:
         least = "" if best.verdict == "yes" else " in the mean"
         found.append(
             f"The fastest layout that fits{least}: parallel.expert_parallel={best.layout.expert} parallel.zero_stage={best.layout.zero}{again} "
-            f"({size(best.memory.total)}, {span(best.step.seconds)}{faster})."
+            f"({size(best.memory.total)}, {duration(best.step.seconds)}{faster})."
         )
     return found
 

@@ -71,7 +71,7 @@ def measured(rank: int, world: int) -> list[str]:
 def test_every_contender_runs_on_the_ranks(world: int) -> None:
     lines = run(world, measured, world)[0]
     assert "DeepSpeed top-1" in lines[1]
-    assert lines[2].startswith("16, 64, 4")
+    assert lines[3].startswith("16, 64, 4")
     assert ("2 ranks" in lines[-1]) == (world == 2)
 
 
@@ -86,14 +86,14 @@ def test_a_step_is_its_parts_and_the_dense_twin_is_dense() -> None:
     for name, timing in found.timings.items():
         assert len(timing.seconds) == 3
         assert sum(found.parts[name][part] for part in PARTS) < 2 * max(timing.seconds)
-    assert found.lines()[5].split()[-1] == f"{found.timings['experts'].median / found.timings['dense'].median:.2f}"
+    assert found.lines()[6].split()[-1] == f"{found.timings['experts'].median / found.timings['dense'].median:.2f}"
 
 
 def test_costs_are_told_per_token() -> None:
     found = bench_experts(Mesh(), hidden=16, numbers=(2, 4), rows_each=8, turns=2)
     assert found.tokens == {2: 16, 4: 32}
     assert found.per_token(4) == found.timings[4].median / 32
-    assert [line.split()[0] for line in found.lines()[2:4]] == ["2", "4"]
+    assert [line.split()[0] for line in found.lines()[3:5]] == ["2", "4"]
     assert bench_experts(Mesh(), hidden=16, numbers=(2, 4), rows_each=None, tokens=32, turns=2).tokens == {2: 32, 4: 32}
 
 

@@ -19,8 +19,8 @@ from diffmoe_ep.planner.flops import plan
 from diffmoe_ep.planner.layouts import estimate, plan_cluster
 from diffmoe_ep.planner.report import ClusterPlan, Estimate
 from diffmoe_ep.planner.shape import Layout
-from diffmoe_ep.planner.tables import size, span
 from diffmoe_ep.planner.traffic import Flow, traffic
+from diffmoe_ep.tables import duration, size
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "configs/cluster").glob("*.yaml"))
@@ -211,7 +211,7 @@ def test_bytes_in_words(number: float, text: str) -> None:
     ("seconds", "text"), [(0.99996, "1.00 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us"), (1234.0, "1,234 s")]
 )
 def test_times_in_words(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_tables_are_aligned() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_experts, has_predictor
 from diffmoe_ep.evaluate.capacity import plots
-from diffmoe_ep.evaluate.capacity.report import Drawer, table
+from diffmoe_ep.evaluate.capacity.report import Drawer, write_csv
 from diffmoe_ep.sampling.sample import Drawn
+from diffmoe_ep.tables import table
 
 Threshold = float | Literal["dynamic", "raw"]
 
@@ -46,9 +47,7 @@ class Search:
         rows.insert(
             0, ("threshold", "C_infer^avg", self.score, f"{'lower' if self.lower_is_better else 'higher'} is better")
         )
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {note}".rstrip() for a, b, c, note in rows]
-        return [*table, self._verdict()]
+        return [*table(rows, align="<>><", rule=False), self._verdict()]
 
     def as_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
@@ -142,7 +141,7 @@ def search(
 def write_search(found: Search, out: Path) -> list[str]:
     """Write thresholds.csv and thresholds.png (Figure 7); gives their names."""
     rows = [(_name(one.threshold), one.capacity, one.score, int(one is found.best)) for one in found.candidates]
-    table(out / "thresholds.csv", ("threshold", "capacity", found.score.replace(" ", "_"), "best"), rows)
+    write_csv(out / "thresholds.csv", ("threshold", "capacity", found.score.replace(" ", "_"), "best"), rows)
     points = [(_name(one.threshold), one.capacity, one.score) for one in found.candidates]
     best = None if found.best is None else _name(found.best.threshold)
     plots.thresholds(out / "thresholds.png", points, score=found.score, best=best, limit=found.limit)

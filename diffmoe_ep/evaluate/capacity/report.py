@@ -421,7 +421,7 @@ def write(found: Report, out: Path) -> list[str]:
 
 def write_tables(found: Report, out: Path) -> list[str]:
     """Write the measurements as CSV files, steps, layers and experts counted from 0; gives their names."""
-    table(out / "capacity_per_step.csv", ("step", "capacity"), enumerate(found.record.per_step().tolist()))
+    write_csv(out / "capacity_per_step.csv", ("step", "capacity"), enumerate(found.record.per_step().tolist()))
     cube = found.per_layer_expert_step().tolist()
     rows = (
         (step, layer, found.blocks[layer], expert, value)
@@ -429,9 +429,9 @@ def write_tables(found: Report, out: Path) -> list[str]:
         for layer, experts in enumerate(layers)
         for expert, value in enumerate(experts)
     )
-    table(out / "capacity_per_layer_expert.csv", ("step", "layer", "block", "expert", "capacity"), rows)
+    write_csv(out / "capacity_per_layer_expert.csv", ("step", "layer", "block", "expert", "capacity"), rows)
     ranking = ((rank, one.label, one.name, found.per_class, one.capacity) for rank, one in enumerate(found.classes, 1))
-    table(out / f"capacity_per_{found.kind}.csv", ("rank", found.kind, "name", "samples", "capacity"), ranking)
+    write_csv(out / f"capacity_per_{found.kind}.csv", ("rank", found.kind, "name", "samples", "capacity"), ranking)
     names = ["capacity_per_step.csv", "capacity_per_layer_expert.csv", f"capacity_per_{found.kind}.csv"]
     if found.topk is not None:
         pairs, agreement = found.topk.counts.long().tolist(), found.topk.agreement().tolist()
@@ -440,7 +440,7 @@ def write_tables(found: Report, out: Path) -> list[str]:
             for step in range(len(pairs))
             for layer in range(len(pairs[step]))
         )
-        table(
+        write_csv(
             out / "topk_against_predictor.csv",
             ("step", "layer", "block", "predictor", "topk", "both", "agreement"),
             lines,
@@ -494,7 +494,7 @@ def _as_pictures(found: Report) -> Callable[[Drawn], plots.Pictures] | None:
     return lambda drawn: pixels_of(drawn, facts).permute(0, 2, 3, 1).double().numpy() / highest(facts)
 
 
-def table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write rows as a CSV file under a line of names; numbers with six digits."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -11,6 +11,7 @@ from typing import Any
 from diffmoe_ep.config import ConfigError, load
 from diffmoe_ep.evaluate.digits.composition import TASKS
 from diffmoe_ep.model.count import count
+from diffmoe_ep.tables import table
 
 SCORE = "scores/composition.json"
 
@@ -46,16 +47,7 @@ class Compositions:
             cells.append(
                 (row.run, f"{row.parameters:,}", f"{row.activated:,.0f}", *(f"{share:.3f}" for share in shares))
             )
-        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-        return [
-            "  ".join(
-                [
-                    line[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-                ]
-            )
-            for line in cells
-        ]
+        return table(cells, rule=False)
 
 
 def compare_composition(folders: Sequence[Path]) -> Compositions:

@@ -18,6 +18,7 @@ import numpy as np
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.evaluate.digits.detect import UNCLEAR, Canvases, Detector, known_digits
+from diffmoe_ep.tables import table
 
 TASKS = ("single object", "two objects", "counting", "position")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -170,11 +171,7 @@ class Composition:
         overall = [self.overall(heldout, shuffled) for heldout in (False, True) for shuffled in (False, True)]
         rows.append(("overall", *(f"{value:.3f}" for value in overall)))
         rows.append(("inference capacity", f"{self.capacity:.3f}", "", "", ""))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return [
-            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[c]:>{widths[c]}}" for c in range(1, 5)).rstrip()
-            for row in rows
-        ]
+        return table(rows, rule=False)
 
     def as_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
