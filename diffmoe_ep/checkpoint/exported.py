@@ -1,7 +1,7 @@
 """The single-file form of a model: its weights in one safetensors file, and beside it what must be known to use them.
 
     FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not the computed ones
-    FOLDER/config.json          the config (model, pool, training recipe, how to sample), clock, facts of the data, provenance
+    FOLDER/config.json          the config (model, pool, training recipe, how to sample), clock, what is known of the data, provenance
 
 Nothing in it is ever unpickled. The clock says in which convention the weights predict: `forward` is ours, eps - x_0 at
 t; `reversed` is x_0 - eps at 1 - t, as an imported model may. A loaded model answers in ours either way, and its
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, to_tree
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.embed import sine_positions
 from diffmoe_ep.model.parallelize import build_sharded, is_expert
@@ -46,7 +47,7 @@ class Single:
     """Model, pool, training recipe and how to sample; folders and ranks are at their defaults."""
     clock: Clock
     """The convention in which the weights predict."""
-    facts: dict[str, Any]
+    data_info: DataInfo
     """What is known of the data: kind, shape, scale, shift, class names; may be empty."""
     provenance: dict[str, Any]
     """Where the weights come from."""
@@ -55,7 +56,7 @@ class Single:
 def save_exported(
     source: DiT | Mapping[str, Tensor],
     config: Config,
-    facts: Mapping[str, Any],
+    data_info: DataInfo,
     folder: str | Path,
     *,
     clock: Clock | None = None,
@@ -68,7 +69,7 @@ def save_exported(
     tensors are not those of config.model, or the folder holds something.
     """
     with new_folder(Path(folder)) as partial:
-        write_single(partial, source, config, facts, clock=clock, provenance=provenance)
+        write_single(partial, source, config, data_info, clock=clock, provenance=provenance)
     return Path(folder)
 
 
@@ -76,7 +77,7 @@ def write_single(
     folder: Path,
     source: DiT | Mapping[str, Tensor],
     config: Config,
-    facts: Mapping[str, Any],
+    data_info: DataInfo,
     *,
     clock: Clock | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -97,7 +98,7 @@ def write_single(
         "format": FORMAT,
         "clock": clock or own or "forward",
         "config": {section: tree[section] for section in KEPT},
-        "data": dict(facts),
+        "data": data_info.to_json(),
         "provenance": dict(provenance or {}),
     }
     write_tensors(folder / WEIGHTS, tensors)
@@ -141,7 +142,11 @@ def read_exported(folder: str | Path) -> Single:
         raise CheckpointError(
             f"{path}: clock reversed is for objective flow, not {config.train.objective}; set clock to forward"
         )
-    return Single(config, clock, content["data"], content["provenance"])
+    try:
+        data_info = DataInfo.from_json(content["data"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; use a sound copy") from error
+    return Single(config, clock, data_info, content["provenance"])
 
 
 def load_exported(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:

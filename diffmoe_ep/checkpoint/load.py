@@ -14,6 +14,7 @@ from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
 from diffmoe_ep.checkpoint.reference import turned_clock
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, has_experts, has_predictor, to_tree
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import build_sharded, is_expert
 from diffmoe_ep.parallel.mesh import Mesh
@@ -132,18 +133,22 @@ def config_of(folder: Path) -> Config:
     return from_tree(_meta(folder)["config"])
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def data_info_of(folder: Path) -> DataInfo:
     """What a checkpoint knows of the data it was trained on: kind, shape, scale, shift, class names."""
     if is_exported(folder):
-        return dict(read_exported(folder).facts)
-    return dict(_meta(folder)["data"])
+        return read_exported(folder).data_info
+    try:
+        return DataInfo.from_json(_meta(folder)["data"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; use a sound copy") from error
 
 
-def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
     """Raise CheckpointError, naming the first differing key, unless a run may start from a checkpoint's or single-file
     folder's weights.
 
-    facts: of this run's data; where both are known, latents and text features have to be those of the same encoders.
+    data_info: of this run's data; where both are known, latents and text features have to be those of the same
+    encoders.
     """
     source = config_of(folder)
     if is_exported(folder) and config.init_weights != source.sample.weights:
@@ -155,7 +160,7 @@ def check_starts(folder: Path, config: Config, facts: Mapping[str, Any]) -> None
         raise CheckpointError(
             f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or start from another run"
         )
-    for key, here, there in _differences(_latents(config, facts), _latents(config, facts_of(folder))):
+    for key, here, there in _differences(_latents(config, data_info), _latents(config, data_info_of(folder))):
         if here is not None and there is not None:
             raise CheckpointError(
                 f"{folder} was trained on data whose {key} is {there}, but that of this run's data is {here}; prepare the data with the "
@@ -181,14 +186,13 @@ def _architecture(config: Config) -> dict[str, Any]:
     return named | {"train.objective": config.train.objective}
 
 
-def _latents(config: Config, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _latents(config: Config, data_info: DataInfo) -> dict[str, Any]:
     """What data have to share with those that weights were trained on; None: not known."""
-    scaled = (
-        ("scale", "shift", "encoder") if facts.get("kind") == "moments" else ()
-    )  # pixels are scaled from whatever they are stored as
-    known = {key: None if facts.get(key) == "" else facts.get(key) for key in ("kind", *scaled)}
-    prints = {text["name"]: text["fingerprint"] for text in facts.get("text", ())}
-    return known | {f"fingerprint of text features ({config.text.encoder})": prints.get(config.text.encoder)}
+    known: dict[str, Any] = {"kind": data_info.kind or None}
+    if data_info.kind == "moments":  # pixels are scaled from whatever they are stored as
+        known |= {"scale": data_info.scale, "shift": data_info.shift, "encoder": data_info.encoder or None}
+    text = data_info.text_encoder(config.text.encoder)
+    return known | {f"fingerprint of text features ({config.text.encoder})": text and text.fingerprint}
 
 
 def check_continues(folder: Path, config: Config, fingerprint: str) -> None:

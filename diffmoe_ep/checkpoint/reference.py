@@ -42,6 +42,7 @@ from diffmoe_ep.checkpoint.exported import (
 )
 from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.config import SIZES, Config, ConfigError, ModelConfig, from_tree, has_predictor, to_tree
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.embed import sine_positions
 
 Weights = Literal["ema", "model"]
@@ -50,7 +51,7 @@ REST = "reference.safetensors"
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)*")  # of models in DistributedDataParallel or torch.compile
 THEIR_POSITIONS, THEIR_DECAY = "pos_embed", "ema_decay"
 DECAY = 0.95
-LATENT = {"scale": 0.18215, "shift": 0.0}  # of the VAE's latents that the published models draw
+LATENT = (0.18215, 0.0)  # scale and shift of the VAE's latents that the published models draw
 
 # Parts of our names and theirs; of each name the first that fits is replaced.
 NAMES = (
@@ -122,17 +123,16 @@ def import_reference(
         "left_out": [str(key) for key in content if key not in ("args", *prefixes)],
     }
     model = config.model
-    facts: dict[str, Any] = {
-        "name": "reference",
-        "kind": "moments",
-        "shape": [model.in_channels, model.input_size, model.input_size],
-    }
-    facts |= {"num_classes": model.num_classes, "class_names": []} | (LATENT if model.in_channels == 4 else {})
+    scale, shift = LATENT if model.in_channels == 4 else (None, None)
+    data_info = DataInfo(
+        name="reference", kind="moments", shape=(model.in_channels, model.input_size, model.input_size), scale=scale, shift=shift,
+        num_classes=model.num_classes,
+    )  # fmt: skip
     with new_folder(Path(out)) as partial:
         clock: Clock = (
             "reversed" if objective == "flow" else "forward"
         )  # for DDPM both follow DiT: eps at the integer step
-        write_single(partial, ours, config, facts, clock=clock, provenance=provenance)
+        write_single(partial, ours, config, data_info, clock=clock, provenance=provenance)
         if rest:
             write_tensors(partial / REST, rest)
     return Path(out)

@@ -80,7 +80,7 @@ def _capacity_report(options: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         found = report(
-            model, drawer(source, model, mesh), source.config.sample, source.facts, mesh,
+            model, drawer(source, model, mesh), source.config.sample, source.data_info, mesh,
             per_class=options.samples, seed=source.seed, out=out, classes=options.classes, prompts=prompts, progress=show,
         )  # fmt: skip
     if found is not None:
@@ -98,14 +98,14 @@ def _capacity_search(options: argparse.Namespace) -> None:
     train, heldout = load_images(options.reference), load_images(options.heldout)
     source = source_of(options)
     check_search(source.config.model, source.config.sample, options.thresholds)
-    check_pixels(source.facts)
-    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    check_pixels(source.data_info)
+    check_real(options.samples, source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     model, mesh = load_source(source)
     labels = classes_in_turn(options.samples, list(range(source.config.model.num_classes)))
 
     def scorer(drawn: "Drawn") -> float:
-        return score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity).frechet
+        return score(pixels_of(drawn, source.data_info), drawn.labels, train, heldout, drawn.capacity).frechet
 
     draw_with = with_threshold(drawer(source, model, mesh), labels, source.config.sample)
     found = search(draw_with, options.thresholds, scorer, score="Fréchet distance")

@@ -57,7 +57,7 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from diffmoe_ep.checkpoint.exported import is_exported, save_exported
-    from diffmoe_ep.checkpoint.load import config_of, facts_of, load_model
+    from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
     from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.store import resolve
     from diffmoe_ep.train.start import ancestry_of
@@ -75,7 +75,9 @@ def _export(options: argparse.Namespace) -> None:
                 "weights": weights,
                 "ancestry": [dict(one) for one in ancestry_of(checkpoint)],
             }
-            save_exported(load_model(checkpoint, weights), config, facts_of(checkpoint), folder, provenance=provenance)
+            save_exported(
+                load_model(checkpoint, weights), config, data_info_of(checkpoint), folder, provenance=provenance
+            )
         elif options.out is not None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")
         elif options.weights not in (None, held := config_of(folder).sample.weights):

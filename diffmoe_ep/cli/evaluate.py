@@ -41,19 +41,19 @@ def _evaluate(options: argparse.Namespace) -> None:
             if takes_text
             else "--composition scores samples of prompts, but the model is conditioned on classes; leave it away"
         )
-    check_pixels(source.facts)
+    check_pixels(source.data_info)
     if options.composition:
         return _compose(options, source)
     train, heldout = load_images(options.reference), load_images(options.heldout)
-    check_real(options.samples, tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    check_real(options.samples, source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     drawn = draw_all(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
     if drawn is not None:
-        scores = score(pixels_of(drawn, source.facts), drawn.labels, train, heldout, drawn.capacity)
+        scores = score(pixels_of(drawn, source.data_info), drawn.labels, train, heldout, drawn.capacity)
         print("\n".join(scores.lines()))
         if out is not None:
             write_json(out / "scores.json", {**scores.as_dict(), "protocol": protocol(source)})
-            write_grid(drawn, source.facts, out / "grid.png")
+            write_grid(drawn, source.data_info, out / "grid.png")
             print(f"written to {out}: scores.json, grid.png")
     destroy_mesh()
     return None
@@ -72,12 +72,12 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
             f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}"
         )
     train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
-    check_canvases(tuple(source.facts["shape"]), {"--reference": train, "--heldout": heldout})
+    check_canvases(source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     asked = prompts(each)
     drawn = draw_all(source, [prompt.text for prompt in asked])
     if drawn is not None:
-        found = composition(pixels_of(drawn, source.facts).numpy(), asked, train, heldout, drawn.capacity.average())
+        found = composition(pixels_of(drawn, source.data_info).numpy(), asked, train, heldout, drawn.capacity.average())
         print("\n".join(found.lines()))
         if out is not None:
             judged = [
@@ -91,6 +91,6 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
             part = replace(
                 drawn, latents=drawn.latents[shown], prompts=tuple(drawn.prompts[number] for number in shown)
             )
-            write_grid(part, source.facts, out / "grid.png", right=[found.verdicts[number] for number in shown])
+            write_grid(part, source.data_info, out / "grid.png", right=[found.verdicts[number] for number in shown])
             print(f"written to {out}: composition.json, grid.png")
     destroy_mesh()

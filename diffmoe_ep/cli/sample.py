@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
+    from diffmoe_ep.data.info import DataInfo
     from diffmoe_ep.evaluate.capacity.report import Drawer
     from diffmoe_ep.model.dit import DiT
     from diffmoe_ep.parallel.mesh import Mesh
@@ -75,7 +76,7 @@ class Source:
 
     checkpoint: Path
     config: Config  # the run's, with the command's overrides
-    facts: dict[str, Any]  # of the data that it was trained on
+    data_info: "DataInfo"  # of the data that it was trained on
     seed: int  # of the samples' first noise
 
 
@@ -83,7 +84,7 @@ def source_of(options: argparse.Namespace) -> Source:
     """Find the checkpoint and check everything that follows from it; parallel.expert_parallel is 1 unless an override
     says otherwise.
     """
-    from diffmoe_ep.checkpoint.load import config_of, facts_of, resolve_model_path
+    from diffmoe_ep.checkpoint.load import config_of, data_info_of, resolve_model_path
     from diffmoe_ep.parallel.mesh import launched_world
     from diffmoe_ep.sampling.sample import check_sampling
 
@@ -100,7 +101,7 @@ def source_of(options: argparse.Namespace) -> Source:
             f"parallel.expert_parallel is {expert} and {started}; start a multiple of parallel.expert_parallel, or leave it at 1"
         )
     check_sampling(config, options.samples)
-    return Source(checkpoint, config, facts_of(checkpoint), config.seed if options.seed is None else options.seed)
+    return Source(checkpoint, config, data_info_of(checkpoint), config.seed if options.seed is None else options.seed)
 
 
 def load_source(source: Source) -> "tuple[DiT, Mesh]":
@@ -132,7 +133,7 @@ def encoded(source: Source, mesh: "Mesh", words: Sequence[str]) -> "Prompts":
     if mesh.is_first:
         try:
             found, said = encode(
-                load_encoder(source.config, source.facts, mesh.device), words, source.config.model.text_length
+                load_encoder(source.config, source.data_info, mesh.device), words, source.config.model.text_length
             )
             for line in said:
                 print(f"diffmoe: {line}", file=sys.stderr)
@@ -170,7 +171,7 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
     else:
         conditions = asked
     seed = range(source.seed, source.seed + len(asked)) if isinstance(asked, Sequence) else source.seed
-    decode = load_decoder(source.config.sample, source.facts, mesh)
+    decode = load_decoder(source.config.sample, source.data_info, mesh)
     model = _load(source, mesh)
     with bar_for(mesh, f"{len(asked)} samples") as bar:
 
@@ -197,7 +198,7 @@ def drawer(source: Source, model: "DiT", mesh: "Mesh") -> "Drawer":
     from diffmoe_ep.sampling.decode import load_decoder
     from diffmoe_ep.sampling.sample import draw
 
-    decode = load_decoder(source.config.sample, source.facts, mesh)
+    decode = load_decoder(source.config.sample, source.data_info, mesh)
 
     def drawer(
         asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None
@@ -280,17 +281,17 @@ def _sample(options: argparse.Namespace) -> None:
     words = _words(options)
     source = source_of(options)
     config = source.config
-    pictures = source.facts["kind"] == "pixels" or config.sample.vae is not None
+    pictures = source.data_info.kind == "pixels" or config.sample.vae is not None
     asked = _asked(options, words, config)
     out = out_folder(options.out)
     if pictures:
-        check_pictures(source.facts, config.sample.vae)
+        check_pictures(source.data_info, config.sample.vae)
     drawn = draw_all(source, asked, options.negative)
     if drawn is not None:
         written = ["samples.npz"]
         arrays: dict[str, Any] = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()}
         if pictures:
-            arrays["pixels"] = pixels_of(drawn, source.facts).numpy()
+            arrays["pixels"] = pixels_of(drawn, source.data_info).numpy()
         np.savez(out / "samples.npz", **arrays)
         if drawn.prompts:
             written.append("prompts.json")
@@ -298,7 +299,7 @@ def _sample(options: argparse.Namespace) -> None:
         if pictures:
             written.append("grid.png")
             columns = options.per_prompt if 1 < options.per_prompt <= 10 else 10
-            write_grid(drawn, source.facts, out / "grid.png", columns=columns)
+            write_grid(drawn, source.data_info, out / "grid.png", columns=columns)
         print(
             f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} "
             f"steps, guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"

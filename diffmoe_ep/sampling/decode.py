@@ -1,55 +1,55 @@
 """From the final latents of a VAE to pictures, by its decoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, SampleConfig
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.parallel.mesh import Mesh
 
 Decode = Callable[[Tensor], Tensor]  # final latents (n, C, h, w) to pixels (n, 3, H, W) uint8 on the CPU
 
 
-def load_decoder(sample: SampleConfig, facts: Mapping[str, Any], mesh: Mesh) -> Decode | None:
+def load_decoder(sample: SampleConfig, data_info: DataInfo, mesh: Mesh) -> Decode | None:
     """The decoder of sample.vae, on every rank's device; None where it is not set, or the data are pixels, which need
     none.
 
     Each picture is decoded by itself, so that it does not depend on how samples are laid over ranks. ConfigError, on
     all ranks, for a VAE other than the one that made the data's latents.
     """
-    if sample.vae is None or facts["kind"] != "moments":
+    if sample.vae is None or data_info.kind != "moments":
         return None
     found, problem = None, None
     try:
-        found = _load(sample, facts, mesh.device)
+        found = _load(sample, data_info, mesh.device)
     except ConfigError as error:
         problem = str(error)
     mesh.agree(problem)
     return found
 
 
-def _load(sample: SampleConfig, facts: Mapping[str, Any], device: torch.device) -> Decode:
+def _load(sample: SampleConfig, data_info: DataInfo, device: torch.device) -> Decode:
     from diffmoe_ep.encoders.image import load_image_encoder
 
     vae = load_image_encoder(Path(str(sample.vae)), device)
-    remedy = f"set sample.vae to the folder of the VAE that made the latents of {facts['name']}"
-    if (vae.scale, vae.shift) != (facts["scale"], facts["shift"]):
+    remedy = f"set sample.vae to the folder of the VAE that made the latents of {data_info.name}"
+    if data_info.scale is not None and (vae.scale, vae.shift) != (data_info.scale, data_info.shift):
         here, there = (
             f"(scale {scale:g}, shift {shift:g})"
-            for scale, shift in ((vae.scale, vae.shift), (facts["scale"], facts["shift"]))
+            for scale, shift in ((vae.scale, vae.shift), (data_info.scale, data_info.shift))
         )
         raise ConfigError(
             f"sample.vae {sample.vae} scales its latents otherwise {here} than the model's are {there}; {remedy}"
         )
-    if vae.channels != facts["shape"][0]:
+    if vae.channels != data_info.shape[0]:
         raise ConfigError(
-            f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {facts['shape'][0]}; {remedy}"
+            f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {data_info.shape[0]}; {remedy}"
         )
-    if facts.get("encoder") and vae.fingerprint != facts["encoder"]:
-        prints = f"fingerprint {vae.fingerprint[:12]}..., not {facts['encoder'][:12]}..."
+    if data_info.encoder and vae.fingerprint != data_info.encoder:
+        prints = f"fingerprint {vae.fingerprint[:12]}..., not {data_info.encoder[:12]}..."
         raise ConfigError(
             f"sample.vae {sample.vae} is another VAE than the one that made the model's latents ({prints}); {remedy}"
         )

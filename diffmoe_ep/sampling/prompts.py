@@ -4,10 +4,9 @@ Every prompt is encoded by itself, so that its features do not depend on the oth
 are stored. Equal words share one encoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec, read_chosen
 from diffmoe_ep.data.condition import Text, padded
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.encoders.text import SOURCES, TextEncoder, load_text_encoder
 
@@ -63,34 +63,32 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def load_encoder(config: Config, facts: Mapping[str, Any], device: torch.device | str = "cpu") -> TextEncoder:
+def load_encoder(config: Config, data_info: DataInfo, device: torch.device | str = "cpu") -> TextEncoder:
     """The encoder whose features the model was trained on; ConfigError where it is not to be had, or `text.folder` is
     another.
 
-    facts: of the data that the model was trained on. Where they hold features, their encoder's fingerprint, length and
-    precision count.
+    data_info: of the data that the model was trained on. Where they hold features, their encoder's fingerprint, length
+    and precision count.
     """
     name, folder = config.text.encoder, config.text.folder
-    stored = (
-        None if config.text.online else next((each for each in facts.get("text", ()) if each["name"] == name), None)
-    )
+    stored = None if config.text.online else data_info.text_encoder(name)
     if folder is None:
-        made = f" (fingerprint {stored['fingerprint'][:12]})" if stored else ""
+        made = f" (fingerprint {stored.fingerprint[:12]})" if stored else ""
         raise ConfigError(
             f"text.folder is not set, so prompts cannot be encoded; set it to the run's {name}{made}: {SOURCES[name]}"
         )
-    length = stored["max_length"] if stored else config.model.text_length
-    precision = stored["precision"] if stored else config.text.precision
+    length = stored.max_length if stored else config.model.text_length
+    precision = stored.precision if stored else config.text.precision
     encoder = load_text_encoder(name, Path(folder), max_length=length, precision=precision, device=device)
     if encoder.width != config.model.text_width:
         raise ConfigError(
             f"text.folder {folder} gives features of width {encoder.width}, but model.text_width is {config.model.text_width}; "
             "set text.folder to the encoder that the run was trained with"
         )
-    if stored and encoder.fingerprint != stored["fingerprint"]:
+    if stored and encoder.fingerprint != stored.fingerprint:
         raise ConfigError(
             f"text.folder {folder} is another encoder (fingerprint {encoder.fingerprint[:12]}) than the one that made the features of "
-            f"{facts['name']} (fingerprint {stored['fingerprint'][:12]}); set text.folder to the folder that the data were prepared with"
+            f"{data_info.name} (fingerprint {stored.fingerprint[:12]}); set text.folder to the folder that the data were prepared with"
         )
     return encoder
 

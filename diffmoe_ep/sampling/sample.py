@@ -1,10 +1,9 @@
 """Draw samples with a loaded or training model, all ranks together: labels or prompts in, latents and capacity out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from diffmoe_ep.config import (
     tokens_per_expert,
 )
 from diffmoe_ep.data.condition import Condition, padded
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.diffusion.objective import ObjectiveKind
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
@@ -138,52 +138,54 @@ def check_sampling(config: Config, num: int) -> None:
         )
 
 
-def check_pictures(facts: Mapping[str, Any], vae: str | None) -> None:
+def check_pictures(data_info: DataInfo, vae: str | None) -> None:
     """Raise ConfigError, before anything is drawn, if these data cannot be shown as a grid here; vae: sample.vae."""
     if find_spec("PIL") is None:
         raise ConfigError("grids need Pillow: pip install 'diffmoe_ep[sample]', or set sample.grid_every=0")
-    if facts["kind"] == "moments":
+    if data_info.kind == "moments":
         if vae is None:
             raise ConfigError(
-                f"the data {facts['name']} are latents of a VAE; set sample.vae to its local folder to see pictures, or sample.grid_every=0"
+                f"the data {data_info.name} are latents of a VAE; set sample.vae to its local folder to see pictures, or sample.grid_every=0"
             )
         return
-    if facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255:
+    if data_info.kind != "pixels" or data_info.shape[0] not in (1, 3) or not 1 <= highest(data_info) <= 255:
         raise ConfigError(
-            f"the data {facts['name']} (shape {tuple(facts['shape'])}, scale {facts['scale']}, shift {facts['shift']}) are no pictures "
+            f"the data {data_info.name} (shape {data_info.shape}, scale {data_info.scale}, shift {data_info.shift}) are no pictures "
             "of 1 or 3 channels with values up to 255; set sample.grid_every=0"
         )
 
 
-def check_pixels(facts: Mapping[str, Any]) -> None:
+def check_pixels(data_info: DataInfo) -> None:
     """Raise ConfigError if samples cannot be compared with stored pixels."""
-    if facts["kind"] != "pixels":
+    if data_info.kind != "pixels":
         raise ConfigError(
-            f"the data {facts['name']} are latents of a VAE, and scores compare stored pixels; draw pictures with diffmoe sample "
+            f"the data {data_info.name} are latents of a VAE, and scores compare stored pixels; draw pictures with diffmoe sample "
             "sample.vae=FOLDER and score its samples.npz by other means"
         )
-    check_pictures(facts, None)
+    check_pictures(data_info, None)
 
 
-def highest(facts: Mapping[str, Any]) -> int:
+def highest(data_info: DataInfo) -> int:
     """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE
     decodes.
     """
-    if facts["kind"] == "moments":
+    if data_info.kind == "moments":
         return 255
-    return round((1 - facts["shift"]) / facts["scale"])
+    assert data_info.scale and data_info.shift is not None, "known of pixels"
+    return round((1 - data_info.shift) / data_info.scale)
 
 
-def pixels_of(drawn: Drawn, facts: Mapping[str, Any]) -> Tensor:
+def pixels_of(drawn: Drawn, data_info: DataInfo) -> Tensor:
     """The samples as pixels, stored ones or decoded ones: uint8 (n, C, H, W)."""
     if drawn.decoded is not None:
         return drawn.decoded
-    return to_pixels(drawn.latents, facts["scale"], facts["shift"], highest(facts))
+    assert data_info.scale and data_info.shift is not None, "known of pixels"
+    return to_pixels(drawn.latents, data_info.scale, data_info.shift, highest(data_info))
 
 
 def write_grid(
     drawn: Drawn,
-    facts: Mapping[str, Any],
+    data_info: DataInfo,
     path: Path,
     most: int = 200,
     columns: int = 10,
@@ -193,8 +195,8 @@ def write_grid(
 
     right: whether each picture shows what was asked for, seen from its frame.
     """
-    pixels = pixels_of(drawn, facts)[:most]
+    pixels = pixels_of(drawn, data_info)[:most]
     grid(
-        pixels, path, columns=min(columns, len(pixels)), highest=highest(facts),
+        pixels, path, columns=min(columns, len(pixels)), highest=highest(data_info),
         captions=drawn.prompts[:most] or None, right=None if right is None else right[:most],
     )  # fmt: skip

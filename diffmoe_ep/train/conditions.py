@@ -2,14 +2,13 @@
 for its grids.
 """
 
-from dataclasses import asdict
-
 import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.condition import Condition, padded
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.sample import Batch
@@ -30,7 +29,7 @@ class Conditions:
         if self.text is not None and self.text.online:
             problem = None
             try:
-                self.encoder = load_encoder(config, asdict(dataset.manifest), mesh.device)
+                self.encoder = load_encoder(config, DataInfo.of(dataset.manifest), mesh.device)
             except ValueError as error:
                 problem = str(error)
             mesh.agree(problem)

@@ -1,10 +1,9 @@
 """The dataset of a run: opened as its config says, and held against its model."""
 
-from dataclasses import asdict
-
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec, check_text
 from diffmoe_ep.data.index import MemberSpec
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
@@ -31,18 +30,18 @@ def open_data(config: Config) -> Mixture | PlainTars:
 
 def check_data(config: Config, dataset: Mixture | PlainTars) -> None:
     """Raise ConfigError unless the data fit the model."""
-    facts, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
+    manifest, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
     check_text(dataset, CaptionSpec.of(model, config.text))
-    if facts.shape != (model.in_channels, model.input_size, model.input_size):
+    if manifest.shape != (model.in_channels, model.input_size, model.input_size):
         raise ConfigError(
-            f"the data in {names} are of shape {facts.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
-            f"{model.input_size}); set model.in_channels={facts.shape[0]} model.input_size={facts.shape[1]}"
+            f"the data in {names} are of shape {manifest.shape}, but the model takes ({model.in_channels}, {model.input_size}, "
+            f"{model.input_size}); set model.in_channels={manifest.shape[0]} model.input_size={manifest.shape[1]}"
         )
-    if model.condition == "class" and facts.num_classes != model.num_classes:
+    if model.condition == "class" and manifest.num_classes != model.num_classes:
         raise ConfigError(
-            f"the data in {names} have {facts.num_classes} classes, but model.num_classes is {model.num_classes}; "
-            f"set model.num_classes={facts.num_classes}"
+            f"the data in {names} have {manifest.num_classes} classes, but model.num_classes is {model.num_classes}; "
+            f"set model.num_classes={manifest.num_classes}"
         )
     if config.sample.grid_every:
-        check_pictures(asdict(facts), config.sample.vae)
+        check_pictures(DataInfo.of(manifest), config.sample.vae)
         check_sampling(config, config.sample.grid_size)

@@ -8,7 +8,7 @@ they describe the tokens that come.
 import difflib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from diffmoe_ep.checkpoint.exported import CONFIG, is_exported, read_exported
 from diffmoe_ep.checkpoint.load import check_starts, config_of, load_into, resolve_model_path
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
@@ -77,7 +78,7 @@ def resolve_init(config: Config, mesh: Mesh, dataset: Dataset | Mixture | PlainT
         if checkpoint is not None:
             ancestry = ancestry_of(checkpoint)
         elif source is not None:
-            check_starts(source, config, asdict(dataset.manifest))
+            check_starts(source, config, DataInfo.of(dataset.manifest))
             ancestry = ancestry_of(source, config.init_weights)
         start = Start(source, ancestry, frozen, len(names))
     except CheckpointError as error:

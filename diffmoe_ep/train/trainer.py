@@ -7,7 +7,6 @@ how it is computed, never what.
 
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from diffmoe_ep.checkpoint.load import check_continues, fragments, persistent_bu
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data.captions import CaptionSpec
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.loader.stream import Stream
@@ -107,7 +107,7 @@ class Trainer:
         self.folder = RunFolder(Path(config.folder))
         self.conditions = Conditions(config, self.dataset, mesh)
         self.decode = (
-            load_decoder(config.sample, asdict(self.dataset.manifest), mesh) if config.sample.grid_every else None
+            load_decoder(config.sample, DataInfo.of(self.dataset.manifest), mesh) if config.sample.grid_every else None
         )
         self.start = resolve_init(config, mesh, dataset, checkpoint)
         self.model = begin(self.build_model(), self.start, config, mesh)
@@ -269,7 +269,8 @@ class Trainer:
         )  # fmt: skip
         if drawn is not None:
             self.folder.picture(
-                f"samples/step-{self.step:07d}.png", lambda path: write_grid(drawn, asdict(self.dataset.manifest), path)
+                f"samples/step-{self.step:07d}.png",
+                lambda path: write_grid(drawn, DataInfo.of(self.dataset.manifest), path),
             )
             self.folder.draw_curves()
 
@@ -282,12 +283,10 @@ class Trainer:
         pieces = [
             self.engine.shard_to_write(fragment, is_expert(fragment.name)) for fragment in replicated
         ] + self.engine.moments_to_save()
-        facts = asdict(self.dataset.manifest)
-        facts.pop("shards")
         meta = {
             "config": to_tree(config),
             "samples_consumed": self.step * config.train.global_batch,
-            "data": facts,
+            "data": DataInfo.of(self.dataset.manifest).to_json(),
             "fingerprint": self.dataset.fingerprint,
             "ancestry": self.start.ancestry,
         }

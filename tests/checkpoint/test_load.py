@@ -13,6 +13,7 @@ from diffmoe_ep.checkpoint.exported import load_exported, save_exported
 from diffmoe_ep.checkpoint.load import check_starts, fragments, load_into, persistent_buffers
 from diffmoe_ep.checkpoint.store import CheckpointError, save
 from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.parallel.mesh import Mesh
@@ -28,7 +29,7 @@ MODEL = {
     "num_classes": 3,
     "num_experts": 4,
 }
-FACTS = {"kind": "moments", "shape": [2, 4, 4], "scale": 0.18, "shift": 0.0, "encoder": "", "text": []}
+INFO = {"kind": "moments", "shape": [2, 4, 4], "scale": 0.18, "shift": 0.0, "encoder": "", "text": []}
 
 
 def config(*overrides: str, **model: Any) -> Config:
@@ -36,7 +37,7 @@ def config(*overrides: str, **model: Any) -> Config:
 
 
 def saved(
-    folder: Path, given: Config, facts: dict[str, Any] | None = None
+    folder: Path, given: Config, data_info: dict[str, Any] | None = None
 ) -> tuple[Path, DiT, dict[str, torch.Tensor]]:
     """A checkpoint as a run writes it, with averaged thresholds too; the live model and the averaged tensors."""
     model = busy(0.1)(DiT(given.model), 1)
@@ -47,7 +48,7 @@ def saved(
     live = dict(model.named_parameters()) | persistent_buffers(model)
     averaged = {name: tensor.detach() * 0.5 for name, tensor in live.items() if not name.endswith("updates")}
     pieces = fragments(live, "model", model, Mesh()) + fragments(averaged, "ema", model, Mesh())
-    meta = {"config": to_tree(given), "data": facts or FACTS, "fingerprint": "0", "samples_consumed": 0}
+    meta = {"config": to_tree(given), "data": data_info or INFO, "fingerprint": "0", "samples_consumed": 0}
     return save(folder, 7, pieces, meta), model, averaged
 
 
@@ -76,7 +77,7 @@ def test_a_reversed_clock_is_rewritten_to_ours(tmp_path: Path, family: str) -> N
     """
     given = config(f"model.family={family}")
     source = busy(0.3)(DiT(given.model), 1)
-    folder = save_exported(source.state_dict(), given, {}, tmp_path / "single", clock="reversed")
+    folder = save_exported(source.state_dict(), given, DataInfo(), tmp_path / "single", clock="reversed")
     model = initialize(DiT(given.model), 2)
     load_into(model, folder, "ema", Mesh())
     x, t = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.linspace(0.05, 0.95, 5)
@@ -100,14 +101,14 @@ def test_stored_positions_are_not_taken_over(tmp_path: Path) -> None:
     source = busy(0.3)(DiT(given.model), 1)
     tensors = source.state_dict() | {"positions": source.positions + 1e-5}
     model = initialize(DiT(given.model), 2)
-    load_into(model, save_exported(tensors, given, {}, tmp_path / "single"), "ema", Mesh())
+    load_into(model, save_exported(tensors, given, DataInfo(), tmp_path / "single"), "ema", Mesh())
     assert torch.equal(model.positions, source.positions)
     assert torch.equal(model.head.projection.weight, source.head.projection.weight)
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     given = config()
-    folder = save_exported(busy(0.3)(DiT(given.model), 1), given, {}, tmp_path / "single")
+    folder = save_exported(busy(0.3)(DiT(given.model), 1), given, DataInfo(), tmp_path / "single")
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="use a sound copy"):
         load_into(DiT(given.model), folder, "ema", Mesh())
@@ -150,7 +151,7 @@ def test_another_architecture_is_named_by_its_first_differing_key(
 ) -> None:
     folder, _, _ = saved(tmp_path, config(*source))
     with pytest.raises(CheckpointError, match=message):
-        check_starts(folder, config(*here), FACTS)
+        check_starts(folder, config(*here), DataInfo.from_json(INFO))
 
 
 @pytest.mark.parametrize(
@@ -183,21 +184,21 @@ def test_another_architecture_is_named_by_its_first_differing_key(
 )
 def test_what_the_weights_do_not_depend_on_may_differ(tmp_path: Path, source: list[str], here: list[str]) -> None:
     folder, _, _ = saved(tmp_path, config(*source))
-    check_starts(folder, config(*here), FACTS)
+    check_starts(folder, config(*here), DataInfo.from_json(INFO))
 
 
 def text(fingerprint: str) -> dict[str, Any]:
     features = {"name": "t5", "width": 4096, "max_length": 120, "precision": "float32", "fingerprint": fingerprint}
-    return FACTS | {"text": [features]}
+    return INFO | {"text": [features]}
 
 
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        (FACTS, FACTS | {"scale": 0.36}, r"trained on data whose scale is 0\.18, but that of this run's data is 0\.36"),
-        (FACTS, FACTS | {"shift": 0.1}, r"shift is 0\.0, but that of this run's data is 0\.1"),
-        (FACTS, FACTS | {"kind": "pixels"}, r"kind is moments, but that of this run's data is pixels"),
-        (FACTS | {"encoder": "a"}, FACTS | {"encoder": "b"}, "encoder is a, but"),
+        (INFO, INFO | {"scale": 0.36}, r"trained on data whose scale is 0\.18, but that of this run's data is 0\.36"),
+        (INFO, INFO | {"shift": 0.1}, r"shift is 0\.0, but that of this run's data is 0\.1"),
+        (INFO, INFO | {"kind": "pixels"}, r"kind is moments, but that of this run's data is pixels"),
+        (INFO | {"encoder": "a"}, INFO | {"encoder": "b"}, "encoder is a, but"),
         (text("a"), text("b"), r"fingerprint of text features \(t5\) is a, but"),
     ],
 )
@@ -206,22 +207,26 @@ def test_latents_and_features_of_other_encoders_are_refused(
 ) -> None:
     folder, _, _ = saved(tmp_path, config(), there)
     with pytest.raises(CheckpointError, match=message):
-        check_starts(folder, config(), here)
+        check_starts(folder, config(), DataInfo.from_json(here))
     for known in (there, {"name": "reference", "kind": "moments"}, {}):
-        check_starts(folder, config(), known)
+        check_starts(folder, config(), DataInfo.from_json(known))
 
 
-def test_facts_that_one_side_does_not_know_are_no_reason(tmp_path: Path) -> None:
-    pixels = FACTS | {"kind": "pixels", "scale": 2.0}
+def test_what_one_side_does_not_know_is_no_reason(tmp_path: Path) -> None:
+    pixels = INFO | {"kind": "pixels", "scale": 2.0}
     folder, _, _ = saved(tmp_path, config(), pixels)
-    check_starts(folder, config(), pixels | {"scale": 1.0})  # pixels are scaled from whatever they are stored as
-    check_starts(folder, config(), {key: value for key, value in pixels.items() if key != "text"})  # of an older format
+    check_starts(
+        folder, config(), DataInfo.from_json(pixels | {"scale": 1.0})
+    )  # pixels are scaled from whatever they are stored as
+    check_starts(
+        folder, config(), DataInfo.from_json({key: value for key, value in pixels.items() if key != "text"})
+    )  # of an older format
 
 
 def test_a_single_file_has_one_set_of_weights(tmp_path: Path) -> None:
     given = config()
     kept = dataclasses.replace(given, sample=dataclasses.replace(given.sample, weights="model"))
-    folder = save_exported(busy(0.3)(DiT(given.model), 1), kept, {}, tmp_path / "single")
+    folder = save_exported(busy(0.3)(DiT(given.model), 1), kept, DataInfo(), tmp_path / "single")
     with pytest.raises(CheckpointError, match="holds one set of weights, model, not ema; set init_weights=model"):
-        check_starts(folder, given, FACTS)
-    check_starts(folder, override(given, ["init_weights=model"]), FACTS)
+        check_starts(folder, given, DataInfo.from_json(INFO))
+    check_starts(folder, override(given, ["init_weights=model"]), DataInfo.from_json(INFO))

@@ -29,6 +29,7 @@ from diffmoe_ep.checkpoint.exported import load_exported, read_exported, save_ex
 from diffmoe_ep.checkpoint.reference import export_reference, import_reference
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import from_tree
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
 
@@ -204,7 +205,7 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
     if experts:
         inner["blocks.1.ffn.predictor.updates"] = torch.tensor(3)
     config = read_exported(folder).config
-    own = save_exported(inner, config, {}, tmp_path / "own", clock="forward")
+    own = save_exported(inner, config, DataInfo(), tmp_path / "own", clock="forward")
     export_reference(own, tmp_path / "own.pt")
     content = open_reference(tmp_path / "own.pt")
     same_bits(content["ema"], content["model"])
@@ -248,7 +249,7 @@ def test_other_families_are_not_the_references(tmp_path: Path) -> None:
             "model": {"input_size": 4, "hidden_size": 8, "num_heads": 2, "num_blocks": 2, "num_experts": 4, key: value}
         }
         config = from_tree(tree)
-        folder = save_exported(DiT(config.model), config, {}, tmp_path / key)
+        folder = save_exported(DiT(config.model), config, DataInfo(), tmp_path / key)
         with pytest.raises(CheckpointError, match=f"model.{key} {value}, which the reference"):
             export_reference(folder, tmp_path / "file.pt")
     assert not (tmp_path / "file.pt").exists()

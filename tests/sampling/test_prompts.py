@@ -2,7 +2,6 @@
 refused.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from diffmoe_ep.config import Config, ConfigError, DataConfig, from_tree
 from diffmoe_ep.data.captions import CaptionSpec
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.sampling.prompts import Prompts, encode, first_captions, load_encoder, read_prompts
@@ -58,13 +58,13 @@ def config(folder: Path, *overrides: str) -> Config:
     return from_tree({"model": model, "text": {"folder": str(folder / "t5")}}, overrides)
 
 
-def facts(folder: Path, name: str = "stored") -> dict[str, object]:
-    return asdict(Mixture.open(DataConfig(folder=str(folder / name / "train"))).manifest)
+def data_info(folder: Path, name: str = "stored") -> DataInfo:
+    return DataInfo.of(Mixture.open(DataConfig(folder=str(folder / name / "train"))).manifest)
 
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> TextEncoder:
-    return load_encoder(config(folder), facts(folder))
+    return load_encoder(config(folder), data_info(folder))
 
 
 def test_features_depend_on_the_words_alone(encoder: TextEncoder) -> None:
@@ -102,7 +102,7 @@ def test_features_are_those_that_were_stored(folder: Path, encoder: TextEncoder)
     online = CaptionSpec.of(given.model, config(folder, "text.online=true").text)
     assert online is not None
     words = Mixture.open(DataConfig(folder=str(folder / "words" / "train")))
-    longer = load_encoder(config(folder, "text.online=true"), facts(folder, "words"))
+    longer = load_encoder(config(folder, "text.online=true"), data_info(folder, "words"))
     assert longer.max_length == PLACES
     assert first_captions(words, online, 30, longer).words == stored.words[:30]
     with pytest.raises(ConfigError, match="holds no features of its captions; set text.folder"):
@@ -122,11 +122,11 @@ def test_what_is_empty_or_cut_is_said(encoder: TextEncoder) -> None:
 
 
 def test_an_encoder_that_is_not_the_runs_is_refused(folder: Path, tmp_path: Path) -> None:
-    made = facts(folder)
+    made = data_info(folder)
     other = save_t5(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError) as caught:
         load_encoder(config(folder, f"text.folder={other}"), made)
-    held = made["text"][0]["fingerprint"]  # type: ignore[index]
+    held = made.text[0].fingerprint
     assert held[:12] in str(caught.value)
     assert f"text.folder {other} is another encoder (fingerprint " in str(caught.value)
     with pytest.raises(ConfigError, match=rf"text.folder is not set.*fingerprint {held[:12]}.*google/t5-v1_1-xxl"):

@@ -14,7 +14,7 @@ import torch
 from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.exported import save_exported
-from diffmoe_ep.checkpoint.load import config_of, facts_of
+from diffmoe_ep.checkpoint.load import config_of, data_info_of
 from diffmoe_ep.config import Config, ConfigError, override
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.shards import Dataset
@@ -168,7 +168,7 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
     provenance = {"ancestry": meta["ancestry"]}
     kept = override(config_of(checkpoint), ["sample.weights=model"])
     save_exported(
-        load_model(checkpoint, "model"), kept, facts_of(checkpoint), tmp_path / "single", provenance=provenance
+        load_model(checkpoint, "model"), kept, data_info_of(checkpoint), tmp_path / "single", provenance=provenance
     )
     given = tuned(
         digits,

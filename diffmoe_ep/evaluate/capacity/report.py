@@ -6,7 +6,7 @@ are drawn.
 
 import contextlib
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffmoe_ep.config import (
     to_tree,
     tokens_per_expert,
 )
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, is_moe
@@ -99,7 +100,7 @@ class Report:
 
     model: ModelConfig
     sample: SampleConfig
-    facts: Mapping[str, Any]  # of the data that the model was trained on
+    data_info: DataInfo  # of the data that the model was trained on
     seed: int  # of the samples' first noise, the same for each class
     per_class: int
     record: CapacityRecord  # over all classes
@@ -227,7 +228,7 @@ def report(
     module: DiT,
     draw: Drawer,
     sample: SampleConfig,
-    facts: Mapping[str, Any],
+    data_info: DataInfo,
     mesh: Mesh,
     *,
     per_class: int,
@@ -250,7 +251,7 @@ def report(
         labels, names = list(range(len(prompts))), list(prompts.words)
     else:
         labels = sorted(set(classes)) if classes is not None else list(range(model.num_classes))
-        names = facts.get("class_names") or [str(label) for label in range(model.num_classes)]
+        names = list(data_info.class_names) or [str(label) for label in range(model.num_classes)]
     k = _topk_of_a_sample(model, sample)
     total = len(labels) + (2 if k else 0)
     record, measured = CapacityRecord.empty(), []
@@ -280,7 +281,7 @@ def report(
     found = Report(
         model=model,
         sample=sample,
-        facts=facts,
+        data_info=data_info,
         seed=seed,
         per_class=per_class,
         record=record,
@@ -487,11 +488,13 @@ def write_plots(found: Report, out: Path) -> list[str]:
 
 def _as_pictures(found: Report) -> Callable[[Drawn], plots.Pictures] | None:
     """How samples are shown: as numbers in 0..1 (n, H, W, C); None for what is no picture of 1 or 3 channels."""
-    facts = found.facts
+    data_info = found.data_info
     decoded = any(one.samples is not None and one.samples.decoded is not None for one in found.classes)
-    if not decoded and (facts["kind"] != "pixels" or facts["shape"][0] not in (1, 3) or not 1 <= highest(facts) <= 255):
+    if not decoded and (
+        data_info.kind != "pixels" or data_info.shape[0] not in (1, 3) or not 1 <= highest(data_info) <= 255
+    ):
         return None
-    return lambda drawn: pixels_of(drawn, facts).permute(0, 2, 3, 1).double().numpy() / highest(facts)
+    return lambda drawn: pixels_of(drawn, data_info).permute(0, 2, 3, 1).double().numpy() / highest(data_info)
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, SampleConfig
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
 from diffmoe_ep.evaluate.capacity.report import check_report, report
@@ -24,14 +25,7 @@ MODEL = ModelConfig(
     input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_classes=4, num_experts=8
 )  # 16 tokens, MoE in blocks 1 and 3
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
-FACTS = {
-    "name": "dots",
-    "kind": "pixels",
-    "shape": [1, 8, 8],
-    "scale": 0.125,
-    "shift": -1.0,
-    "class_names": ["a", "b", "c", "d"],
-}
+INFO = DataInfo(name="dots", kind="pixels", shape=(1, 8, 8), scale=0.125, shift=-1.0, class_names=("a", "b", "c", "d"))
 CLASSES, PER_CLASS, SEED = range(4), 3, 5
 
 
@@ -53,7 +47,7 @@ def drawer(module: DiT):
 
 
 def made(module: DiT, sample: SampleConfig = SAMPLE, **more):
-    return report(module, drawer(module), sample, FACTS, Mesh(), per_class=PER_CLASS, seed=SEED, **more)
+    return report(module, drawer(module), sample, INFO, Mesh(), per_class=PER_CLASS, seed=SEED, **more)
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +243,8 @@ def test_the_summary_is_aligned_and_the_dictionary_is_json(written):
 
 
 def test_latents_of_a_vae_are_measured_but_not_shown(module, tmp_path):
-    facts = {**FACTS, "kind": "moments", "class_names": []}
-    found = report(module, drawer(module), SAMPLE, facts, Mesh(), per_class=1, seed=SEED, out=tmp_path)
+    latents = replace(INFO, kind="moments", class_names=())
+    found = report(module, drawer(module), SAMPLE, latents, Mesh(), per_class=1, seed=SEED, out=tmp_path)
     assert not (tmp_path / "hardest_easiest.png").exists()
     assert (tmp_path / "topk_against_predictor.png").exists()
     assert {one.name for one in found.classes} == {"0", "1", "2", "3"}
@@ -286,9 +280,9 @@ def test_what_cannot_be_reported_is_refused_before_drawing(module):
 
     dense = DiT(replace(MODEL, family="dense"))
     with pytest.raises(ConfigError, match="model.family is dense"):
-        report(dense, never, SAMPLE, FACTS, Mesh(), per_class=1, seed=0)
+        report(dense, never, SAMPLE, INFO, Mesh(), per_class=1, seed=0)
     with pytest.raises(ConfigError, match="--per-class is 0"):
-        report(module, never, SAMPLE, FACTS, Mesh(), per_class=0, seed=0)
+        report(module, never, SAMPLE, INFO, Mesh(), per_class=0, seed=0)
     with pytest.raises(ConfigError, match="class 4 does not exist"):
         check_report(MODEL, 1, [1, 4])
     with pytest.raises(ConfigError, match="no MoE layer"):
@@ -300,7 +294,7 @@ def test_steps_of_the_solver_s_own_are_refused(module):
         return draw(module, labels, replace(sample, steps=4), Mesh(), seed=0)
 
     with pytest.raises(ConfigError, match=r"took 4 steps of its own where sample\.steps is 3"):
-        report(module, longer, SAMPLE, FACTS, Mesh(), per_class=1, seed=0)
+        report(module, longer, SAMPLE, INFO, Mesh(), per_class=1, seed=0)
 
 
 # -- search ------------------------------------------------------------------------------------------------------------
@@ -416,7 +410,7 @@ def report_on_ranks(rank: int):
     mesh = init_mesh(2, 1, 1.0, device="cpu")
     module = shard_experts(build(), mesh)
     sharded = lambda labels, sample, progress: draw(module, labels, sample, mesh, seed=SEED, progress=progress)  # noqa: E731
-    found = report(module, sharded, SAMPLE, FACTS, mesh, per_class=PER_CLASS, seed=SEED)
+    found = report(module, sharded, SAMPLE, INFO, mesh, per_class=PER_CLASS, seed=SEED)
     return None if found is None else (found.record, found.topk.counts, [one.label for one in found.classes])
 
 

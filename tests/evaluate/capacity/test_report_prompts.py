@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, SampleConfig
+from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity.report import report
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
@@ -28,7 +29,7 @@ MODEL = ModelConfig(
     num_experts=8,
 )
 SAMPLE = SampleConfig(steps=3, guidance=1.5, chunk=2)
-FACTS = {"name": "dots", "kind": "pixels", "shape": [1, 8, 8], "scale": 0.125, "shift": -1.0, "class_names": []}
+INFO = DataInfo(name="dots", kind="pixels", shape=(1, 8, 8), scale=0.125, shift=-1.0)
 WORDS = ("one digit: a 3 at the top left", "two 5s, and a very long tail of words that no bar has room for", "an 8", "")
 SEED, EACH = 5, 3
 
@@ -63,7 +64,7 @@ def drawn(module: DiT, asked: Prompts | torch.Tensor, sample: SampleConfig = SAM
 
 def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Prompts, tmp_path: Path) -> None:
     found = report(
-        module, lambda asked, sample, _: drawn(module, asked, sample), SAMPLE, FACTS, Mesh(), per_class=EACH, seed=SEED, prompts=prompts,
+        module, lambda asked, sample, _: drawn(module, asked, sample), SAMPLE, INFO, Mesh(), per_class=EACH, seed=SEED, prompts=prompts,
         out=tmp_path,
     )  # fmt: skip
     assert found is not None
@@ -95,9 +96,9 @@ def test_the_other_kind_of_condition_is_refused(module: DiT, prompts: Prompts) -
         raise AssertionError
 
     with pytest.raises(ConfigError, match="say what to draw"):
-        report(module, never, SAMPLE, FACTS, Mesh(), per_class=1, seed=0)
+        report(module, never, SAMPLE, INFO, Mesh(), per_class=1, seed=0)
     with pytest.raises(ConfigError, match="has no classes"):
-        report(module, never, SAMPLE, FACTS, Mesh(), per_class=1, seed=0, prompts=prompts, classes=[1])
+        report(module, never, SAMPLE, INFO, Mesh(), per_class=1, seed=0, prompts=prompts, classes=[1])
     labelled = DiT(replace(MODEL, condition="class"))
     with pytest.raises(ConfigError, match="conditioned on classes"):
-        report(labelled, never, SAMPLE, FACTS, Mesh(), per_class=1, seed=0, prompts=prompts)
+        report(labelled, never, SAMPLE, INFO, Mesh(), per_class=1, seed=0, prompts=prompts)
