@@ -23,8 +23,8 @@ from data_prep.prepare import Preparation
 from data_prep.source import Source
 from diffmoe_ep.config import UserError
 from diffmoe_ep.data.manifest import MANIFEST_NAME, DataError
-from diffmoe_ep.encoders.image import load_image_encoder
 from diffmoe_ep.encoders.text import PRECISIONS, TextEncoder, load_text_encoder
+from diffmoe_ep.encoders.vae import load_vae
 
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 
@@ -121,7 +121,7 @@ def _encoding(options: argparse.Namespace) -> Encoding:
     return Encoding(
         image_size=options.image_size,
         flips=getattr(options, "flips", 1),
-        vae=load_image_encoder(vae, device) if vae is not None else None,
+        vae=load_vae(vae, device) if vae is not None else None,
         text=tuple(text),
         batch=options.batch,
         readers=options.readers,

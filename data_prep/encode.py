@@ -16,8 +16,8 @@ from data_prep.source import BadSample, Raw, Source
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
 from diffmoe_ep.data.sample import Caption, Condition, encode
-from diffmoe_ep.encoders.image import ImageEncoder
 from diffmoe_ep.encoders.text import TextEncoder
+from diffmoe_ep.encoders.vae import Vae
 
 AHEAD = 2  # batches whose images are decoded while one is encoded
 
@@ -36,7 +36,7 @@ class Encoding:
 
     image_size: int  # side of the square crop
     flips: int = 1  # 2: the mirror image is encoded too
-    vae: ImageEncoder | None = None  # None: pixels are stored
+    vae: Vae | None = None  # None: pixels are stored
     text: tuple[TextEncoder, ...] = ()  # encoders of the captions
     batch: int = 32  # images encoded together
     readers: int = 8  # threads that read and decode images

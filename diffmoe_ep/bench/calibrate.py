@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_ep.config import Config, num_tokens
-from diffmoe_ep.data.condition import Condition, Text
+from diffmoe_ep.data.condition import CaptionFeatures, Condition
 from diffmoe_ep.planner.cluster import Cluster, Measurement
 from diffmoe_ep.planner.layouts import estimate
 from diffmoe_ep.planner.report import Estimate
@@ -202,7 +202,7 @@ def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
     condition: Condition = torch.arange(micro, device=mesh.device) % config.model.num_classes
     if config.model.condition == "text":
         features = torch.randn(micro, config.model.text_length, config.model.text_width, device=mesh.device)
-        condition = Text(features, 1 + torch.arange(micro, device=mesh.device) % config.model.text_length)
+        condition = CaptionFeatures(features, 1 + torch.arange(micro, device=mesh.device) % config.model.text_length)
 
     def step() -> Tensor:
         loss = torch.zeros((), device=mesh.device)

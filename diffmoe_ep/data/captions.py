@@ -11,7 +11,7 @@ import torch
 
 from diffmoe_ep.config import ConfigError, ModelConfig
 from diffmoe_ep.config.schema import TextConfig
-from diffmoe_ep.data.condition import Text, padded
+from diffmoe_ep.data.condition import CaptionFeatures, padded
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
 from diffmoe_ep.data.sample import Caption, decode_array, decode_caption, named
 from diffmoe_ep.data.shards import Dataset
@@ -110,13 +110,17 @@ def read_chosen(
         raise named(error, dataset, shard, sample) from error
 
 
-def collate(captions: Sequence[Caption], dropped: Sequence[bool], text: CaptionSpec) -> tuple[Text, tuple[str, ...]]:
+def collate(
+    captions: Sequence[Caption], dropped: Sequence[bool], text: CaptionSpec
+) -> tuple[CaptionFeatures, tuple[str, ...]]:
     """The condition of a batch, and the words of its captions where they are still to be encoded; what is dropped is
     the null caption.
     """
     if text.online:
         words = tuple("" if drop else caption.text for caption, drop in zip(captions, dropped, strict=True))
-        return Text(torch.zeros(len(words), text.places, 0), torch.zeros(len(words), dtype=torch.int64)), words
+        return CaptionFeatures(
+            torch.zeros(len(words), text.places, 0), torch.zeros(len(words), dtype=torch.int64)
+        ), words
     rows = [caption.features[0][: 0 if drop else text.places] for caption, drop in zip(captions, dropped, strict=True)]
     joined = torch.from_numpy(np.concatenate(rows)).float()  # (sum of lengths, E), converted once for all
     return padded(joined.split([len(row) for row in rows]), text.places, text.width), ()

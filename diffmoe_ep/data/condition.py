@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Text:
+class CaptionFeatures:
     """Captions as features of their tokens. What stands in places behind a caption's length has no effect whatever."""
 
     features: Tensor  # (B, M, E) floating point
@@ -20,37 +20,39 @@ class Text:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, rows: slice) -> "Text":
-        return Text(self.features[rows], self.lengths[rows])
+    def __getitem__(self, rows: slice) -> "CaptionFeatures":
+        return CaptionFeatures(self.features[rows], self.lengths[rows])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Text":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CaptionFeatures":
         """The captions on another device."""
-        return Text(
+        return CaptionFeatures(
             self.features.to(device, non_blocking=non_blocking), self.lengths.to(device, non_blocking=non_blocking)
         )
 
 
-Condition = Tensor | Text  # labels (B,) int64, the number of classes being the null class; or captions
+Condition = Tensor | CaptionFeatures  # labels (B,) int64, the number of classes being the null class; or captions
 
 
 def null_like(condition: Condition, num_classes: int) -> Condition:
     """As many null conditions."""
-    if isinstance(condition, Text):
-        return Text(condition.features, torch.zeros_like(condition.lengths))
+    if isinstance(condition, CaptionFeatures):
+        return CaptionFeatures(condition.features, torch.zeros_like(condition.lengths))
     return torch.full_like(condition, num_classes)
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:
     """Conditions of one kind, and captions of as many places, one after the other."""
-    texts = [condition for condition in conditions if isinstance(condition, Text)]
+    texts = [condition for condition in conditions if isinstance(condition, CaptionFeatures)]
     labels = [condition for condition in conditions if isinstance(condition, Tensor)]
     assert not (texts and labels), "labels and captions do not mix"
     if texts:
-        return Text(torch.cat([text.features for text in texts]), torch.cat([text.lengths for text in texts]))
+        return CaptionFeatures(
+            torch.cat([text.features for text in texts]), torch.cat([text.lengths for text in texts])
+        )
     return torch.cat(labels)
 
 
-def padded(rows: Sequence[Tensor], places: int, width: int) -> Text:
+def padded(rows: Sequence[Tensor], places: int, width: int) -> CaptionFeatures:
     """Captions from the features (length, E) of each, cut to `places` and filled up with zeros; no rows: the null
     caption.
     """
@@ -59,4 +61,4 @@ def padded(rows: Sequence[Tensor], places: int, width: int) -> Text:
     for number, row in enumerate(rows):
         lengths[number] = min(len(row), places)
         features[number, : lengths[number]] = row[:places]
-    return Text(features, lengths)
+    return CaptionFeatures(features, lengths)

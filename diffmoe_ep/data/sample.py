@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextEncoderInfo
 from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.shards import Content, Dataset
@@ -36,7 +36,7 @@ class Batch:
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
     u: torch.Tensor  # (B,) float32 in [0, 1), which the objective maps to a time
     condition: (
-        torch.Tensor | Text
+        torch.Tensor | CaptionFeatures
     )  # (B,) int64 label, the null class num_classes where it was dropped; or captions, then of length 0
     position: torch.Tensor  # (B,) int64 place in the endless stream
     captions: tuple[

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.encoders.files import fingerprint, read_config, weight_files
+from diffmoe_ep.encoders.local_folder import fingerprint, read_config, weight_files
 
 SOURCES = {
     "t5": "the local folder of a T5 encoder, such as google/t5-v1_1-xxl (config.json, safetensors and tokenizer files)",

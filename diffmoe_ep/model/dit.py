@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ep.config import ModelConfig, PoolConfig, has_experts
-from diffmoe_ep.data.condition import Condition, Text
+from diffmoe_ep.data.condition import CaptionFeatures, Condition
 from diffmoe_ep.model.block import Block, Caption, Head, Recompute
 from diffmoe_ep.model.embed import CaptionEmbed, LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
 from diffmoe_ep.moe.capacity import InferenceRule
@@ -85,7 +85,7 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
         """Images x (B, C, H, W) at times t (B,) with condition -> Output.
 
-        condition: labels (B,) int64 (num_classes: the null class), or Text (B, M, E) where model.condition is text.
+        condition: labels (B,) int64 (num_classes: the null class), or CaptionFeatures (B, M, E) where model.condition is text.
         """
         with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
             tokens = self.patches(x)  # (B, T, D)
@@ -104,7 +104,7 @@ class DiT(nn.Module):
     def _conditions(self, t: Tensor, condition: Condition) -> tuple[Tensor, Caption | None]:
         """What modulates every block (B, D), and what every block looks at."""
         if self.caption is not None:
-            assert isinstance(condition, Text), "this model takes captions"
+            assert isinstance(condition, CaptionFeatures), "this model takes captions"
             return self.time(t), self.caption(condition)
         assert self.label is not None and isinstance(condition, Tensor), "this model takes labels"
         return self.time(t) + self.label(condition), None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 
 
 class PatchEmbed(nn.Module):
@@ -83,7 +83,7 @@ class CaptionEmbed(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
 
-    def forward(self, text: Text) -> tuple[Tensor, Tensor]:
+    def forward(self, text: CaptionFeatures) -> tuple[Tensor, Tensor]:
         """Captions -> (B, M, D), and (B, M) bool, true where a token stands; the null caption is one token long."""
         place = torch.arange(text.features.shape[1], device=text.features.device)
         mask = place < text.lengths.clamp(min=1)[:, None]  # (B, M)

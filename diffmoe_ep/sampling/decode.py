@@ -32,9 +32,9 @@ def load_decoder(sample: SampleConfig, data_info: DataInfo, mesh: Mesh) -> Decod
 
 
 def _load(sample: SampleConfig, data_info: DataInfo, device: torch.device) -> Decode:
-    from diffmoe_ep.encoders.image import load_image_encoder
+    from diffmoe_ep.encoders.vae import load_vae
 
-    vae = load_image_encoder(Path(str(sample.vae)), device)
+    vae = load_vae(Path(str(sample.vae)), device)
     remedy = f"set sample.vae to the folder of the VAE that made the latents of {data_info.name}"
     if data_info.scale is not None and (vae.scale, vae.shift) != (data_info.scale, data_info.shift):
         here, there = (

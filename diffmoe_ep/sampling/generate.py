@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.condition import Condition, Text, joined
+from diffmoe_ep.data.condition import CaptionFeatures, Condition, joined
 from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.diffusion.chain import ddim, ddpm_ancestral
 from diffmoe_ep.diffusion.ddpm import halves as noise_and_variance
@@ -262,8 +262,8 @@ def check_sampler(objective: ObjectiveKind, sampler: SamplerKind) -> None:
 
 def _repeated(one: Condition, count: int) -> Condition:
     """A single condition, so many times."""
-    if isinstance(one, Text):
-        return Text(one.features.expand(count, -1, -1), one.lengths.expand(count))
+    if isinstance(one, CaptionFeatures):
+        return CaptionFeatures(one.features.expand(count, -1, -1), one.lengths.expand(count))
     return one.expand(count)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec, read_chosen
-from diffmoe_ep.data.condition import Text, padded
+from diffmoe_ep.data.condition import CaptionFeatures, padded
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.encoders.text import SOURCES, TextEncoder, load_text_encoder
@@ -33,7 +33,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, which: slice) -> Text:
+    def __getitem__(self, which: slice) -> CaptionFeatures:
         return padded([row.float() for row in self.rows[which]], self.places, self.width)
 
     def taken(self, numbers: Sequence[int]) -> "Prompts":

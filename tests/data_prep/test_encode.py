@@ -12,8 +12,8 @@ from data_prep.__main__ import main
 from data_prep.image import square
 from diffmoe_ep.data.sample import final_latent, read_sample
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.encoders.image import load_image_encoder
 from diffmoe_ep.encoders.text import load_text_encoder
+from diffmoe_ep.encoders.vae import load_vae
 from encoders.tiny import save_clip, save_t5, save_vae
 from pictures import content, picture, tar
 
@@ -81,7 +81,7 @@ def test_latents_and_features_are_stored(
     assert "10 captions were longer" in told  # four for t5 (a token a letter, at most 12), six for clip (at most 10)
     dataset = Dataset.open(tmp_path / "out")
     manifest = dataset.manifest
-    vae, t5 = load_image_encoder(models / "vae"), load_text_encoder("t5", models / "t5", max_length=12)
+    vae, t5 = load_vae(models / "vae"), load_text_encoder("t5", models / "t5", max_length=12)
     assert (manifest.kind, manifest.dtype, manifest.shape, manifest.stored_shape) == (
         "moments",
         "float16",

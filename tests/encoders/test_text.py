@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.encoders.files import weight_files
+from diffmoe_ep.encoders.local_folder import weight_files
 from diffmoe_ep.encoders.text import load_text_encoder
 from encoders.tiny import save_clip, save_t5
 

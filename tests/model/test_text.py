@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_ep.config import ModelConfig
-from diffmoe_ep.data.condition import Text, joined, null_like, padded
+from diffmoe_ep.data.condition import CaptionFeatures, joined, null_like, padded
 from diffmoe_ep.model.attention import CrossAttention
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, Output
@@ -34,13 +34,13 @@ def busy(model: ModelConfig, dtype: torch.dtype = torch.float64) -> DiT:
     return made
 
 
-def captions(model: ModelConfig, dtype: torch.dtype = torch.float64) -> Text:
+def captions(model: ModelConfig, dtype: torch.dtype = torch.float64) -> CaptionFeatures:
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(len(LENGTHS), model.text_length, model.text_width, generator=generator, dtype=torch.float64)
-    return Text(features.to(dtype), torch.tensor(LENGTHS))
+    return CaptionFeatures(features.to(dtype), torch.tensor(LENGTHS))
 
 
-def told(model: DiT, text: Text, dtype: torch.dtype = torch.float64) -> tuple[Output, dict[str, Tensor]]:
+def told(model: DiT, text: CaptionFeatures, dtype: torch.dtype = torch.float64) -> tuple[Output, dict[str, Tensor]]:
     """The output in training mode, and all gradients."""
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(len(text), model.config.in_channels, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
@@ -95,7 +95,7 @@ def test_what_stands_in_padded_places_changes_no_bit(filling: float, dtype: torc
     model, text = busy(SMALL, dtype), captions(SMALL, dtype)
     expected, gradients = told(model, text, dtype)
     behind = torch.arange(SMALL.text_length)[None, :, None] >= text.lengths[:, None, None]
-    output, found = told(model, Text(text.features.masked_fill(behind, filling), text.lengths), dtype)
+    output, found = told(model, CaptionFeatures(text.features.masked_fill(behind, filling), text.lengths), dtype)
     assert torch.equal(output.prediction, expected.prediction)
     assert torch.equal(output.auxiliary, expected.auxiliary)
     assert found.keys() == gradients.keys()
@@ -118,7 +118,7 @@ def test_a_caption_acts_and_each_on_its_own_sample() -> None:
     before, _ = told(model, text)
     changed = text.features.clone()
     changed[2, 4] += 1  # the last token of the third caption
-    after, _ = told(model, Text(changed, text.lengths))
+    after, _ = told(model, CaptionFeatures(changed, text.lengths))
     differs = (after.prediction - before.prediction).abs().amax((1, 2, 3)) > 1e-6
     assert differs.tolist() == [False, False, True, False]
 
@@ -126,7 +126,7 @@ def test_a_caption_acts_and_each_on_its_own_sample() -> None:
 def test_null_captions_are_one_trained_row() -> None:
     model, text = busy(SMALL), captions(SMALL)
     nothing = null_like(text, 0)
-    assert isinstance(nothing, Text) and len(nothing) == len(text)
+    assert isinstance(nothing, CaptionFeatures) and len(nothing) == len(text)
     output, gradients = told(model, nothing)
     assert gradients["caption.null"].abs().max() > 0
     embed = model.caption
@@ -139,7 +139,7 @@ def test_null_captions_are_one_trained_row() -> None:
 def test_conditions_join_and_are_cut() -> None:
     text = captions(SMALL)
     both = joined([text[0:1], text[1:4]])
-    assert isinstance(both, Text)
+    assert isinstance(both, CaptionFeatures)
     assert torch.equal(both.features, text.features) and torch.equal(both.lengths, text.lengths)
     assert joined([torch.tensor([1]), torch.tensor([2, 3])]).tolist() == [1, 2, 3]  # type: ignore[union-attr]
     cut = padded([torch.ones(9, 6)], 5, 6)

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_ep.config import Config, has_experts, pool_samples
-from diffmoe_ep.data.condition import Condition, Text
+from diffmoe_ep.data.condition import CaptionFeatures, Condition
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import apply_compute, shard_experts, widen_pools
@@ -57,7 +57,7 @@ def condition_for(config: Config, num: int) -> Condition:
     if config.model.condition == "class":
         return torch.zeros(num, dtype=torch.int64)
     places = config.model.text_length
-    return Text(torch.randn(num, places, config.model.text_width), torch.arange(num) % (places + 1))
+    return CaptionFeatures(torch.randn(num, places, config.model.text_width), torch.arange(num) % (places + 1))
 
 
 def forward_allocates(rank: int, config: Config) -> int:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import Config, ConfigError, from_tree, keys, load, to_tree
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.planner.flops import Plan, plan
@@ -74,7 +74,9 @@ def counted(model: DiT, backward: bool = False) -> Counter[str]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, config.in_channels, config.input_size, config.input_size, generator=generator)
     counter = FlopCounterMode(display=False)
-    text = Text(torch.randn(BATCH, config.text_length, config.text_width, generator=generator), torch.arange(BATCH))
+    text = CaptionFeatures(
+        torch.randn(BATCH, config.text_length, config.text_width, generator=generator), torch.arange(BATCH)
+    )
     condition = text if config.condition == "text" else torch.zeros(BATCH, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), counter:
         out = model(x, torch.rand(BATCH, generator=generator), condition)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.sampling.generate import CapacityRecord, generate, join, start_noise, to_pixels
 
@@ -52,17 +52,17 @@ class TextToy:
         self.toy = ToyModel(ddpm=ddpm)
 
     def __call__(self, x, t, text):
-        assert isinstance(text, Text)
+        assert isinstance(text, CaptionFeatures)
         assert text.features.shape == (len(x), 5, 3)
         inside = torch.arange(5) < text.lengths[:, None]
         words = torch.where(inside[:, :, None], text.features, 0.0).sum((1, 2))
         return self.toy(x, t, torch.where(text.lengths == 0, 3.0, words))
 
 
-def captions(count: int) -> Text:
+def captions(count: int) -> CaptionFeatures:
     """Captions of 0 to 5 tokens, with numbers behind their ends that must not matter."""
     generator = torch.Generator().manual_seed(0)
-    return Text(torch.randn(count, 5, 3, generator=generator), torch.arange(count) % 6)
+    return CaptionFeatures(torch.randn(count, 5, 3, generator=generator), torch.arange(count) % 6)
 
 
 def _parts(
@@ -151,7 +151,7 @@ def test_guidance_runs_the_halves_apart_and_scale_one_runs_one():
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_captions_give_the_same_bits_on_any_number_of_ranks(world, objective):
     """Law 7 for text, and each sample agrees with a run of its chunk alone."""
-    text, null = captions(11), Text(torch.zeros(1, 5, 3), torch.zeros(1, dtype=torch.int64))
+    text, null = captions(11), CaptionFeatures(torch.zeros(1, 5, 3), torch.zeros(1, dtype=torch.int64))
     given = {"conditions": text, "null": null, "objective": objective}
 
     def toy():
@@ -161,7 +161,7 @@ def test_captions_give_the_same_bits_on_any_number_of_ranks(world, objective):
     others, other_capacity = join(_parts(world, model=toy(), **given))
     assert torch.equal(latents, others)
     assert torch.equal(capacity.processed, other_capacity.processed)
-    behind = Text(
+    behind = CaptionFeatures(
         torch.where(torch.arange(5)[None, :, None] < text.lengths[:, None, None], text.features, torch.nan),
         text.lengths,
     )
@@ -173,10 +173,10 @@ def test_guidance_leads_away_from_the_negative_prompt():
     text, away = captions(4), captions(5)[4:]
     plain, negative = (
         join(_parts(1, steps=1, chunk=4, guidance=2.0, model=TextToy(), conditions=text, null=null))[0]
-        for null in (Text(away.features, torch.zeros(1, dtype=torch.int64)), away)
+        for null in (CaptionFeatures(away.features, torch.zeros(1, dtype=torch.int64)), away)
     )
     x, ones = start_noise(7, range(4), SHAPE), torch.ones(4)
-    repeated = Text(away.features.expand(4, -1, -1), away.lengths.expand(4))
+    repeated = CaptionFeatures(away.features.expand(4, -1, -1), away.lengths.expand(4))
     towards, back = (TextToy()(x, ones, condition).prediction[:, :2] for condition in (text, repeated))
     torch.testing.assert_close(negative, x - (back + 2 * (towards - back)), rtol=1e-5, atol=1e-5)
     assert not torch.equal(plain, negative)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from diffmoe_ep.data.captions import CaptionSpec, collate
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.loader.draw import AT_ONCE, Draws, Latents
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.sample import Batch, Caption
@@ -122,7 +122,7 @@ class Assembler:
 
     def _condition(
         self, conditions: Sequence[int | Caption], dropped: Sequence[bool], num_classes: int
-    ) -> tuple[torch.Tensor | Text, tuple[str, ...]]:
+    ) -> tuple[torch.Tensor | CaptionFeatures, tuple[str, ...]]:
         if self.text is not None:
             return collate([caption for caption in conditions if isinstance(caption, Caption)], dropped, self.text)
         labels = [num_classes if drop else label for label, drop in zip(conditions, dropped, strict=True)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.sample import Batch
 
 ALIGNMENT = 64  # bytes
@@ -31,7 +31,7 @@ def pack(batch: Batch) -> Packed:
     condition = batch.condition
     tensors |= (
         {"features": condition.features, "lengths": condition.lengths}
-        if isinstance(condition, Text)
+        if isinstance(condition, CaptionFeatures)
         else {"labels": condition}
     )
     places, end = {}, 0
@@ -48,7 +48,7 @@ def pack(batch: Batch) -> Packed:
 def unpack(packed: Packed) -> Batch:
     """The batch, whose tensors are parts of the block."""
     found = {name: _part(packed, name) for name in packed.places}
-    condition = found["labels"] if "labels" in found else Text(found["features"], found["lengths"])
+    condition = found["labels"] if "labels" in found else CaptionFeatures(found["features"], found["lengths"])
     return Batch(found["latent"], found["noise"], found["u"], condition, found["position"], packed.captions)
 
 

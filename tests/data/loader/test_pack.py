@@ -4,23 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.loader.pack import ALIGNMENT, pack, unpack
 from diffmoe_ep.data.sample import Batch
 
 
 def tensors(batch: Batch) -> list[Tensor]:
     condition = batch.condition
-    parts = [condition.features, condition.lengths] if isinstance(condition, Text) else [condition]
+    parts = [condition.features, condition.lengths] if isinstance(condition, CaptionFeatures) else [condition]
     return [batch.latent, batch.noise, batch.u, batch.position, *parts]
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["labels", "float16", "float32", "bfloat16"])
 def test_what_arrives_is_what_was_sent(kind: str, size: int) -> None:
-    condition: Tensor | Text = torch.arange(size)
+    condition: Tensor | CaptionFeatures = torch.arange(size)
     if kind != "labels":
-        condition = Text(torch.randn(size, 5, 7).to(getattr(torch, kind)), torch.arange(size))
+        condition = CaptionFeatures(torch.randn(size, 5, 7).to(getattr(torch, kind)), torch.arange(size))
     shape = (size, 3, 5, 5)  # no multiple of the alignment
     latent = torch.randn(shape)
     latent[:, 0, 0, 0] = float("nan")

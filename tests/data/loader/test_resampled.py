@@ -18,7 +18,7 @@ import torch
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.captions import CaptionSpec
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.index import MemberSpec
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.resampled import PlainTars
@@ -172,7 +172,7 @@ def test_captions_are_words_to_be_encoded(folder: Path) -> None:
     words = [caption for batch in batches for caption in batch.captions]
     dropped = [generator_for(5, position, "drop").random() < 0.25 for position in range(24)]
     assert words == ["" if drop else str(number) for number, drop in zip(numbers, dropped, strict=True)]
-    assert isinstance(batches[0].condition, Text)
+    assert isinstance(batches[0].condition, CaptionFeatures)
     for text in (None, CaptionSpec("t5", 4, 3)):
         with pytest.raises(ConfigError, match=r"model\.condition is class|text\.online=true"):
             make(tars, text=text)

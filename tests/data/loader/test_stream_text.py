@@ -19,7 +19,7 @@ import torch
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, from_tree
 from diffmoe_ep.data.captions import CaptionSpec, check_text
-from diffmoe_ep.data.condition import Text
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import DataError, Manifest, TextEncoderInfo
@@ -77,8 +77,10 @@ def make(dataset: Dataset | Mixture, **changes: Any) -> Stream:
 
 
 def join(batches: list[Batch]) -> Batch:
-    texts = [batch.condition for batch in batches if isinstance(batch.condition, Text)]
-    condition = Text(torch.cat([text.features for text in texts]), torch.cat([text.lengths for text in texts]))
+    texts = [batch.condition for batch in batches if isinstance(batch.condition, CaptionFeatures)]
+    condition = CaptionFeatures(
+        torch.cat([text.features for text in texts]), torch.cat([text.lengths for text in texts])
+    )
     latent, noise, u, position = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("latent", "noise", "u", "position")
     )
@@ -98,8 +100,8 @@ def joined(dataset: Dataset | Mixture, steps: int = 15, world: int = 1, accumula
 
 
 def assert_equal(found: Batch, expected: Batch) -> None:
-    assert isinstance(found.condition, Text)
-    assert isinstance(expected.condition, Text)
+    assert isinstance(found.condition, CaptionFeatures)
+    assert isinstance(expected.condition, CaptionFeatures)
     for name in ("latent", "noise", "u", "position"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.condition.features, expected.condition.features)
@@ -122,7 +124,7 @@ def chosen(position: int, number: int) -> Caption:
 @pytest.mark.parametrize("text", [WANTED, ONLINE, CaptionSpec("clip", 4, 2)], ids=["t5", "online", "clip"])
 def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: CaptionSpec, drop: float) -> None:
     batch, order = joined(tiny, text=text, drop_condition=drop), Order(tiny.sizes, 5, 3)
-    assert isinstance(batch.condition, Text)
+    assert isinstance(batch.condition, CaptionFeatures)
     assert batch.condition.features.shape == (120, 4, 0 if text.online else text.width)
     assert batch.condition.features.dtype == torch.float32
     assert batch.condition.lengths.dtype == torch.int64
@@ -175,18 +177,18 @@ def test_captions_leave_every_other_draw_as_it_is(tiny: Dataset, tmp_path: Path)
 
 def test_everything_dropped_is_the_null_caption(tiny: Dataset) -> None:
     batch = joined(tiny, 3, drop_condition=1.0)
-    assert isinstance(batch.condition, Text)
+    assert isinstance(batch.condition, CaptionFeatures)
     assert batch.condition.features.shape == (24, 4, 3)
     assert not batch.condition.features.any()
     assert not batch.condition.lengths.any()
 
 
 def test_a_batch_of_captions_moves() -> None:
-    text = Text(torch.zeros(2, 3, 4), torch.tensor([1, 2]))
+    text = CaptionFeatures(torch.zeros(2, 3, 4), torch.tensor([1, 2]))
     moved = Batch(
         torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), text, torch.arange(2), ("a", "b")
     ).to("meta", True)
-    assert isinstance(moved.condition, Text)
+    assert isinstance(moved.condition, CaptionFeatures)
     assert moved.condition.features.device.type == moved.condition.lengths.device.type == "meta"
     assert moved.captions == ("a", "b")
 
@@ -323,8 +325,8 @@ def test_bad_captions_are_replaced_and_only_those(tiny: Dataset, tmp_path: Path,
     assert positions == met
     same = [position for position in range(120) if position not in positions]
     assert torch.equal(found[1].latent[same], expected.latent[same])
-    assert isinstance(found[1].condition, Text)
-    assert isinstance(expected.condition, Text)
+    assert isinstance(found[1].condition, CaptionFeatures)
+    assert isinstance(expected.condition, CaptionFeatures)
     assert torch.equal(found[1].condition.features[same], expected.condition.features[same])
     assert torch.isfinite(found[1].condition.features).all()
     assert all(int(found[1].latent[position, 0, 0, 0]) - 1 not in (4, 19) for position in positions)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.encoders.image import load_image_encoder
+from diffmoe_ep.encoders.vae import load_vae
 from encoders.tiny import save_vae
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16)).astype(np.uint8)
@@ -21,7 +21,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_moments_are_those_of_diffusers(vae: Path) -> None:
-    encoder = load_image_encoder(vae)
+    encoder = load_vae(vae)
     assert (encoder.channels, encoder.factor, encoder.scale, encoder.shift) == (4, 2, 0.5, -0.125)
     found = encoder.moments(IMAGES, 2)
     assert (found.shape, found.dtype) == ((3, 2, 8, 8, 8), np.float16)
@@ -38,7 +38,7 @@ def test_moments_are_those_of_diffusers(vae: Path) -> None:
 
 
 def test_latents_come_back_as_images(vae: Path) -> None:
-    encoder = load_image_encoder(vae)
+    encoder = load_vae(vae)
     samples = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = encoder.model.decode(samples).sample.clamp(-1, 1)
@@ -46,17 +46,17 @@ def test_latents_come_back_as_images(vae: Path) -> None:
 
 
 def test_the_fingerprint_is_that_of_config_and_weights(vae: Path, tmp_path: Path) -> None:
-    first = load_image_encoder(vae).fingerprint
+    first = load_vae(vae).fingerprint
     same, other = (
         save_vae(tmp_path / "same", scaling_factor=0.5, shift_factor=0.25),
         save_vae(tmp_path / "other", seed=1),
     )
     (same / "README.md").write_text("does not count")
-    assert load_image_encoder(same).fingerprint == first
-    assert load_image_encoder(other).fingerprint != first
+    assert load_vae(same).fingerprint == first
+    assert load_vae(other).fingerprint != first
     config = json.loads((same / "config.json").read_text())
     (same / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.7}))
-    assert load_image_encoder(same).fingerprint != first
+    assert load_vae(same).fingerprint != first
 
 
 def test_pickled_weights_are_not_read(vae: Path, tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_pickled_weights_are_not_read(vae: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"lacks diffusion_pytorch_model.safetensors; save the model once .* are never read"
     ):
-        load_image_encoder(tmp_path)
+        load_vae(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="does not load as an AutoencoderKL"):
-        load_image_encoder(tmp_path)
+        load_vae(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,6 @@ def test_folders_that_are_no_vae(tmp_path: Path, config: str | None, message: st
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ConfigError, match=message):
-        load_image_encoder(tmp_path)
+        load_vae(tmp_path)
     with pytest.raises(ConfigError, match="absent is not a folder"):
-        load_image_encoder(tmp_path / "absent")
+        load_vae(tmp_path / "absent")

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.encoders.files import fingerprint, read_config, weight_files
+from diffmoe_ep.encoders.local_folder import fingerprint, read_config, weight_files
 
 SOURCE = "the local folder of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse (config.json, diffusion_pytorch_model.safetensors)"
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
+class Vae:
     """A frozen diffusers AutoencoderKL on a device, in float32."""
 
     model: Any  # the AutoencoderKL
@@ -46,7 +46,7 @@ class ImageEncoder:
         return decoded.clamp(-1.0, 1.0)
 
 
-def load_image_encoder(folder: Path, device: torch.device | str = "cpu") -> ImageEncoder:
+def load_vae(folder: Path, device: torch.device | str = "cpu") -> Vae:
     """Load a VAE from a local folder; ConfigError when diffusers or the folder are missing, or it is another kind of
     model.
     """
@@ -75,7 +75,7 @@ def load_image_encoder(folder: Path, device: torch.device | str = "cpu") -> Imag
         raise ConfigError(
             f"{folder}/config.json: scaling_factor {scale}, shift_factor {shift} are no scale; use a VAE with a sound config"
         )
-    return ImageEncoder(
+    return Vae(
         model=model.to(device).eval().requires_grad_(False),
         device=torch.device(device),
         channels=int(model.config.latent_channels),
