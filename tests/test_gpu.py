@@ -11,7 +11,7 @@ import torch
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import MoELayer
-from diffmoe_ep.moe.pool import Pools, select
+from diffmoe_ep.moe.pool import Pools, topk_per_expert
 from ranks import run, take_down
 from train.runs import config, trace
 
@@ -24,7 +24,7 @@ def layer(dtype: torch.dtype) -> MoELayer:
     generator = torch.Generator().manual_seed(3)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    made.predictor.move(torch.linspace(0.3, 0.8, 8))
+    made.predictor.update(torch.linspace(0.3, 0.8, 8))
     return made.to(dtype)
 
 
@@ -43,11 +43,14 @@ def passed(made: MoELayer, device: str) -> list[torch.Tensor]:
 
 def test_selection_is_the_cpus() -> None:
     scores = torch.randint(0, 9, (4096, 16), generator=torch.Generator().manual_seed(0)).float() / 9
-    expected, found = select(scores, 256, Pools(), also=scores), select(scores.cuda(), 256, Pools(), also=scores.cuda())
+    expected, found = (
+        topk_per_expert(scores, 256, Pools(), extra=scores),
+        topk_per_expert(scores.cuda(), 256, Pools(), extra=scores.cuda()),
+    )
     assert torch.equal(found.chosen.cpu(), expected.chosen)
-    assert found.kth is not None
-    assert expected.kth is not None
-    assert torch.equal(found.kth.cpu(), expected.kth)
+    assert found.kth_value is not None
+    assert expected.kth_value is not None
+    assert torch.equal(found.kth_value.cpu(), expected.kth_value)
 
 
 @pytest.mark.parametrize("mode", ["train", "threshold", "count", "topk"])

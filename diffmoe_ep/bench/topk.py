@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, tokens_per_expert
-from diffmoe_ep.moe.pool import Pools, Selection, select
+from diffmoe_ep.moe.pool import Pools, TopK, topk_per_expert
 from diffmoe_ep.moe.topk.cost import (
     ALGORITHMS,
     NETWORK,
@@ -183,11 +183,11 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
         )
     scores, logits = _drawn(work, mesh)
     k = tokens_per_expert(work.tokens * mesh.size, work.capacity, work.experts)
-    found: dict[str, Selection] = {}
+    found: dict[str, TopK] = {}
 
     def searching(algorithm: Algorithm, group: Group) -> Callable[[], None]:
         def run() -> None:
-            found[algorithm] = select(scores, k, Pools(group=group, algorithm=algorithm), also=logits)
+            found[algorithm] = topk_per_expert(scores, k, Pools(group=group, algorithm=algorithm), extra=logits)
 
         return run
 
@@ -306,10 +306,10 @@ def _row(name: str, reports: list[Any], cost: SearchCost | None, alone: bool) ->
     return Timed(shown, received, rounds, min(seconds), statistics.median(seconds), max(seconds), cost)
 
 
-def _equal(one: Selection, other: Selection) -> bool:
+def _equal(one: TopK, other: TopK) -> bool:
     if not torch.equal(one.chosen, other.chosen):
         return False
-    return one.kth is None or other.kth is None or torch.equal(one.kth, other.kth)
+    return one.kth_value is None or other.kth_value is None or torch.equal(one.kth_value, other.kth_value)
 
 
 def _wait(device: torch.device) -> None:

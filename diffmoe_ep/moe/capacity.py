@@ -54,7 +54,7 @@ class CapacityPredictor(nn.Module):
         """Binary cross-entropy against the choice that was made (Eq. 11), mean over tokens and experts."""
         return F.binary_cross_entropy_with_logits(logits, chosen.to(logits.dtype))
 
-    def bound(self, rule: InferenceRule) -> Tensor:
+    def threshold_for(self, rule: InferenceRule) -> Tensor:
         """The threshold tau (N,) that a rule compares with. The moving average starts at 0, so `dynamic` divides by 1 -
         decay^updates.
         """
@@ -64,11 +64,11 @@ class CapacityPredictor(nn.Module):
             return self.threshold
         return self.threshold / (1 - self.decay ** self.updates.clamp(min=1))
 
-    def wanted(self, logits: Tensor, rule: InferenceRule) -> Tensor:
+    def over_threshold(self, logits: Tensor, rule: InferenceRule) -> Tensor:
         """Which tokens are strictly over the experts' thresholds (Eq. 14): (S, N) bool."""
-        return torch.sigmoid(logits) > self.bound(rule)
+        return torch.sigmoid(logits) > self.threshold_for(rule)
 
-    def move(self, quantile: Tensor) -> None:
+    def update(self, quantile: Tensor) -> None:
         """Move the thresholds towards the k-th largest prediction of a step (N,) (Eq. 17); once per optimiser step."""
         self.threshold.lerp_(quantile.to(self.threshold.dtype), 1 - self.decay)
         self.updates.add_(1)

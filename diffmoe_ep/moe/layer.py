@@ -34,7 +34,7 @@ class LayerReport:
     processed: Tensor  # (N,) how many of this rank's tokens each expert took
     num_tokens: int  # this rank's tokens S
     # (N,) how many it would take by the dynamic thresholds; without predictor, and in inference, the same as processed
-    wanted: Tensor
+    over_threshold: Tensor
     quantile: Tensor | None = (
         None  # (N,) k-th largest prediction, mean over this rank's pools; training with a predictor only
     )
@@ -134,16 +134,16 @@ class MoELayer(nn.Module):
         if not self.training:
             return Choice(route(self._choose_by_rule(scores, logits)))
         k = self._k(scores, self.pools, self.capacity)
-        assignment, selection = choose_by_pool(scores, k, self.pools, also=logits)
+        assignment, selection = choose_by_pool(scores, k, self.pools, extra=logits)
         ranks = self.pools.group.size
         chosen = route(
             replace(assignment, taken=k * (len(scores) * ranks // self.pools.size(len(scores))), ranks=ranks)
         )
-        if self.predictor is None or logits is None or selection.kth is None:
+        if self.predictor is None or logits is None or selection.kth_value is None:
             return Choice(chosen)
         with torch.no_grad():
-            wanted = self.predictor.wanted(logits, InferenceRule()).sum(0)
-            return Choice(chosen, wanted, quantile=torch.sigmoid(selection.kth).mean(0))
+            wanted = self.predictor.over_threshold(logits, InferenceRule()).sum(0)
+            return Choice(chosen, wanted, quantile=torch.sigmoid(selection.kth_value).mean(0))
 
     def _choose_by_rule(self, scores: Tensor, logits: Tensor | None) -> Assignment:
         """At inference: tokens over the threshold (Eq. 14), as many of the call by score (Algorithm 4), or the training
@@ -164,7 +164,7 @@ class MoELayer(nn.Module):
             raise ConfigError(
                 f"selection {rule} needs a capacity predictor, which this model has not; choose auto or topk"
             )
-        wanted = self.predictor.wanted(logits, self.rule)
+        wanted = self.predictor.over_threshold(logits, self.rule)
         return Assignment(wanted, scores) if rule == "threshold" else choose_by_pool(scores, wanted.sum(0), Pools())[0]
 
     def _k(self, scores: Tensor, pools: Pools, capacity: float, key: str = "pool.capacity") -> int:

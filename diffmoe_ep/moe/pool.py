@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.moe.topk.cost import Algorithm, cheapest, link_between
-from diffmoe_ep.moe.topk.search import SEARCHES, Bound, kth_largest
+from diffmoe_ep.moe.topk.search import SEARCHES, KthValue, kth_largest
 from diffmoe_ep.parallel.collectives import ALONE, Group
 
 
@@ -36,49 +36,51 @@ class Pools:
 
 
 @dataclass(frozen=True)
-class Selection:
+class TopK:
     """What the experts chose of this rank's tokens."""
 
     chosen: Tensor  # (S, N) bool; its transpose is contiguous
-    kth: Tensor | None  # (pools that this rank is part of, M): k-th largest value of each column of `also`
+    kth_value: Tensor | None  # (pools that this rank is part of, M): k-th largest value of each column of `extra`
 
 
 @torch.no_grad()
-def select(scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = None) -> Selection:
+def topk_per_expert(scores: Tensor, k: int | Tensor, pools: Pools, extra: Tensor | None = None) -> TopK:
     """Let every expert take its k best tokens of each pool, those that other ranks hold included in the comparison.
 
     scores (S, N): larger is better; compared as they are, so give them in float32 or float64.
     k: one number for all experts, or (N,) one for each; 0 allowed, at most P.
-    also (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in
+    extra (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in
     the same search.
     """
     local, num_experts = scores.shape
-    columns = scores.T if also is None else torch.cat([scores.T, also.T.to(scores.dtype)])
+    columns = scores.T if extra is None else torch.cat([scores.T, extra.T.to(scores.dtype)])
     columns = columns.nan_to_num(float("-inf"), float("inf"), float("-inf")).contiguous()  # (N + M, S)
     if not isinstance(k, int):
-        k = k.repeat(len(columns) // len(k))  # the columns of `also` are ranked like the experts'
+        k = k.repeat(len(columns) // len(k))  # the columns of `extra` are ranked like the experts'
     if pools.group.size == 1:
         columns = columns.view(len(columns), -1, pools.size(local))  # (N + M, pools, P)
-        bound = _search_here(columns, k, num_experts)
+        found = _search_here(columns, k, num_experts)
     else:
         assert pools.size(local) == local * pools.group.size, "a pool over ranks holds all their tokens"
-        bound = SEARCHES[_algorithm(columns, num_experts, pools)](columns, k, num_experts, pools.group)
-    kth = bound.kth + 0.0  # one zero
-    chosen = _take(columns[:num_experts], kth[:num_experts, ..., None], bound.quota[..., None]).view(num_experts, local)
-    return Selection(chosen.T, None if also is None else kth[num_experts:].view(len(columns) - num_experts, -1).T)
+        found = SEARCHES[_algorithm(columns, num_experts, pools)](columns, k, num_experts, pools.group)
+    kth = found.kth_value + 0.0  # one zero
+    chosen = _take(columns[:num_experts], kth[:num_experts, ..., None], found.tie_quota[..., None]).view(
+        num_experts, local
+    )
+    return TopK(chosen.T, None if extra is None else kth[num_experts:].view(len(columns) - num_experts, -1).T)
 
 
-def _search_here(columns: Tensor, k: int | Tensor, experts: int) -> Bound:
-    """The bound of pools that lie inside this rank, columns (N + M, pools, P)."""
+def _search_here(columns: Tensor, k: int | Tensor, experts: int) -> KthValue:
+    """The k-th values of pools that lie inside this rank, columns (N + M, pools, P)."""
     kth = kth_largest(columns, k)  # (N + M, pools)
     wanted = k if isinstance(k, int) else k[:experts, None]
-    return Bound(kth, wanted - (columns[:experts] > kth[:experts, :, None]).sum(2))
+    return KthValue(kth, wanted - (columns[:experts] > kth[:experts, :, None]).sum(2))
 
 
-def _take(scores: Tensor, kth: Tensor, quota: Tensor) -> Tensor:
-    """Those above the k-th value, and of those equal to it the first `quota` along the last dimension."""
+def _take(scores: Tensor, kth: Tensor, tie_quota: Tensor) -> Tensor:
+    """Those above the k-th value, and of those equal to it the first `tie_quota` along the last dimension."""
     tied = scores == kth
-    return (scores > kth) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= quota))
+    return (scores > kth) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= tie_quota))
 
 
 def _algorithm(columns: Tensor, experts: int, pools: Pools) -> Algorithm:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ep.moe.pool import Pools, Selection, select
+from diffmoe_ep.moe.pool import Pools, TopK, topk_per_expert
 from diffmoe_ep.parallel.collectives import all_sum
 
 
@@ -42,12 +42,12 @@ class Router(nn.Module):
 
 
 def choose_by_pool(
-    scores: Tensor, k: int | Tensor, pools: Pools, also: Tensor | None = None
-) -> tuple[Assignment, Selection]:
+    scores: Tensor, k: int | Tensor, pools: Pools, extra: Tensor | None = None
+) -> tuple[Assignment, TopK]:
     """Let every expert take the k tokens of a pool with its largest scores (Eq. 6); a pool of one sample is expert
     choice.
     """
-    selection = select(scores, k, pools, also)
+    selection = topk_per_expert(scores, k, pools, extra)
     return Assignment(selection.chosen, scores), selection
 
 

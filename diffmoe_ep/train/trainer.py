@@ -200,7 +200,7 @@ class Trainer:
         )
         mean = all_sum(quantiles.mean(0), self.mesh.world) / self.mesh.size  # (layers, N)
         for predictor, quantile in zip(predictors, mean, strict=True):
-            predictor.move(quantile)
+            predictor.update(quantile)
 
     def predictors(self) -> list[CapacityPredictor]:
         """The capacity predictors, first layer to last; none in a family without."""
@@ -239,7 +239,7 @@ class Trainer:
             }
         if predictors := self.predictors():
             values["threshold"] = float(
-                torch.stack([predictor.bound(InferenceRule()).mean() for predictor in predictors]).mean()
+                torch.stack([predictor.threshold_for(InferenceRule()).mean() for predictor in predictors]).mean()
             )
         return values
 
@@ -324,6 +324,6 @@ def wanted_capacity(reports: list[tuple[LayerReport, ...]]) -> dict[str, Tensor]
     if not reports[0]:
         return {}
     wanted = torch.stack(
-        [torch.stack([report.wanted.float() for report in micro_step]) for micro_step in reports]
+        [torch.stack([report.over_threshold.float() for report in micro_step]) for micro_step in reports]
     ).mean(0)
     return {"capacity": wanted * wanted.shape[1] / reports[0][0].num_tokens}

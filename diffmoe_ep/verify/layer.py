@@ -19,7 +19,7 @@ from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.experts import Experts, Kernel
-from diffmoe_ep.moe.pool import Pools, select
+from diffmoe_ep.moe.pool import Pools, topk_per_expert
 from diffmoe_ep.moe.routing import Assignment
 from diffmoe_ep.parallel.collectives import ALONE, all_sum
 from diffmoe_ep.parallel.mesh import Mesh
@@ -75,11 +75,11 @@ def check_choice(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
                     _, kth = sorted_choice(other, k, pool)
                     of_mine = slice(mine.start // pool, max(mine.start // pool + 1, mine.stop // pool))
                     given = one[mine].to(mesh.device), other[mine].to(mesh.device)
-                    selection = select(given[0], k, Pools(pool, group, algorithm), also=given[1])
+                    selection = topk_per_expert(given[0], k, Pools(pool, group, algorithm), extra=given[1])
                     name = f"pools of {span} samples{case}, k {k}: "
                     found.append(compare(f"{name}whether token and expert are chosen,", selection.chosen, chosen[mine]))
-                    assert selection.kth is not None
-                    found.append(compare(f"{name}k-th value of pool and expert", selection.kth, kth[of_mine]))
+                    assert selection.kth_value is not None
+                    found.append(compare(f"{name}k-th value of pool and expert", selection.kth_value, kth[of_mine]))
         yield algorithm, over_ranks(largest(found), mesh)
 
 

@@ -12,7 +12,7 @@ import torch
 from diffmoe_ep.bench import topk as bench_select
 from diffmoe_ep.bench.topk import Work, measure, predict
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.moe.pool import Selection
+from diffmoe_ep.moe.pool import TopK
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh, launched_world
 from ranks import run
@@ -23,13 +23,13 @@ WORK = Work(tokens=512, experts=8, hidden=16)
 def measured(rank: int, fault: bool = False) -> dict[str, Any] | None:
     """The measurement as a user's JSON gets it, with the lines that are printed."""
     mesh = init_mesh(1, launched_world(), 1.0)
-    original = bench_select.select
+    original = bench_select.topk_per_expert
 
-    def spoiled(scores: Any, k: Any, pools: Any, also: Any = None) -> Selection:
-        found = original(scores, k, pools, also)
-        return Selection(found.chosen.logical_not(), found.kth) if pools.algorithm == "radix" else found
+    def spoiled(scores: Any, k: Any, pools: Any, extra: Any = None) -> TopK:
+        found = original(scores, k, pools, extra)
+        return TopK(found.chosen.logical_not(), found.kth_value) if pools.algorithm == "radix" else found
 
-    with mock.patch.object(bench_select, "select", spoiled if fault else original):
+    with mock.patch.object(bench_select, "topk_per_expert", spoiled if fault else original):
         found = measure(mesh, WORK, repetitions=3)
     return None if found is None else {**json.loads(json.dumps(found.as_dict())), "lines": found.lines()}
 

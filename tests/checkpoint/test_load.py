@@ -44,7 +44,7 @@ def saved(
     for layer in model.moe_layers():
         if layer.predictor is not None:
             for quantile in (0.3, 0.6):
-                layer.predictor.move(torch.full((4,), quantile))
+                layer.predictor.update(torch.full((4,), quantile))
     live = dict(model.named_parameters()) | persistent_buffers(model)
     averaged = {name: tensor.detach() * 0.5 for name, tensor in live.items() if not name.endswith("updates")}
     pieces = fragments(live, "model", model, Mesh()) + fragments(averaged, "ema", model, Mesh())

@@ -186,7 +186,7 @@ def test_thresholds_need_no_correction(imported: tuple[DiT, State]) -> None:
     model, w = imported
     predictor = model.moe_layers()[0].predictor
     assert predictor is not None
-    assert torch.equal(predictor.bound(InferenceRule()), w["blocks.1.mlp.expert_threshold"])
+    assert torch.equal(predictor.threshold_for(InferenceRule()), w["blocks.1.mlp.expert_threshold"])
     assert Fraction(0.95) ** int(predictor.updates) < Fraction(1, 2**60)
 
 

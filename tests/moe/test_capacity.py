@@ -27,21 +27,21 @@ def test_thresholds_follow_the_simulation() -> None:
     predictor, quantiles = CapacityPredictor(4, 6, 0.95), np.random.default_rng(0).random((100, 6)).astype(np.float32)
     tau = np.zeros(6)
     for step, quantile in enumerate(quantiles, start=1):
-        predictor.move(torch.from_numpy(quantile))
+        predictor.update(torch.from_numpy(quantile))
         tau = 0.95 * tau + 0.05 * quantile
         np.testing.assert_allclose(predictor.threshold.numpy(), tau, rtol=1e-5)
-        np.testing.assert_allclose(predictor.bound(InferenceRule()).numpy(), tau / (1 - 0.95**step), rtol=1e-5)
+        np.testing.assert_allclose(predictor.threshold_for(InferenceRule()).numpy(), tau / (1 - 0.95**step), rtol=1e-5)
     assert predictor.updates.item() == 100
 
 
 def test_the_first_update_is_unbiased() -> None:
     predictor = CapacityPredictor(4, 2, 0.95)
-    predictor.move(torch.tensor([0.3, 0.8]))
-    torch.testing.assert_close(predictor.bound(InferenceRule()), torch.tensor([0.3, 0.8]))
-    torch.testing.assert_close(predictor.bound(InferenceRule(threshold="raw")), torch.tensor([0.015, 0.04]))
+    predictor.update(torch.tensor([0.3, 0.8]))
+    torch.testing.assert_close(predictor.threshold_for(InferenceRule()), torch.tensor([0.3, 0.8]))
+    torch.testing.assert_close(predictor.threshold_for(InferenceRule(threshold="raw")), torch.tensor([0.015, 0.04]))
 
 
 def test_a_token_at_the_threshold_is_not_taken() -> None:
     predictor = CapacityPredictor(4, 1, 0.95)
     logits = torch.tensor([[0.0], [1e-3], [-1e-3]])  # sigmoid(0) is exactly one half
-    assert predictor.wanted(logits, InferenceRule(threshold=0.5))[:, 0].tolist() == [False, True, False]
+    assert predictor.over_threshold(logits, InferenceRule(threshold=0.5))[:, 0].tolist() == [False, True, False]

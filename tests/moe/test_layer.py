@@ -68,7 +68,7 @@ def plain(
     """Algorithm 3 (training, k given) or 4 (inference, rule given), one token and one expert at a time."""
     tokens = x.reshape(-1, 8)
     p, logits = torch.softmax(tokens @ layer.router.weight.T, dim=-1), logits_of(layer, tokens)
-    tau = layer.predictor.bound(rule) if rule else None
+    tau = layer.predictor.threshold_for(rule) if rule else None
     y, chosen, quantiles = torch.zeros_like(tokens), torch.zeros(len(tokens), 4, dtype=torch.bool), []
     for first in range(0, len(tokens), span * TOKENS):
         pool = range(first, first + span * TOKENS)
@@ -118,7 +118,7 @@ def test_training_is_algorithm_three(span: Any, capacity: float) -> None:
 @pytest.mark.parametrize("selection", ["threshold", "count", "topk"])
 def test_inference_is_algorithm_four(selection: Any, threshold: Any) -> None:
     layer, x = make_layer(PoolConfig()).eval(), inputs()
-    layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
+    layer.predictor.update(torch.tensor([0.3, 0.5, 0.6, 0.9]))
     layer.rule = InferenceRule(selection, threshold, capacity=1.0)
     expected = plain(layer, x, 8, rule=layer.rule, k=8 if selection == "topk" else None)
     y, report = layer(x)
@@ -142,7 +142,7 @@ def test_topk_is_the_training_rule(span: Any) -> None:
 
 def test_threshold_does_not_depend_on_the_batch() -> None:
     layer, x = make_layer(PoolConfig()).eval(), inputs()
-    layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
+    layer.predictor.update(torch.tensor([0.3, 0.5, 0.6, 0.9]))
     torch.testing.assert_close(torch.cat([layer(x[:3])[0], layer(x[3:])[0]]), layer(x)[0], rtol=0, atol=1e-12)
 
 
@@ -211,7 +211,7 @@ def on_ranks(rank: int, ep: int, span: Any, mode: str) -> dict[str, Any]:
     samples = 8 if span == "all" else span
     mesh = init_mesh(ep, pool_ranks(samples, local), 1.0)
     layer = make_layer(PoolConfig(span=span))
-    layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
+    layer.predictor.update(torch.tensor([0.3, 0.5, 0.6, 0.9]))
     holder = DiT(dataclasses.replace(MODEL, num_blocks=1), PoolConfig(span=span))
     holder.blocks[0].ffn = layer
     widen_pools(shard_experts(holder, mesh), mesh)
@@ -271,7 +271,7 @@ def test_ranks_do_what_one_rank_does(world: int, ep: int, span: Any) -> None:
 def test_inference_on_ranks_is_a_pool_a_rank(mode: str) -> None:
     """At inference each rank's call is a pool of its own, whatever the expert parallelism."""
     layer, x = make_layer(PoolConfig()).eval(), inputs()
-    layer.predictor.move(torch.tensor([0.3, 0.5, 0.6, 0.9]))
+    layer.predictor.update(torch.tensor([0.3, 0.5, 0.6, 0.9]))
     layer.rule = InferenceRule(mode)  # type: ignore[arg-type]
     results = run(4, on_ranks, 4, "all", mode)
     for rank, result in enumerate(results):

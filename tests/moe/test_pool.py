@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ep.moe.pool import Pools, select
+from diffmoe_ep.moe.pool import Pools, topk_per_expert
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
@@ -38,22 +38,22 @@ def test_selection_is_the_sort(
     scores = tied_scores(pools * pool, experts, levels, seed)
     k = data.draw(st.lists(st.integers(0, pool), min_size=experts, max_size=experts))
     chosen, kth = reference(scores, k, pool)
-    selection = select(torch.from_numpy(scores), torch.tensor(k), Pools(pool), also=torch.from_numpy(scores))
+    selection = topk_per_expert(torch.from_numpy(scores), torch.tensor(k), Pools(pool), extra=torch.from_numpy(scores))
     assert np.array_equal(selection.chosen.numpy(), chosen)
-    assert np.array_equal(selection.kth.numpy(), kth)
+    assert np.array_equal(selection.kth_value.numpy(), kth)
     if len(set(k)) == 1:  # one number for all takes another path
-        same = select(torch.from_numpy(scores), k[0], Pools(pool), also=torch.from_numpy(scores))
+        same = topk_per_expert(torch.from_numpy(scores), k[0], Pools(pool), extra=torch.from_numpy(scores))
         assert np.array_equal(same.chosen.numpy(), chosen)
-        assert np.array_equal(same.kth.numpy(), kth)
+        assert np.array_equal(same.kth_value.numpy(), kth)
 
 
 def test_earlier_tokens_win_ties() -> None:
     scores = torch.tensor([[1.0], [2.0], [1.0], [1.0], [0.0]])
-    assert select(scores, 3, Pools()).chosen[:, 0].tolist() == [True, True, True, False, False]
+    assert topk_per_expert(scores, 3, Pools()).chosen[:, 0].tolist() == [True, True, True, False, False]
 
 
 def test_worked_identity() -> None:
-    chosen = select(torch.rand(100, 16), 6, Pools()).chosen
+    chosen = topk_per_expert(torch.rand(100, 16), 6, Pools()).chosen
     assert chosen.sum().item() == 96
     assert chosen.sum(0).tolist() == [6] * 16
 
@@ -64,8 +64,10 @@ def on_ranks(rank: int, scores: np.ndarray, also: np.ndarray, k: int, pool: int)
     mesh = init_mesh(1, max(1, pool // local), 1.0)
     mine = slice(rank * local, (rank + 1) * local)
     group = mesh.pool if pool > local else Group()
-    selection = select(torch.from_numpy(scores[mine]), k, Pools(pool, group), also=torch.from_numpy(also[mine]))
-    return selection.chosen.numpy(), selection.kth.numpy()
+    selection = topk_per_expert(
+        torch.from_numpy(scores[mine]), k, Pools(pool, group), extra=torch.from_numpy(also[mine])
+    )
+    return selection.chosen.numpy(), selection.kth_value.numpy()
 
 
 @pytest.mark.parametrize("world", [2, 4])

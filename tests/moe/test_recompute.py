@@ -64,7 +64,7 @@ def pass_through(
     reports = [
         tensor
         for report in output.layers
-        for tensor in (report.processed, report.wanted, report.quantile)
+        for tensor in (report.processed, report.over_threshold, report.quantile)
         if tensor is not None
     ]
     return [

@@ -37,7 +37,7 @@ def test_which_thresholds_it_carries(thresholds: str) -> None:
     ema = Ema(model, EmaConfig(decay=0.9, thresholds=thresholds))  # type: ignore[arg-type]
     predictor = model.moe_layers()[0].predictor
     for step in range(1, 4):
-        predictor.move(torch.full((4,), 0.5))
+        predictor.update(torch.full((4,), 0.5))
         ema.update(step)
     carried = ema.tensors.get("blocks.1.ffn.predictor.threshold", predictor.threshold)
     if thresholds == "live":

@@ -27,23 +27,25 @@ Row = tuple[str, bool, str]  # name, passed, where
 def narrow_pools() -> Any:
     """Each rank chooses for itself."""
 
-    def select(scores: Tensor, k: int, pools: Pools, also: Tensor) -> Any:
-        return original(scores, min(k, len(scores)), Pools(min(pools.size(0) or len(scores), len(scores)), ALONE), also)
+    def topk_per_expert(scores: Tensor, k: int, pools: Pools, extra: Tensor) -> Any:
+        return original(
+            scores, min(k, len(scores)), Pools(min(pools.size(0) or len(scores), len(scores)), ALONE), extra
+        )
 
-    original = verify_layer.select
-    return mock.patch.object(verify_layer, "select", select)
+    original = verify_layer.topk_per_expert
+    return mock.patch.object(verify_layer, "topk_per_expert", topk_per_expert)
 
 
 def late_ties() -> Any:
     """Of equal scores the later token wins."""
 
-    def select(scores: Tensor, k: int, pools: Pools, also: Tensor) -> Any:
+    def topk_per_expert(scores: Tensor, k: int, pools: Pools, extra: Tensor) -> Any:
         assert pools.group == ALONE
-        found = original(scores.flip(0), k, pools, also.flip(0))
-        return type(found)(found.chosen.flip(0), found.kth.flip(0))
+        found = original(scores.flip(0), k, pools, extra.flip(0))
+        return type(found)(found.chosen.flip(0), found.kth_value.flip(0))
 
-    original = verify_layer.select
-    return mock.patch.object(verify_layer, "select", select)
+    original = verify_layer.topk_per_expert
+    return mock.patch.object(verify_layer, "topk_per_expert", topk_per_expert)
 
 
 def doubled_answers() -> Any:

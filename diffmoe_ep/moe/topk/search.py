@@ -5,7 +5,7 @@ Legend: S tokens on each rank, C columns, N of them experts, W ranks, P = W S to
 
 All get the same arguments and give the same bits: columns (C, S), the experts' first, without NaN and with +0 for -0;
 ranks (C,), a k for each column. The order is total: value descending, then rank and token ascending. So of the values
-equal to the k-th, the earlier ranks' are taken first, up to k in all: that is a rank's `quota`, which may be more than
+equal to the k-th, the earlier ranks' are taken first, up to k in all: that is a rank's `tie_quota`, which may be more than
 it has, or negative for none.
 
 gather  every rank gets all scores and sorts for itself: the simple reference
@@ -25,15 +25,15 @@ from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_a
 
 
 @dataclass(frozen=True)
-class Bound:
+class KthValue:
     """What a rank must know to choose among its own tokens."""
 
-    kth: Tensor  # (C, ...) the k-th largest value of each column; +inf where k is 0
+    kth_value: Tensor  # (C, ...) the k-th largest value of each column; +inf where k is 0
     # (N, ...) int: of this rank's values equal to it, how many are taken; more than there are: all; negative: none
-    quota: Tensor
+    tie_quota: Tensor
 
 
-def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
+def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
     """Find the bound from all ranks' scores."""
     tokens = columns.shape[1]
     pooled = all_gather(columns, group).view(group.size, *columns.shape)  # (W, C, S)
@@ -41,10 +41,10 @@ def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) 
     kth = kth_largest(pooled, k)  # (C,)
     mine, bound = pooled[:experts], kth[:experts, None]
     before = (mine[:, : group.rank * tokens] == bound).sum(1)  # ties of earlier ranks
-    return Bound(kth, _first(k, experts) - (mine > bound).sum(1) - before)
+    return KthValue(kth, _first(k, experts) - (mine > bound).sum(1) - before)
 
 
-def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
+def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
     """Find the bound where the columns are owned, each rank a run of them; some none, where there are more ranks than
     columns.
     """
@@ -64,11 +64,11 @@ def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -
         [kth.view(integer).expand_as(quota), quota.to(integer)], dim=2
     )  # (W, here, 2) bits of a value, a count
 
-    told = all_to_all(answer.flatten(0, 1), [here] * group.size, owned, group)  # (C, 2)
-    return Bound(told[:, 0].contiguous().view(columns.dtype), told[:experts, 1])
+    answers = all_to_all(answer.flatten(0, 1), [here] * group.size, owned, group)  # (C, 2)
+    return KthValue(answers[:, 0].contiguous().view(columns.dtype), answers[:experts, 1])
 
 
-def search_radix(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> Bound:
+def search_radix(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
     """Find the bound's key from its highest byte down: the k-th largest lies where the counts, from the top, first
     reach k.
     """
@@ -88,10 +88,10 @@ def search_radix(columns: Tensor, k: int | Tensor, experts: int, group: Group) -
         found = (found << 8) | place.squeeze(1)
     ties = all_gather(matches[:experts].sum(1, dtype=torch.int32), group).view(group.size, experts)
     kth = _values(found, columns.dtype).masked_fill(wanted == 0, float("inf"))
-    return Bound(kth, left[:experts] - ties[: group.rank].sum(0))
+    return KthValue(kth, left[:experts] - ties[: group.rank].sum(0))
 
 
-SEARCHES: Mapping[Algorithm, Callable[[Tensor, int | Tensor, int, Group], Bound]] = {
+SEARCHES: Mapping[Algorithm, Callable[[Tensor, int | Tensor, int, Group], KthValue]] = {
     "gather": search_gather,
     "owner": search_owner,
     "radix": search_radix,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe_ep.moe.pool import Pools, select
+from diffmoe_ep.moe.pool import Pools, topk_per_expert
 from diffmoe_ep.parallel.collectives import ALONE, Traffic
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
@@ -91,8 +91,10 @@ def on_ranks(
             torch.from_numpy(case.scores[mine]),
             None if case.also is None else torch.from_numpy(case.also[mine]),
         )
-        selections = [select(scores, k, Pools(pool, group, algorithm), also) for algorithm in algorithms]
-        found.append([(one.chosen.numpy(), None if one.kth is None else one.kth.numpy()) for one in selections])
+        selections = [topk_per_expert(scores, k, Pools(pool, group, algorithm), also) for algorithm in algorithms]
+        found.append(
+            [(one.chosen.numpy(), None if one.kth_value is None else one.kth_value.numpy()) for one in selections]
+        )
     return found
 
 
@@ -161,7 +163,7 @@ def test_drawn_cases(world: int) -> None:
 def test_scores_are_not_changed_and_need_no_gradient() -> None:
     scores = torch.tensor([[0.5], [float("nan")], [-0.0]], requires_grad=True)
     before = scores.detach().clone()
-    selection = select(scores, 2, Pools(), also=scores)
+    selection = topk_per_expert(scores, 2, Pools(), extra=scores)
     assert torch.equal(scores.detach().view(torch.int32), before.view(torch.int32))
     assert not selection.chosen.requires_grad
     assert selection.chosen[:, 0].tolist() == [True, False, True]
@@ -180,7 +182,7 @@ def traffic(
     found = []
     for algorithm in algorithms:
         group = replace(mesh.pool, traffic=Traffic())
-        select(scores, 7, Pools(None, group, algorithm), also)
+        topk_per_expert(scores, 7, Pools(None, group, algorithm), also)
         found.append((group.traffic.received, group.traffic.rounds))
         group.traffic.reset()
         assert (group.traffic.received, group.traffic.rounds) == (0, 0)
