@@ -13,17 +13,13 @@ from diffmoe_ep.checkpoint.exported import POSITIONS, is_exported, load_exported
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
 from diffmoe_ep.checkpoint.reference import turned_clock
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
-from diffmoe_ep.config import Config, from_tree, has_experts, has_predictor, to_tree
+from diffmoe_ep.config import Config, from_tree, today
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import build_sharded, is_expert
 from diffmoe_ep.parallel.mesh import Mesh
 
 Weights = Literal["ema", "model"]
-HOW = ("compute.kernel", "compute.topk")  # these change how a model is computed, not what it is
-# Of a model's knobs those that a run may change which starts from another run's weights; model.size is a name for three
-# others.
-FREE = ("size", "text_length", "predictor_weight", "predictor_reduction", "balance_weight", "threshold_decay")
 
 
 def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Mesh) -> list[Fragment]:
@@ -130,7 +126,7 @@ def config_of(folder: Path) -> Config:
     """The configuration with which a checkpoint was trained."""
     if is_exported(folder):
         return read_exported(folder).config
-    return from_tree(_meta(folder)["config"])
+    return from_tree(today(_meta(folder)["config"]))
 
 
 def data_info_of(folder: Path) -> DataInfo:
@@ -143,102 +139,5 @@ def data_info_of(folder: Path) -> DataInfo:
         raise CheckpointError(f"{folder}: {error}; use a sound copy") from error
 
 
-def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
-    """Raise CheckpointError, naming the first differing key, unless a run may start from a checkpoint's or single-file
-    folder's weights.
-
-    data_info: of this run's data; where both are known, latents and text features have to be those of the same
-    encoders.
-    """
-    source = config_of(folder)
-    if is_exported(folder) and config.init_weights != source.sample.weights:
-        there = source.sample.weights
-        raise CheckpointError(
-            f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}"
-        )
-    for key, here, there in _differences(_architecture(config), _architecture(source)):
-        raise CheckpointError(
-            f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or start from another run"
-        )
-    for key, here, there in _differences(_latents(config, data_info), _latents(config, data_info_of(folder))):
-        if here is not None and there is not None:
-            raise CheckpointError(
-                f"{folder} was trained on data whose {key} is {there}, but that of this run's data is {here}; prepare the data with the "
-                "encoder and scale of that run, or start from another run"
-            )
-
-
-def _architecture(config: Config) -> dict[str, Any]:
-    """By key, what says which weights a model has and what they mean; knobs without effect in its family are left
-    out.
-    """
-    model = config.model
-    unused = {*FREE, "num_classes" if model.condition == "text" else "text_width"}
-    if not has_experts(model):
-        unused |= {"interleave", "num_experts", "granularity", "shared_experts", "predictor"}
-    if model.family != "tc":
-        unused.add("top_k")
-    named = {f"model.{key}": value for key, value in to_tree(model).items() if key not in unused}
-    if "model.predictor" in named:
-        named["model.predictor"] = has_predictor(model)
-    if model.condition == "text":
-        named["text.encoder"] = config.text.encoder
-    return named | {"train.objective": config.train.objective}
-
-
-def _latents(config: Config, data_info: DataInfo) -> dict[str, Any]:
-    """What data have to share with those that weights were trained on; None: not known."""
-    known: dict[str, Any] = {"kind": data_info.kind or None}
-    if data_info.kind == "moments":  # pixels are scaled from whatever they are stored as
-        known |= {"scale": data_info.scale, "shift": data_info.shift, "encoder": data_info.encoder or None}
-    text = data_info.text_encoder(config.text.encoder)
-    return known | {f"fingerprint of text features ({config.text.encoder})": text and text.fingerprint}
-
-
-def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
-    """Raise CheckpointError, naming the first differing key, unless a run with this config and data continues what the
-    checkpoint began.
-    """
-    meta = _meta(folder)
-    for key, here, there in _differences(to_tree(config), to_tree(from_tree(meta["config"]))):
-        if key.startswith(("model.", "pool.")) and key not in HOW:
-            raise CheckpointError(
-                f"{folder} is a checkpoint of another model: {key} is {there} there and {here} here; give this run another "
-                f"folder, or set {key}={there}"
-            )
-        if key in (
-            "seed",
-            "train.global_batch",
-            "train.grad_accumulation",
-            "train.objective",
-            "train.freeze",
-            "train.optimizer.kind",
-            "train.optimizer.momentum",
-            "train.ema.thresholds",
-            "data.shuffle_block",
-            "data.lanes",
-        ):
-            raise CheckpointError(
-                f"{folder} was trained with {key} {there}, this run has {here}, so it would not be the same run; set "
-                f"{key}={there}, or give this run another folder"
-            )
-    if fingerprint != meta["fingerprint"]:
-        raise CheckpointError(
-            f"{folder} was trained on other data than data.folder (or data.mixture) holds now (fingerprint "
-            f"{meta['fingerprint'][:12]} there, {fingerprint[:12]} here); restore the data, or give this run another folder"
-        )
-
-
 def _meta(folder: Path) -> dict[str, Any]:
     return dict(read_meta(folder)["meta"])
-
-
-def _differences(here: Any, there: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(here, dict) and isinstance(there, dict):
-        keys = list(here) + [key for key in there if key not in here]
-        return [
-            found
-            for key in keys
-            for found in _differences(here.get(key), there.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if here == there else [(prefix, here, there)]

@@ -153,5 +153,5 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _keys(_: argparse.Namespace) -> None:
-    for key, kind, default, doc in keys():
-        print(f"{key}: {kind} = {json.dumps(default)}\n    {doc}")
+    for key in keys():
+        print(f"{key.role:<11}{key.name}: {key.kind} = {json.dumps(key.default)}\n           {key.doc}")

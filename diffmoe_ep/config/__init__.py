@@ -1,5 +1,5 @@
-"""One YAML file describes a run: `load` reads it, `schema` lists every knob, `check` says which numbers cannot work
-together.
+"""One YAML file describes a run: `load` reads it, `schema` lists every key, `check` says which numbers cannot work
+together, `roles` what a changed key means for a run that goes on.
 
 An unknown key, a wrong type or numbers that cannot work together raise `ConfigError`, whose message names key, value
 and remedy.
@@ -14,13 +14,15 @@ from diffmoe_ep.config.check import (
     pool_samples,
     tokens_per_expert,
 )
-from diffmoe_ep.config.read import dump, from_tree, keys, load, override, read_section, to_tree
+from diffmoe_ep.config.knob import ConfigError, Key, Role, UserError
+from diffmoe_ep.config.names import today
+from diffmoe_ep.config.read import dump, flat, from_tree, keys, load, override, read_section, to_tree
+from diffmoe_ep.config.roles import Change, changes, of_role
 from diffmoe_ep.config.schema import (
     SIZES,
     CheckpointConfig,
     ComputeConfig,
     Config,
-    ConfigError,
     DataConfig,
     EmaConfig,
     LogConfig,
@@ -31,13 +33,14 @@ from diffmoe_ep.config.schema import (
     PoolConfig,
     SampleConfig,
     ScheduleConfig,
+    TextConfig,
     TrainConfig,
-    UserError,
 )
 
 __all__ = [
-    "SIZES", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "LogConfig", "ModelConfig", "OptimizerConfig",
-    "ParallelConfig", "PartConfig", "PoolConfig", "SampleConfig", "ScheduleConfig", "TrainConfig", "UserError", "check", "check_world",
-    "dump", "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "override", "pool_samples", "read_section",
-    "to_tree", "tokens_per_expert",
+    "SIZES", "Change", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "Key",
+    "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PartConfig", "PoolConfig", "Role", "SampleConfig",
+    "ScheduleConfig", "TextConfig", "TrainConfig", "UserError", "changes", "check", "check_world", "dump", "flat",
+    "from_tree", "has_experts", "has_predictor", "keys", "load", "num_tokens", "of_role", "override", "pool_samples",
+    "read_section", "to_tree", "today", "tokens_per_expert",
 ]  # fmt: skip

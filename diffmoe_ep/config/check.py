@@ -6,7 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config.schema import SIZES, Config, ConfigError, DataConfig, ModelConfig
+from diffmoe_ep.config.knob import ConfigError
+from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 
 
 def check(config: Config) -> None:

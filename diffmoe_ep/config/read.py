@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from diffmoe_ep.config.check import _check_limits, check
-from diffmoe_ep.config.schema import SIZES, Config, ConfigError
+from diffmoe_ep.config.knob import ConfigError, Key
+from diffmoe_ep.config.names import answer
+from diffmoe_ep.config.schema import SIZES, Config
 
 T = TypeVar("T")
 
@@ -103,15 +105,24 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
 
 
-def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Yield (dotted key, type, default, manual line) of every knob."""
+def keys(kind: type = Config, prefix: str = "") -> Iterator[Key]:
+    """Yield every key of a config."""
     hints = get_type_hints(kind)
     for entry in fields(kind):
-        hint = hints[entry.name]
+        hint, about = hints[entry.name], entry.metadata
         if is_dataclass(hint):
             yield from keys(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
         else:
-            yield prefix + entry.name, _name(hint), entry.default, entry.metadata["doc"]
+            name = prefix + entry.name
+            yield Key(name, _name(hint), entry.default, about["doc"], about["role"], about["by_fingerprint"])
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of sections as dotted key -> value."""
+    result: dict[str, Any] = {}
+    for name, value in tree.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return result
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
@@ -141,24 +152,16 @@ def _build(kind: type[T], tree: Any, path: str) -> T:
     hints = get_type_hints(kind)
     for key in tree:
         if key not in hints:
-            raise ConfigError(_unknown(f"{path}{key}", hints))
+            raise ConfigError(_unknown(f"{path}{key}", tree[key], list(hints)))
     return kind(**{key: _value(hints[key], value, f"{path}{key}") for key, value in tree.items()})
 
 
-def _unknown(key: str, hints: Mapping[str, Any]) -> str:
-    name = key.rpartition(".")[2]
-    every = [entry[0] for entry in keys()]
-    near = difflib.get_close_matches(name, list(hints), n=1, cutoff=0.6)
-    if near:
-        guess = key[: len(key) - len(name)] + near[0]
-    else:
-        elsewhere = [other for other in every if other.rpartition(".")[2] == name] or difflib.get_close_matches(
-            key, every, n=1, cutoff=0.6
-        )
-        if not elsewhere:
-            return f"unknown key {key}; the keys here are {', '.join(hints)}"
-        guess = elsewhere[0]
-    return f"unknown key {key}; did you mean {guess}?"
+def _unknown(key: str, value: Any, here: Sequence[str]) -> str:
+    """What to say of an unknown key; of an unknown section with a key in it, what that key is."""
+    while isinstance(value, Mapping) and value and not difflib.get_close_matches(key.rpartition(".")[2], here, n=1):
+        name, value = next(iter(value.items()))
+        key, here = f"{key}.{name}", ()
+    return answer(key, here, [each.name for each in keys()])
 
 
 def _value(hint: Any, value: Any, key: str) -> Any:

@@ -12,21 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config import Config, ConfigError, load, to_tree
+from diffmoe_ep.config import Config, ConfigError, load, of_role, to_tree
 from diffmoe_ep.model.count import count
 from diffmoe_ep.tables import table
 
-LAYOUT = (
-    "seed",
-    "folder",
-    "resume",
-    "data.workers",
-    "data.prefetch",
-    "parallel.",
-    "log.",
-    "checkpoint.",
-    "sample.grid_",
-)  # not a setting
 COLUMNS = ("loss", "accuracy", "frechet", "capacity")
 
 
@@ -37,6 +26,7 @@ class Found:
     config: Config
     step: int  # logged last
     values: dict[str, float]  # of COLUMNS those that are known
+    recipe: tuple[dict[str, Any], ...] = ()  # how its recipe changed on the way
 
 
 @dataclass(frozen=True)
@@ -90,8 +80,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     groups: dict[str, list[Found]] = {}
     for folder in folders:
         found = read_run(folder)
-        groups.setdefault(json.dumps(_setting(found.config), sort_keys=True), []).append(found)
-    trees = [_setting(group[0].config) for group in groups.values()]
+        groups.setdefault(json.dumps(_setting(found), sort_keys=True), []).append(found)
+    trees = [_setting(group[0]) for group in groups.values()]
     return Comparison(
         tuple(_row(group, _name(tree, trees)) for group, tree in zip(groups.values(), trees, strict=True))
     )
@@ -115,7 +105,9 @@ def read_run(folder: Path) -> Found:
         values |= {
             key: value for key, value in json.loads(scores.read_text(encoding="utf-8")).items() if key in COLUMNS
         }
-    return Found(load(folder / "config.yaml"), last, values)
+    changed = (folder / "recipe.jsonl").read_text(encoding="utf-8") if (folder / "recipe.jsonl").is_file() else ""
+    recipe = tuple(json.loads(line) for line in changed.splitlines())
+    return Found(load(folder / "config.yaml"), last, values, recipe)
 
 
 def _row(group: list[Found], name: str) -> Setting:
@@ -126,20 +118,17 @@ def _row(group: list[Found], name: str) -> Setting:
     return Setting(name, seeds, tuple(run.step for run in group), sizes.total, sizes.activated(capacity), values)
 
 
-def _setting(config: Config) -> dict[str, Any]:
-    """A config as dotted keys, without those that are no part of a setting."""
-    return {key: value for key, value in _flat(to_tree(config), "") if not key.startswith(LAYOUT)}
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    return [
-        found
-        for key, value in tree.items()
-        for found in (_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
-    ]
+def _setting(run: Found) -> dict[str, Any]:
+    """What makes a run's numbers what they are, by dotted key: all that changes what is computed but the seed, how the
+    recipe changed on the way, and how samples are drawn, which scores depend on.
+    """
+    sampling = {f"sample.{key}": value for key, value in to_tree(run.config.sample).items() if "grid_" not in key}
+    changed = {f"{change['key']} until step {change['step']}": change["was"] for change in run.recipe}
+    made = {key: value for key, value in of_role(run.config, "identity", "recipe").items() if key != "seed"}
+    return made | sampling | changed
 
 
 def _name(tree: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """key=value of every key that is not the same in all settings."""
-    differing = [key for key in tree if any(other[key] != tree[key] for other in others)]
+    differing = [key for key in tree if any(other.get(key) != tree[key] for other in others)]
     return " ".join(f"{key}={json.dumps(tree[key]).strip(chr(34))}" for key in differing) or "all runs"

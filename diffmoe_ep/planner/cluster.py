@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffmoe_ep.config import ConfigError, read_section
-from diffmoe_ep.config.schema import NON_NEGATIVE, POSITIVE, knob
+from diffmoe_ep.config.knob import NON_NEGATIVE, POSITIVE, knob
 
 MAYBE = (lambda value: value is None or value > 0, "greater than 0, or null")
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from diffmoe_ep.checkpoint.same_run import RecipeChange, shown
 from diffmoe_ep.config import Config, ConfigError, dump, has_experts, num_tokens, pool_samples
 from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.collectives import gather_objects
@@ -58,9 +59,20 @@ class RunFolder:
             return f"folder {self.path} cannot be written ({error.strerror}); give another with folder=... or change its permissions"
         return None
 
-    def describe(self, config: Config, mesh: Mesh, ancestry: Sequence[dict[str, Any]] = ()) -> None:
-        """Write the resolved config, the environment report and what the weights descend from (rank 0); every rank
-        takes part.
+    @property
+    def recipe(self) -> Path:
+        """One JSON object a line, one line a key of the recipe that was changed at a resume."""
+        return self.path / "recipe.jsonl"
+
+    def describe(
+        self,
+        config: Config,
+        mesh: Mesh,
+        ancestry: Sequence[dict[str, Any]] = (),
+        recipe: Sequence[RecipeChange] = (),
+    ) -> None:
+        """Write the resolved config, the environment report, what the weights descend from and how the recipe changed
+        (rank 0); every rank takes part.
         """
         where = gather_objects((mesh.host, str(mesh.device)), mesh.world)
         if not mesh.is_first:
@@ -77,7 +89,12 @@ class RunFolder:
             "hosts": sorted({host for host, _ in where}),
             "rank_devices": [device for _, device in where],
         }
-        _replace(self.path / "config.yaml", dump(config))
+        earlier = [f"# until step {change.step} this run had {change.key} {shown(change.was)}\n" for change in recipe]
+        _replace(self.path / "config.yaml", "".join(earlier) + dump(config))
+        if recipe:
+            _replace(self.recipe, "".join(json.dumps(asdict(change)) + "\n" for change in recipe))
+        else:  # a run that went back to before its changes
+            self.recipe.unlink(missing_ok=True)
         _replace(self.path / "environment.json", json.dumps(report, indent=2) + "\n")
         if ancestry:
             _replace(self.path / "ancestry.json", json.dumps(list(ancestry), indent=2) + "\n")
@@ -220,9 +237,9 @@ class Meter:
         return found
 
 
-def greeting(config: Config, mesh: Mesh, step: int, begun: str = "") -> str:
+def greeting(config: Config, mesh: Mesh, step: int, begun: str = "", recipe: Sequence[RecipeChange] = ()) -> str:
     """Two lines on what is about to happen: what is trained, and how it is laid out; between them, if given, what it
-    began with.
+    began with and what of its recipe changes at this step.
     """
     sizes, span = count(config.model), pool_samples(config)
     what = (
@@ -234,7 +251,9 @@ def greeting(config: Config, mesh: Mesh, step: int, begun: str = "") -> str:
         tokens = span * num_tokens(config.model)
         layout += f", {config.model.num_experts} experts over {_ranks(mesh.expert.size)}"
         layout += f", pools of {span} samples ({tokens} tokens) over {_ranks(mesh.pool.size)}"
-    return "\n".join(filter(None, (what, begun, layout)))
+    now = ", ".join(str(change) for change in recipe if change.step == step)
+    changed = f"its recipe changes after step {step}: {now} (kept in recipe.jsonl)" if now else ""
+    return "\n".join(filter(None, (what, begun, changed, layout)))
 
 
 def _ranks(number: int) -> str:

@@ -7,16 +7,18 @@ they describe the tokens that come.
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffmoe_ep.checkpoint.exported import CONFIG, is_exported, read_exported
-from diffmoe_ep.checkpoint.load import check_starts, config_of, load_into, resolve_model_path
+from diffmoe_ep.checkpoint.load import config_of, load_into, resolve_model_path
+from diffmoe_ep.checkpoint.same_run import check_starts
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.info import DataInfo
@@ -24,6 +26,7 @@ from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.parallel.mesh import Mesh
 
 Ancestor = dict[
@@ -95,22 +98,24 @@ def begin(model: DiT, start: Start, config: Config, mesh: Mesh) -> DiT:
     """
     if start.source is not None:
         load_into(model, start.source, config.init_weights, mesh)
-        _keep_bounds(model, config_of(start.source).model.threshold_decay)
+        keep_thresholds(model, config_of(start.source).model.threshold_decay)
     for name, parameter in model.named_parameters():
         if name in start.frozen:
             parameter.requires_grad_(False)
     return model
 
 
-def _keep_bounds(model: DiT, decay: float) -> None:
+def keep_thresholds(model: DiT, decay: float, averaged: Mapping[str, Tensor] | None = None) -> None:
     """Let thresholds that were averaged with another decay mean what they meant, once corrected for their start at
-    0.
+    0; so too those of averaged weights, by name.
     """
-    for layer in model.moe_layers():
-        predictor = layer.predictor
-        if predictor is not None and predictor.decay != decay and predictor.updates > 0:
+    for name, predictor in model.named_modules():
+        if isinstance(predictor, CapacityPredictor) and predictor.decay != decay and predictor.updates > 0:
             moved = int(predictor.updates)
-            predictor.threshold.mul_((1 - predictor.decay**moved) / (1 - decay**moved))
+            factor = (1 - predictor.decay**moved) / (1 - decay**moved)
+            predictor.threshold.mul_(factor)
+            if averaged is not None and f"{name}.threshold" in averaged:
+                averaged[f"{name}.threshold"].mul_(factor)
 
 
 # -- what stays as it is -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ how it is computed, never what.
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.checkpoint.fragments import Fragment
-from diffmoe_ep.checkpoint.load import check_continues, fragments, persistent_buffers
+from diffmoe_ep.checkpoint.load import config_of, fragments, persistent_buffers
+from diffmoe_ep.checkpoint.same_run import check_continues, recipe_changes
 from diffmoe_ep.checkpoint.store import latest, load, read_meta, save
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data.captions import CaptionSpec
@@ -40,7 +42,7 @@ from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, rates
 from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder, greeting
 from diffmoe_ep.train.schedule import rate
-from diffmoe_ep.train.start import begin, resolve_init
+from diffmoe_ep.train.start import begin, keep_thresholds, resolve_init
 
 
 def train(config: Config) -> None:
@@ -110,6 +112,7 @@ class Trainer:
             load_decoder(config.sample, DataInfo.of(self.dataset.manifest), mesh) if config.sample.grid_every else None
         )
         self.start = resolve_init(config, mesh, dataset, checkpoint)
+        self.recipe = recipe_changes(checkpoint, config)
         self.model = begin(self.build_model(), self.start, config, mesh)
         self.engine = Engine(self.model, config, mesh)
         self.ema = Ema(self.model, config.train.ema)
@@ -143,9 +146,9 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, telling, sampling and saving on the way."""
         config = self.config
-        self.folder.describe(config, self.mesh, self.start.ancestry)
+        self.folder.describe(config, self.mesh, self.start.ancestry, self.recipe)
         metrics = Metrics(self.folder.metrics, self.step) if self.mesh.is_first else None
-        begun = greeting(config, self.mesh, self.step, self.start.told())
+        begun = greeting(config, self.mesh, self.step, self.start.told(), self.recipe)
         progress = Progress(begun, self.step, config.train.steps) if self.mesh.is_first else None
         clock = Clock(self.step)
         while self.step < config.train.steps:
@@ -289,6 +292,7 @@ class Trainer:
             "data": DataInfo.of(self.dataset.manifest).to_json(),
             "fingerprint": self.dataset.fingerprint,
             "ancestry": self.start.ancestry,
+            "recipe": [asdict(change) for change in self.recipe],
         }
         save(
             self.folder.checkpoints,
@@ -306,6 +310,7 @@ class Trainer:
         """Take up a checkpoint's state; the stream is made afterwards, at the position that follows from the step."""
         step = int(read_meta(checkpoint)["step"])
         load(checkpoint, self.weights() + self.engine.moments(), group=self.mesh.world.handle, world=self.mesh.size)
+        keep_thresholds(self.model, config_of(checkpoint).model.threshold_decay, self.ema.tensors)
         self.engine.continue_from(step)
         self.step = step
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diffmoe_ep.checkpoint.exported import load_exported, save_exported
-from diffmoe_ep.checkpoint.load import check_starts, fragments, load_into, persistent_buffers
+from diffmoe_ep.checkpoint.load import fragments, load_into, persistent_buffers
+from diffmoe_ep.checkpoint.same_run import check_starts
 from diffmoe_ep.checkpoint.store import CheckpointError, save
 from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
 from diffmoe_ep.data.info import DataInfo

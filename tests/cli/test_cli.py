@@ -49,7 +49,7 @@ def test_the_dry_run_tells_and_stops(digits: Path, tmp_path: Path) -> None:
 def test_every_key_is_printed() -> None:
     code, out, _ = call(0, "keys")
     assert code == 0
-    assert "parallel.expert_parallel: int = 1\n    expert parallelism EP" in out
+    assert "execution  parallel.expert_parallel: int = 1\n           expert parallelism EP" in out
 
 
 MISTAKES = {

@@ -35,8 +35,10 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 def test_every_key_is_documented() -> None:
     documented = list(keys())
     assert len(documented) > 60
-    assert all(len(doc) > 8 for _, _, _, doc in documented)
-    assert ("train.steps", "int", 100_000, "optimiser steps of the whole run") in documented
+    assert all(len(key.doc) > 8 for key in documented)
+    steps = next(key for key in documented if key.name == "train.steps")
+    assert (steps.kind, steps.default) == ("int", 100_000)
+    assert steps.doc.startswith("optimizer steps of the whole run")
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:

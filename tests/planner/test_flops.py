@@ -253,7 +253,7 @@ def test_every_paper_config_is_what_its_name_and_its_comment_say(path: Path) -> 
 @pytest.mark.parametrize("path", IMAGENET, ids=name_of)
 def test_paper_configs_hold_only_what_differs_and_the_papers_recipe(path: Path) -> None:
     """But for the three keys that say which model it is."""
-    defaults = {key: default for key, _, default, _ in keys()}
+    defaults = {key.name: key.default for key in keys()}
     given = flat(yaml.safe_load(path.read_text()))
     for key, value in given.items():
         assert value != defaults[key] or key in ("model.family", "model.size", "model.num_experts"), key

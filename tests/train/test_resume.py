@@ -13,7 +13,8 @@ import torch
 
 from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.load import check_continues, config_of, load_sharded
+from diffmoe_ep.checkpoint.load import config_of, load_sharded
+from diffmoe_ep.checkpoint.same_run import check_continues
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.parallel.mesh import init_mesh

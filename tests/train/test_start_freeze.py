@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.load import check_continues
+from diffmoe_ep.checkpoint.same_run import check_continues
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.train import trainer as training
@@ -142,6 +142,7 @@ def test_other_patterns_are_another_run(digits: Path, tmp_path: Path) -> None:
     run(1, until, given)
     other = dataclasses.replace(given, train=dataclasses.replace(given.train, freeze=()))
     with pytest.raises(
-        store.CheckpointError, match=r"was trained with train\.freeze \['time\.\*'\], this run has \[\]"
+        store.CheckpointError,
+        match=r'was trained with train\.freeze \["time\.\*"\], this run has \[\]; set train\.freeze=\["time\.\*"\]',
     ):
         check_continues(store.resolve(tmp_path / "run"), other, Dataset.open(digits / "train").fingerprint)

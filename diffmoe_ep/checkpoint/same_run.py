@@ -1,0 +1,152 @@
+"""Whether a run may continue a checkpoint, or start from its weights; and how its recipe changed on the way.
+
+A run is what its identity keys say (see `config.knob`). Its recipe may change whenever it is resumed: each change is
+kept with the step after which it held, in every later checkpoint and in the run folder.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ep.checkpoint.exported import is_exported
+from diffmoe_ep.checkpoint.load import config_of, data_info_of
+from diffmoe_ep.checkpoint.store import CheckpointError, read_meta
+from diffmoe_ep.config import Config, changes, has_experts, has_predictor, of_role
+from diffmoe_ep.data.info import DataInfo
+
+
+def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
+    """Raise CheckpointError, naming the first differing key, unless a run with this config continues a checkpoint.
+
+    fingerprint: of the data that the config names; it decides, where they lie does not.
+    """
+    there, meta = config_of(folder), read_meta(folder)["meta"]
+    for change in changes(there, config, "identity"):
+        if change.key.by_fingerprint:
+            continue
+        key, before, now = change.key.name, shown(change.there), shown(change.here)
+        if key.startswith(("model.", "pool.")):
+            raise CheckpointError(
+                f"{folder} is a checkpoint of another model: {key} is {before} there and {now} here; give this run "
+                f"another folder, or set {key}={before}"
+            )
+        raise CheckpointError(
+            f"{folder} was trained with {key} {before}, this run has {now}, so it would not be the same run; set "
+            f"{key}={before}, or give this run another folder"
+        )
+    if fingerprint != meta["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} was trained on other data than {_data(config)} holds now: it had {_data(there)}, of fingerprint "
+            f"{meta['fingerprint'][:12]}, this is of {fingerprint[:12]}; restore the data, or give this run another "
+            "folder"
+        )
+
+
+def _data(config: Config) -> str:
+    parts = [part.folder for part in config.data.mixture]
+    return f"data.mixture ({', '.join(parts)})" if parts else f"data.folder {config.data.folder}"
+
+
+def shown(value: Any) -> str:
+    """A value as an override takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecipeChange:
+    """A recipe key that was changed at a resume."""
+
+    key: str
+    step: int
+    """The last step that had the old value."""
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {shown(self.was)} -> {shown(self.now)}"
+
+
+def recipe_changes(folder: Path | None, config: Config) -> tuple[RecipeChange, ...]:
+    """All changes of the recipe of a run that continues the checkpoint with this config, the last ones being made now.
+
+    folder: None where the run has no checkpoint yet, and so no changes.
+    """
+    if folder is None:
+        return ()
+    content = read_meta(folder)
+    older = [RecipeChange(**change) for change in content["meta"].get("recipe", ())]
+    newer = changes(config_of(folder), config, "recipe")
+    return *older, *(RecipeChange(each.key.name, content["step"], each.there, each.here) for each in newer)
+
+
+# -- the weights of another run ----------------------------------------------------------------------------------------
+
+
+def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
+    """Raise CheckpointError, naming the first differing key, unless a run may start from the weights of a checkpoint or
+    an exported folder.
+
+    data_info: of this run's data; where both are known, latents and text features have to be those of the same encoders.
+    """
+    source = config_of(folder)
+    if is_exported(folder) and config.init_weights != source.sample.weights:
+        there = source.sample.weights
+        raise CheckpointError(
+            f"{folder} holds one set of weights, {there}, not {config.init_weights}; set init_weights={there}"
+        )
+    for key, here, there in _differences(_architecture(config), _architecture(source)):
+        raise CheckpointError(
+            f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or "
+            "start from another run"
+        )
+    for key, here, there in _differences(_latents(config, data_info), _latents(config, data_info_of(folder))):
+        if here is not None and there is not None:
+            raise CheckpointError(
+                f"{folder} was trained on data whose {key} is {there}, but that of this run's data is {here}; prepare "
+                "the data with the encoder and scale of that run, or start from another run"
+            )
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    """By key, what says which weights a model has and what they mean; keys without effect in its family are left
+    out.
+    """
+    model = config.model
+    unused = {"size", "text_length"}  # a name for three others; how much of a caption is seen, by the same weights
+    unused.add("num_classes" if model.condition == "text" else "text_width")
+    if not has_experts(model):
+        unused |= {"interleave", "num_experts", "granularity", "shared_experts", "predictor"}
+    if model.family != "tc":
+        unused.add("top_k")
+    identity = of_role(config, "identity")
+    named = {
+        key: value
+        for key, value in identity.items()
+        if key.startswith("model.") and key.removeprefix("model.") not in unused
+    }
+    if "model.predictor" in named:
+        named["model.predictor"] = has_predictor(model)
+    if model.condition == "text":
+        named["text.encoder"] = config.text.encoder
+    return named | {"train.objective": config.train.objective}
+
+
+def _latents(config: Config, data_info: DataInfo) -> dict[str, Any]:
+    """What data have to share with those that weights were trained on; None: not known."""
+    known: dict[str, Any] = {"kind": data_info.kind or None}
+    if data_info.kind == "moments":  # pixels are scaled from whatever they are stored as
+        known |= {"scale": data_info.scale, "shift": data_info.shift, "encoder": data_info.encoder or None}
+    text = data_info.text_encoder(config.text.encoder)
+    return known | {f"fingerprint of text features ({config.text.encoder})": text and text.fingerprint}
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values where they differ; None where one lacks the key."""
+    for key in [*here, *(key for key in there if key not in here)]:
+        if here.get(key) != there.get(key):
+            yield key, here.get(key), there.get(key)
