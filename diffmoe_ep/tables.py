@@ -1,7 +1,7 @@
 """Numbers in words with units, and the one printer of tables: whatever a command prints in columns is laid out here."""
 
 from collections.abc import Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 GAP = "  "
 
@@ -27,18 +27,27 @@ def three_digits(number: float) -> str:
     return f"{number:,.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f}"
 
 
-def table(rows: Sequence[Sequence[str]], align: str = "<>", rule: bool = True) -> list[str]:
+def table(
+    rows: Sequence[Sequence[str]], align: str = "<>", rule: bool = True, groups: Sequence[tuple[str, int]] = ()
+) -> list[str]:
     """Rows, the first of them headings, as lines with columns; rule: draw a line below the headings.
 
     align: for each column `<` flush left or `>` flush right; its last character holds for all further columns.
+    groups: titles above the headings, each with the number of columns that it spans; "" for none.
     """
-    sides = chain(align, repeat(align[-1]))
-    columns = [
-        [f"{cell:{side}{max(map(len, column))}}" for cell in column]
-        for side, column in zip(sides, zip(*rows, strict=True), strict=False)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = list(islice(chain(align, repeat(align[-1])), len(widths)))
+    lines = [
+        GAP.join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
     ]
-    lines = [GAP.join(cells).rstrip() for cells in zip(*columns, strict=True)]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]] if rule else lines
+    above, left = list[str](), list(widths)
+    for title, number in groups:
+        wide = sum(left[:number]) + len(GAP) * (number - 1)
+        above.append(f"{f' {title} ':-^{wide}}" if title else " " * wide)
+        left = left[number:]
+    titles = [GAP.join(above).rstrip()] if groups else []
+    return [*titles, lines[0], *(["-" * max(map(len, lines))] if rule else []), *lines[1:]]
 
 
 def beside(one: Sequence[str], other: Sequence[str]) -> list[str]:

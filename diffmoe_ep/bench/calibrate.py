@@ -19,9 +19,9 @@ from torch import Tensor
 from diffmoe_ep.config import Config, num_tokens
 from diffmoe_ep.data.condition import CaptionFeatures, Condition
 from diffmoe_ep.planner.cluster import Cluster, Measurement
-from diffmoe_ep.planner.layouts import estimate
+from diffmoe_ep.planner.cluster_plan import estimate
+from diffmoe_ep.planner.layout import Layout
 from diffmoe_ep.planner.report import Estimate
-from diffmoe_ep.planner.shape import Layout
 from diffmoe_ep.tables import duration, size, table
 
 ROUNDS = 10
@@ -49,9 +49,9 @@ class Comparison:
         return self.estimate.step.seconds / self.seconds - 1
 
     @property
-    def utilisation(self) -> float:
+    def mfu(self) -> float:
         """MFU as measured."""
-        return self.estimate.step.utilisation * self.estimate.step.seconds / self.seconds
+        return self.estimate.step.mfu * self.estimate.step.seconds / self.seconds
 
     def lines(self) -> list[str]:
         """The comparison to read."""
@@ -64,7 +64,7 @@ class Comparison:
         told = [
             f"{self.name}: predicted {duration(self.estimate.step.seconds)}, measured {duration(self.seconds)}, error {self.error:+.1%} "
             f"(median {duration(self.median)}, slowest {duration(self.slowest)}, load {self.load:.2f})",
-            f"MFU {self.utilisation:.1%} of the device's bf16 peak, predicted {self.estimate.step.utilisation:.1%}",
+            f"MFU {self.mfu:.1%} of the device's bf16 peak, predicted {self.estimate.step.mfu:.1%}",
             "rates of this device: " + ", ".join(f"{key} {value}" for key, value in rates),
         ]
         if self.peak is not None:
@@ -83,8 +83,8 @@ class Comparison:
         return {
             "name": self.name, "predicted": self.estimate.step.seconds, "measured": self.seconds, "median": self.median,
             "slowest": self.slowest, "error": self.error, "load": self.load,
-            "parts": self.estimate.step.parts, "rates": asdict(self.measurement), "mfu": self.utilisation,
-            "mfu_predicted": self.estimate.step.utilisation, "losses": self.losses, "peak": self.peak,
+            "parts": self.estimate.step.parts, "rates": asdict(self.measurement), "mfu": self.mfu,
+            "mfu_predicted": self.estimate.step.mfu, "losses": self.losses, "peak": self.peak,
             "peak_predicted": self.estimate.memory.total,
         }  # fmt: skip
 

@@ -19,7 +19,7 @@ from diffmoe_ep.config import Config, EmaConfig, ModelConfig, PoolConfig
 from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.planner.flops import plan
+from diffmoe_ep.planner.plan import plan
 from diffmoe_ep.tables import table
 from diffmoe_ep.train.ema import Ema
 

@@ -130,7 +130,7 @@ def _dry_run(config: Config) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from diffmoe_ep.planner.flops import plan
+    from diffmoe_ep.planner.plan import plan
 
     config = load(options.config, options.overrides)
     held = plan(config, options.capacity)
@@ -138,7 +138,7 @@ def _plan(options: argparse.Namespace) -> None:
     content = held.as_dict()
     if options.cluster is not None:
         from diffmoe_ep.planner.cluster import load_cluster
-        from diffmoe_ep.planner.layouts import plan_cluster
+        from diffmoe_ep.planner.cluster_plan import plan_cluster
 
         laid = plan_cluster(config, load_cluster(options.cluster, options.measured), options.samples)
         print("\n".join(["", *laid.lines()]))

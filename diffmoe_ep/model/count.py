@@ -1,12 +1,24 @@
-"""Parameters by module from the config alone; a test holds them against `numel` of every config.
+"""Parameters by module, from the config alone: of a build on the meta device, which takes no memory.
 
-Legend: D hidden size, L blocks, N experts of an MoE layer, m granularity (an expert is 4D/m wide), C capacity.
+Legend: D hidden size, N experts of an MoE layer, m granularity (an expert is 4D/m wide), C capacity.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
-from diffmoe_ep.config import ModelConfig, has_predictor
-from diffmoe_ep.model.dit import is_moe
+import torch
+
+from diffmoe_ep.config import ModelConfig
+from diffmoe_ep.model.dit import DiT, is_moe
+
+# The first part that a parameter's name holds says which field of `Count` it belongs to; other parameters of a block are
+# its modulation, and those outside the blocks `other`.
+KINDS = (
+    (".ffn.experts.", "experts"), (".ffn.shared.", "shared"), (".ffn.router.", "router"), (".ffn.predictor.", "predictor"),
+    (".ffn.", "dense_ffn"), (".attention.", "attention"), (".cross_attention.", "cross_attention"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,34 +70,27 @@ def expert_width(model: ModelConfig) -> int:
     return 4 * model.hidden_size // model.granularity
 
 
+@lru_cache
+def shapes(model: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of all trainable parameters, in the model's order, over all experts."""
+    with torch.device("meta"):
+        built = DiT(model)
+    return tuple((name, tuple(parameter.shape)) for name, parameter in built.named_parameters())
+
+
+@lru_cache
 def count(model: ModelConfig) -> Count:
     """Count a model's parameters."""
-    hidden, num_experts, width = model.hidden_size, model.num_experts, expert_width(model)
-    ffn = 8 * hidden**2 + 5 * hidden
-    expert = 2 * hidden * width + width + hidden
-    shared_width = width * model.shared_experts
-    shared = (
-        2 * hidden * shared_width + shared_width + hidden if model.shared_experts else 0
-    )  # one FFN, so one output bias
-    moe = moe_blocks(model)
-    linear = hidden**2 + hidden
-    patches = model.in_channels * model.patch**2 * hidden + hidden
-    time = 256 * hidden + hidden + linear
-    text = model.condition == "text"
-    condition = model.text_width * (hidden + 1) + hidden + linear if text else (model.num_classes + 1) * hidden
-    head = 2 * linear + (hidden + 1) * model.patch**2 * model.out_channels
+    found = Counter[str]()
+    for name, shape in shapes(model):
+        block = name.startswith("blocks.")
+        kind = next((kind for part, kind in KINDS if part in name), "modulation") if block else "other"
+        found[kind] += prod(shape)
+    kinds = (*(kind for _, kind in KINDS), "modulation", "other")
     return Count(
-        dense_ffn=(model.num_blocks - moe) * ffn,
-        experts=moe * num_experts * expert,
-        shared=moe * shared,
-        router=moe * num_experts * hidden,
-        predictor=moe * (linear + num_experts * hidden + num_experts) if has_predictor(model) else 0,
-        attention=model.num_blocks * 4 * linear,
-        cross_attention=model.num_blocks * 4 * linear if text else 0,
-        modulation=model.num_blocks * 6 * linear,
-        other=patches + time + condition + head,
+        **{kind: found[kind] for kind in kinds},
         capacity=model.top_k / model.granularity if model.family == "tc" else 1.0,
-        unit=model.granularity / num_experts,
+        unit=model.granularity / model.num_experts,
     )
 
 

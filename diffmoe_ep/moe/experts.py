@@ -39,26 +39,28 @@ class Experts(nn.Module):
         """Apply expert e to its counts[e] rows of rows (R, D), which are grouped by expert; counts may be ragged and
         zero.
         """
-        kernel = choose_kernel(rows, counts, self.fc1_weight.shape[2]) if self.kernel == "auto" else self.kernel
+        kernel = self.kernel
+        if kernel == "auto":
+            _, hidden, width = self.fc1_weight.shape
+            kernel = choose_kernel(rows.device.type, compute_type(rows), even(counts), hidden, width)
         weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         return (
             fused(rows, counts, weights, self.compiled) if kernel == "fused" else KERNELS[kernel](rows, counts, weights)
         )
 
 
-def choose_kernel(rows: Tensor, counts: Sequence[int], width: int) -> Kernel:
-    """The kernel of `auto`.
+def choose_kernel(device: str, kind: torch.dtype, even_counts: bool, hidden: int, width: int) -> Kernel:
+    """The kernel of `auto` on a type of device, in a compute type, for experts of D -> F with even or ragged counts.
 
     CPU: `fused`; `diffmoe bench layer` measures it against the matmuls alone.
     GPU: `batched` for even counts; for ragged ones `grouped` in bfloat16 where torch can, else `fused`. Not measured
     yet.
     """
-    if rows.device.type == "cpu":
+    if device == "cpu":
         return "fused"
-    if even(counts):
+    if even_counts:
         return "batched"
-    kind = compute_type(rows)
-    return "grouped" if kind == torch.bfloat16 and cannot_group(kind, rows.shape[1], width) is None else "fused"
+    return "grouped" if kind == torch.bfloat16 and cannot_group(kind, hidden, width) is None else "fused"
 
 
 class FeedForward(nn.Module):

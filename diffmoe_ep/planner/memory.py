@@ -20,16 +20,16 @@ from typing import Literal
 
 import torch
 
-from diffmoe_ep.config import Config, has_predictor
+from diffmoe_ep.config import Config
+from diffmoe_ep.model.block import Recompute
 from diffmoe_ep.model.count import expert_width
 from diffmoe_ep.model.dit import is_moe
-from diffmoe_ep.moe.kernels.fused import keeps_all
-from diffmoe_ep.planner.shape import Layout, Recompute, Share, Weight, partitions, share, weights
-
-FLOAT = 4  # bytes
-LONG = 8
-REDUCE_BUCKET = 50_000_000  # elements of ZeRO's bucket, as the engine sets it
-STAGE_0_BUCKET = 500_000_000  # elements that DeepSpeed flattens at a time without ZeRO
+from diffmoe_ep.moe.experts import Kernel, choose_kernel
+from diffmoe_ep.moe.kernels.saved import keeps_cast_weights
+from diffmoe_ep.parallel.buckets import REDUCE_BUCKET, STAGE_0_BUCKET
+from diffmoe_ep.planner.layout import Layout, share
+from diffmoe_ep.planner.operations import FLOAT, Load, Operations, operations, saved
+from diffmoe_ep.planner.weights import Weight, partitions, weights
 
 PARTS = ("weights", "master copy", "moments", "EMA", "gradients", "reduced gradients", "gradient buckets", "activations", "bf16 copies",
          "dispatch buffers", "workspace")  # fmt: skip
@@ -68,119 +68,46 @@ def memory(config: Config, layout: Layout, kind: Literal["cuda", "cpu"] = "cuda"
     """
     part = share(config, layout)
     rows, pairs = (part.most_rows, part.most_pairs) if most else (part.rows, part.pairs)
-    saved = activations(config, layout, part, rows, pairs, kind)
-    return Memory(_moments(config, layout, saved, rows, pairs, kernel_of(config, layout, kind)))
+    forward = forward_of(config, layout, kind, rows, pairs)
+    return Memory(_moments(config, layout, forward, rows, pairs, kernel_of(config, layout, kind)))
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What autograd keeps from the forward of one micro-step, in bytes, without bf16 copies of weights."""
-
-    outside: int  # before the first block and after the last
-    attention: int  # a block's attention part
-    dense: int  # the feed-forward part of a dense block
-    moe: int  # and of an MoE block
-    input: int  # the tokens that a part or block gets, all that is kept of one that is computed again
-    choice: int  # and, of an MoE layer that is computed again, who takes whom
-    blocks: tuple[bool, ...]  # whether each block is MoE
-
-    def kept(self, recompute: Recompute) -> int:
-        """All that is held when the forward has ended."""
-        ffn = {is_moe: self.moe if is_moe else self.dense for is_moe in (False, True)}
-        if recompute != "none":
-            ffn = {is_moe: self.input + is_moe * self.choice for is_moe in (False, True)}
-        attention = 0 if recompute == "block" else self.attention
-        return self.outside + sum(attention + ffn[is_moe] for is_moe in self.blocks)
-
-    def again(self, recompute: Recompute) -> int:
-        """What the largest of the blocks holds while its backward runs on what was computed again."""
-        ffn = max(self.moe if is_moe else self.dense for is_moe in self.blocks)
-        return {"none": 0, "ffn": ffn, "block": self.attention + ffn}[recompute]
+def forward_of(config: Config, layout: Layout, kind: Literal["cuda", "cpu"], rows: int, pairs: int) -> Operations:
+    """The operations of a rank's forward when its experts get `rows` rows and its tokens are taken `pairs` times."""
+    model, samples = config.model, share(config, layout).samples
+    bf16, kernel = config.train.precision == "bf16", kernel_of(config, layout, kind)
+    return operations(model, Load(samples, pairs, rows, model.num_experts // layout.expert, bf16, kind, kernel))
 
 
-def activations(config: Config, layout: Layout, part: Share, rows: int, pairs: int, kind: str) -> Activations:
-    """What each block's forward saves, one line an operation: the one place to change when a block's code changes."""
-    model, compute = config.model, _width(config)
-    hidden, width, experts, tokens = model.hidden_size, expert_width(model), model.num_experts, part.tokens
-    bf16 = config.train.precision == "bf16"
-    whole = tokens * hidden * compute  # (S, D) in the compute type
-    norm_in = tokens * hidden * FLOAT if kind == "cuda" else whole  # CUDA's autocast normalises in float32
-    statistics = 2 * tokens * (FLOAT if kind == "cuda" else compute)  # mean and deviation of each token
-    scales = part.samples * hidden * compute  # 1 + scale
-    caption = part.samples * model.text_length  # places for the tokens of captions
-    modulated = norm_in + statistics + scales + 2 * whole  # the norm's input, its output, and what goes into the matmul
-
-    attention = modulated
-    attention += part.samples * 6 * hidden * compute  # the modulation's output
-    attention += 3 * whole  # query, key, value
-    attention += whole + tokens * model.num_heads * FLOAT  # mixed values and log-sum-exp
-    attention += whole  # output, for its gate
-    if model.condition == "text":
-        attention += norm_in + statistics + whole  # the norm's input and its output, from which queries come
-        attention += whole + 2 * caption * hidden * compute  # query, key, value
-        attention += whole + tokens * model.num_heads * FLOAT  # mixed values and log-sum-exp
-        attention += caption * compute  # the mask as numbers
-
-    dense = modulated
-    dense += tokens * 4 * hidden * 2 * compute  # before and after GELU
-    dense += whole  # output, for its gate
-
-    indices = pairs * 3 * LONG + tokens * LONG
-    order = 2 * rows * LONG if 1 < layout.expert < experts else 0  # received rows by expert, and back
-    moe = modulated
-    moe += tokens * hidden * FLOAT if bf16 else 0  # the router's float32 input
-    moe += tokens * experts * FLOAT  # its softmax
-    if has_predictor(model):
-        moe += 2 * whole  # before and after SiLU
-        moe += 2 * tokens * experts * FLOAT  # logits and the choice as target
-    moe += indices + pairs * FLOAT  # which pairs, and their weights
-    moe += rows * hidden * compute  # the experts' input
-    kernel = kernel_of(config, layout, kind)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    saved = 2 if kernel == "fused" and keeps_all(rows, width, kind, dtype) else KERNELS[kernel][0]
-    moe += rows * width * saved * compute
-    moe += rows * experts // layout.expert * compute if kernel == "grouped" else 0  # which expert each row is of
-    moe += pairs * hidden * compute  # answers, for their weights
-    moe += order
-    if model.shared_experts:
-        moe += tokens * model.shared_experts * width * 2 * compute
-    moe += whole  # output, for its gate
-
-    patches = tokens * model.in_channels * model.patch**2 * compute
-    condition = part.samples * (
-        256 * compute + 2 * hidden * compute + LONG + hidden * (FLOAT + compute) + 2 * hidden * compute
-    )
-    if model.condition == "text":
-        condition -= part.samples * LONG  # no labels
-        condition += caption * (
-            model.text_width * compute + 3 * hidden * compute
-        )  # features, before and after GELU, output
-        condition += 2 * caption + part.samples  # masks
-    prediction = part.samples * model.in_channels * model.input_size**2 * FLOAT  # the difference that the loss squares
-    outside = patches + condition + modulated + prediction
-    choice = tokens * experts + indices + order  # a byte for each token and expert
-    kinds = tuple(is_moe(model, block) for block in range(model.num_blocks))
-    return Activations(outside, attention, dense, moe, whole, choice, kinds)
+def kept(forward: Operations, recompute: Recompute) -> int:
+    """Bytes of activations that are held when the forward of one micro-step has ended."""
+    outside, attention = saved(forward.before) + saved(forward.after), saved(forward.attention)
+    dense, moe = saved(forward.dense), saved(forward.moe)
+    if recompute != "none":
+        dense, moe = forward.input, forward.input + forward.choice
+    if recompute == "block":
+        attention = 0
+    return outside + sum(attention + (moe if is_moe else dense) for is_moe in forward.blocks)
 
 
-# What each expert kernel keeps for the backward: (R, F) tensors (before GELU, and after it), and whether cast copies of
-# the weights. `fused` keeps two where they are small (`keeps_all`).
-KERNELS = {"loop": (2, True), "batched": (2, True), "grouped": (2, True), "fused": (1, False)}
+def again(forward: Operations, recompute: Recompute) -> int:
+    """Bytes that the largest of the blocks holds while its backward runs on what was computed again."""
+    ffn = max(saved(forward.moe if is_moe else forward.dense) for is_moe in forward.blocks)
+    return {"none": 0, "ffn": ffn, "block": saved(forward.attention) + ffn}[recompute]
 
 
-def kernel_of(config: Config, layout: Layout, kind: str) -> str:
-    """The expert kernel of training: the config's, or what `moe.experts.choose_kernel` makes of auto there."""
+def kernel_of(config: Config, layout: Layout, kind: str) -> Kernel:
+    """The expert kernel of training: the config's, or what auto becomes on a type of device."""
     if config.compute.kernel != "auto":
         return config.compute.kernel
-    if kind == "cpu":
-        return "fused"
-    part = share(config, layout)
-    even = config.model.family != "tc" and part.rows == part.most_rows
-    return "batched" if even else "grouped" if config.train.precision == "bf16" else "fused"
+    model, part = config.model, share(config, layout)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    even = model.family != "tc" and part.rows == part.most_rows
+    return choose_kernel(kind, dtype, even, model.hidden_size, expert_width(model))
 
 
 def _moments(
-    config: Config, layout: Layout, saved: Activations, rows: int, pairs: int, kernel: str
+    config: Config, layout: Layout, forward: Operations, rows: int, pairs: int, kernel: Kernel
 ) -> dict[str, dict[str, int]]:
     held, compute = weights(config.model, layout.expert), _width(config)
     groups, total = partitions(held, layout), sum(weight.numel for weight in held)
@@ -208,10 +135,10 @@ def _moments(
     buffers = (rows + pairs) * hidden * compute if layout.expert > 1 else 0
     widest = max(rows * width, share(config, layout).tokens * 4 * hidden)
     workspace = 2 * widest * compute + FLOAT * largest  # gradients on their way through an FFN, and one weight's
-    kept, again = saved.kept(layout.recompute), saved.again(layout.recompute)
+    activations = kept(forward, layout.recompute)
     backward = {
         before_name: before,
-        "activations": kept + again,
+        "activations": activations + again(forward, layout.recompute),
         "bf16 copies": kept_copies + copies_of_again,
         "dispatch buffers": buffers,
         "workspace": workspace,
@@ -222,14 +149,14 @@ def _moments(
     ready = {"reduced gradients": (before * (layout.zero == 2) + reduced) * flat}
     return {
         "end of the forward": always
-        | {before_name: before, "activations": kept, "bf16 copies": all_copies, "dispatch buffers": buffers},
+        | {before_name: before, "activations": activations, "bf16 copies": all_copies, "dispatch buffers": buffers},
         "start of the backward": always | backward,
         "reduction of gradients": always | whole | ready | {"gradient buckets": buckets},
-        "optimiser's step": always | ({"reduced gradients": reduced + FLOAT * mine} if flat else whole),
+        "optimizer's step": always | ({"reduced gradients": reduced + FLOAT * mine} if flat else whole),
     }
 
 
-def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kernel: str) -> tuple[int, int]:
+def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kernel: Kernel) -> tuple[int, int]:
     """Bytes of the cast copies of weights from the forward to the backward, and of those that one block makes again
     there.
 
@@ -238,7 +165,7 @@ def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kerne
     compute = _width(config)
     if compute == FLOAT:
         return 0, 0
-    copied = [weight for weight in held if weight.copied and (KERNELS[kernel][1] or not weight.stacked)]
+    copied = [weight for weight in held if weight.copied and (keeps_cast_weights(kernel) or not weight.stacked)]
     if recompute == "none":
         return compute * sum(weight.numel for weight in copied), 0
     again = [weight for weight in copied if weight.block and (recompute == "block" or weight.ffn)]

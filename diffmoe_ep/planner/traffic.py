@@ -16,7 +16,8 @@ from diffmoe_ep.config import Config, has_experts, has_predictor
 from diffmoe_ep.model.count import moe_blocks
 from diffmoe_ep.moe.topk.cost import ALGORITHMS, Algorithm, SearchCost, cheapest, link_between, search_cost
 from diffmoe_ep.planner.cluster import Cluster
-from diffmoe_ep.planner.shape import Layout, partitions, share, weights
+from diffmoe_ep.planner.layout import Layout, share
+from diffmoe_ep.planner.weights import partitions, weights
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
 from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
+from diffmoe_ep.parallel.buckets import REDUCE_BUCKET
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 
@@ -232,7 +233,7 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
         "gradient_clipping": config.train.max_grad_norm
         if config.parallel.zero_stage
         else (config.train.max_grad_norm or 1e30),  # at stage 0 it calls our norm
-        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -11,9 +11,11 @@ import torch
 from diffmoe_ep.config import Config, from_tree
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import is_expert
+from diffmoe_ep.parallel.buckets import REDUCE_BUCKET
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.planner.memory import PARTS, REDUCE_BUCKET, Memory, copies, kernel_of, memory
-from diffmoe_ep.planner.shape import Layout, share, weights
+from diffmoe_ep.planner.layout import Layout, share
+from diffmoe_ep.planner.memory import PARTS, Memory, copies, kernel_of, memory
+from diffmoe_ep.planner.weights import weights
 from diffmoe_ep.train.engine import settings
 from planner.memory_ranks import forward_allocates, held
 from ranks import run

@@ -15,10 +15,10 @@ import pytest
 from diffmoe_ep.bench.calibrate import Comparison
 from diffmoe_ep.config import Config, ConfigError, from_tree, load
 from diffmoe_ep.planner.cluster import Cluster, Measurement, load_cluster, load_measurement
-from diffmoe_ep.planner.flops import plan
-from diffmoe_ep.planner.layouts import estimate, plan_cluster
-from diffmoe_ep.planner.report import ClusterPlan, Estimate
-from diffmoe_ep.planner.shape import Layout
+from diffmoe_ep.planner.cluster_plan import estimate, plan_cluster
+from diffmoe_ep.planner.layout import Layout
+from diffmoe_ep.planner.plan import plan
+from diffmoe_ep.planner.report import WIDTH, ClusterPlan, Estimate
 from diffmoe_ep.planner.traffic import Flow, traffic
 from diffmoe_ep.tables import duration, size
 
@@ -49,8 +49,8 @@ def test_every_config_plans_on_every_cluster(path: Path) -> None:
     for config in map(loaded, IMAGENET):
         made = plan_cluster(config, where)
         lines = made.lines()
-        assert all(estimate.memory.total > 0 and 0 < estimate.step.utilisation < 1 for estimate in made.estimates)
-        assert max(map(len, lines)) <= 240
+        assert all(estimate.memory.total > 0 and 0 < estimate.step.mfu < 1 for estimate in made.estimates)
+        assert max(map(len, lines)) <= WIDTH
         assert json.loads(json.dumps(made.as_dict()))["parameters"] == plan(config).total
         assert (made.own is None) == (config.parallel.expert_parallel > where.ranks)
 
@@ -124,7 +124,7 @@ def test_without_limits_but_the_matmul_mfu_is_that_of_the_matmul() -> None:
     free |= {"node_us": 0.0, "network_us": 0.0, "launch_us": 0.0, "bf16_tflops": 500.0, "peak_tflops": 1000.0}
     config = from_tree({"model": {"family": "dense", "size": "L"}})
     found = made(config, Layout(8, 1, 1, "none"), cluster("h800x8", **free))
-    assert found.step.utilisation == pytest.approx(0.5, rel=0.01)
+    assert found.step.mfu == pytest.approx(0.5, rel=0.01)
     assert found.step.seconds == pytest.approx(plan(config).training * 256 / 8 / 500e12, rel=0.01)
     block = made(config, Layout(8, 1, 1, "block"), cluster("h800x8", **free))
     assert block.step.seconds == pytest.approx(4 / 3 * found.step.seconds, rel=0.01)
@@ -144,7 +144,7 @@ def test_accumulation_reduces_once_but_at_stage_2() -> None:
     config = from_tree({"model": {"size": "L"}, "train": {"global_batch": 512, "grad_accumulation": 4}})
     first, second = (made(config, Layout(8, 1, zero, "none"), cluster("h800x8")).step.parts for zero in (1, 2))
     assert second["gradient reduction"] == pytest.approx(4 * first["gradient reduction"])
-    assert first["optimiser"] == second["optimiser"]
+    assert first["optimizer"] == second["optimizer"]
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_comparison_tells_its_error() -> None:
     found = Comparison(
         "a step", Measurement(bf16_tflops=700.0), one, one.step.seconds / 1.25, 1.0, 2.0, 0.5, (1.5, 0.5), peak
     )
-    assert found.utilisation == pytest.approx(1.25 * one.step.utilisation)
+    assert found.mfu == pytest.approx(1.25 * one.step.mfu)
     assert found.error == pytest.approx(0.25)
     text = "\n".join(found.lines())
     assert "error +25.0%" in text and "bf16_tflops 700" in text and "load 0.50" in text

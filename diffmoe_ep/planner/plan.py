@@ -1,7 +1,6 @@
 """What a model holds and costs, from its config alone: parameters by module, activated parameters, FLOPs of one sample.
 
-Legend: T tokens of a sample, M places of a caption, D hidden size, N experts of an MoE layer, m granularity, C
-capacity.
+Legend: T tokens of a sample, m granularity, C capacity.
 
 FLOPs are those of the matmuls, 2 for each multiply-add, as model FLOPs utilisation counts them: what is recomputed, and
 norms, softmax and activations, are left out. Training is three forwards (the gradients by weights and by inputs cost
@@ -12,8 +11,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from diffmoe_ep.config import Config, ConfigError, ModelConfig, has_experts, has_predictor, num_tokens
-from diffmoe_ep.model.count import Count, count, equation_40, expert_width, moe_blocks
+from diffmoe_ep.config import Config, ConfigError, ModelConfig, has_experts, num_tokens
+from diffmoe_ep.model.count import count, equation_40, moe_blocks
+from diffmoe_ep.planner.operations import Load, operations
 from diffmoe_ep.tables import table
 
 
@@ -79,64 +79,29 @@ def plan(config: Config, capacity: float | None = None) -> Plan:
 
     Raises ConfigError for a capacity that the model cannot have.
     """
-    model, sizes = config.model, count(config.model)
-    trained = sizes.capacity * (config.pool.capacity if model.family in ("diffmoe", "ec") else 1.0)
+    model = config.model
+    trained = count(model).capacity * (config.pool.capacity if model.family in ("diffmoe", "ec") else 1.0)
     chosen = trained if capacity is None else capacity
     _check_capacity(model, chosen, trained)
-    parts = _parts(model, sizes, chosen)
-    training = 3 * sum(part.forward for part in _parts(model, sizes, trained))
+    parts = _parts(model, chosen)
+    training = 3 * sum(part.forward for part in _parts(model, trained))
     return Plan(_title(model), parts, chosen, trained, equation_40(model, chosen), training)
 
 
-def _parts(model: ModelConfig, sizes: Count, capacity: float) -> tuple[Part, ...]:
-    flops = _forward(model, capacity)
-    return (
-        Part("FFN", sizes.dense_ffn, sizes.dense_ffn, flops["FFN"]),
-        Part("experts", sizes.experts, capacity * sizes.unit * sizes.experts, flops["experts"]),
-        Part("shared experts", sizes.shared, sizes.shared, flops["shared experts"]),
-        Part("attention", sizes.attention, sizes.attention, flops["attention"]),
-        Part("cross-attention", sizes.cross_attention, sizes.cross_attention, flops["cross-attention"]),
-        Part("adaLN", sizes.modulation, sizes.modulation, flops["adaLN"]),
-        Part("router", sizes.router, sizes.router, flops["router"]),
-        Part("predictor", sizes.predictor, sizes.predictor, flops["predictor"]),
-        Part("other", sizes.other, sizes.other, flops["other"]),
-    )
-
-
-def _forward(model: ModelConfig, capacity: float) -> dict[str, float]:
-    """FLOPs of one sample's forward by kind of module."""
-    hidden, tokens, moe, width = model.hidden_size, num_tokens(model), moe_blocks(model), expert_width(model)
-
-    def linear(rows: float, ins: int, outs: int) -> float:
-        return 2 * rows * ins * outs
-
-    def ffn(rows: float, width: int) -> float:
-        return linear(rows, hidden, width) + linear(rows, width, hidden)
-
-    pixels = model.patch**2
-    mixing = linear(tokens, hidden, tokens) + linear(
-        tokens, tokens, hidden
-    )  # scores, and values by them, over all heads
-    caption = (
-        model.text_length if model.condition == "text" else 0
-    )  # all places, also those that a caption leaves empty
-    looking = (
-        linear(tokens, hidden, 2 * hidden) + linear(caption, hidden, 2 * hidden) + 2 * linear(tokens, hidden, caption)
-    )
-    embedding = linear(caption, model.text_width, hidden) + linear(caption, hidden, hidden)
-    time = linear(1, 256, hidden) + linear(1, hidden, hidden)
-    head = linear(1, hidden, 2 * hidden) + linear(tokens, hidden, pixels * model.out_channels)
-    return {
-        "FFN": (model.num_blocks - moe) * ffn(tokens, 4 * hidden),
-        "experts": moe * ffn(capacity * model.granularity * tokens, width),  # a sample's rows in all N experts together
-        "shared experts": moe * model.shared_experts * ffn(tokens, width),
-        "attention": model.num_blocks * (linear(tokens, hidden, 3 * hidden) + mixing + linear(tokens, hidden, hidden)),
-        "cross-attention": model.num_blocks * looking if caption else 0,
-        "adaLN": model.num_blocks * linear(1, hidden, 6 * hidden),
-        "router": moe * linear(tokens, hidden, model.num_experts),
-        "predictor": moe * linear(tokens, hidden, hidden + model.num_experts) if has_predictor(model) else 0,
-        "other": linear(tokens, model.in_channels * pixels, hidden) + time + embedding + head,
-    }
+def _parts(model: ModelConfig, capacity: float) -> tuple[Part, ...]:
+    """Every kind of module, with the FLOPs of one sample; its rows in all experts together are C m T."""
+    sizes, rows = count(model), capacity * model.granularity * num_tokens(model)
+    parameters = {
+        "FFN": sizes.dense_ffn, "experts": sizes.experts, "shared experts": sizes.shared,
+        "attention": sizes.attention, "cross-attention": sizes.cross_attention, "adaLN": sizes.modulation,
+        "router": sizes.router, "predictor": sizes.predictor, "other": sizes.other,
+    }  # fmt: skip
+    flops = dict.fromkeys(parameters, 0.0)
+    for times, listed in operations(model, Load(samples=1, pairs=rows, rows=rows, experts=model.num_experts)).counted():
+        for operation in listed:
+            flops[operation.module] += times * operation.flops
+    work = {"experts": capacity * sizes.unit * sizes.experts}
+    return tuple(Part(name, held, work.get(name, held), flops[name]) for name, held in parameters.items())
 
 
 def _check_capacity(model: ModelConfig, capacity: float, trained: float) -> None:

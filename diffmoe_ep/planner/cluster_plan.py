@@ -11,9 +11,9 @@ from dataclasses import replace
 from diffmoe_ep.config import Config, ConfigError, check_world, has_experts
 from diffmoe_ep.model.count import moe_blocks
 from diffmoe_ep.planner.cluster import Cluster
+from diffmoe_ep.planner.layout import RECOMPUTES, Layout
 from diffmoe_ep.planner.memory import memory
 from diffmoe_ep.planner.report import ClusterPlan, Estimate
-from diffmoe_ep.planner.shape import RECOMPUTES, Layout
 from diffmoe_ep.planner.time import step_time
 from diffmoe_ep.planner.traffic import traffic
 

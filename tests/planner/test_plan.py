@@ -17,7 +17,7 @@ from diffmoe_ep.config import Config, ConfigError, from_tree, keys, load, to_tre
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.planner.flops import Plan, plan
+from diffmoe_ep.planner.plan import Plan, plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "cluster")
