@@ -1,23 +1,22 @@
 """The planner's rates measured in this process, and its prediction of a training step beside the step itself.
 
-found = calibrate(config)                          rates of this device on shapes of the config's size, while nothing else is asked of it
-comparison = compare(config, cluster)              calibrates, predicts and measures a step of the config on this one rank
-print("\\n".join(comparison.lines()))
+`calibrate(config)` returns the rates of this device on shapes of the config's size, while nothing else runs on it;
+`compare(config, cluster, mesh)` calibrates, predicts and measures a step of the config on this one rank.
 """
 
-import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from diffmoe_ep.bench.timing import device_name, load, seconds_of
+from diffmoe_ep.bench.training import TrainingStep
 from diffmoe_ep.config import Config, num_tokens
-from diffmoe_ep.data.condition import CaptionFeatures, Condition
+from diffmoe_ep.parallel.allocator import keep_freed_memory
+from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.planner.cluster import Cluster, Measurement
 from diffmoe_ep.planner.cluster_plan import estimate
 from diffmoe_ep.planner.layout import Layout
@@ -55,37 +54,36 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """The comparison to read."""
-        rates = [(key, f"{value:.4g}") for key, value in asdict(self.measurement).items() if isinstance(value, float)]
-        parts = [
-            (name, duration(taken), f"{taken / self.estimate.step.seconds:.0%}")
-            for name, taken in self.estimate.step.parts.items()
-            if taken
-        ]
-        told = [
-            f"{self.name}: predicted {duration(self.estimate.step.seconds)}, measured {duration(self.seconds)}, error {self.error:+.1%} "
+        step, planned = self.estimate.step, self.estimate.memory.total
+        rates = [f"{key} {value:.4g}" for key, value in asdict(self.measurement).items() if isinstance(value, float)]
+        found = [
+            self.name,
+            f"predicted {duration(step.seconds)}, measured {duration(self.seconds)}, error {self.error:+.1%} "
             f"(median {duration(self.median)}, slowest {duration(self.slowest)}, load {self.load:.2f})",
-            f"MFU {self.mfu:.1%} of the device's bf16 peak, predicted {self.estimate.step.mfu:.1%}",
-            "rates of this device: " + ", ".join(f"{key} {value}" for key, value in rates),
+            f"MFU {self.mfu:.1%} of the device's bf16 peak, predicted {step.mfu:.1%}",
+            f"{self.measurement.device}: {', '.join(rates)}",
         ]
         if self.peak is not None:
-            planned = self.estimate.memory.total
-            told.append(
-                f"memory: predicted {size(planned)}, the allocator's peak {size(self.peak)}, error {planned / self.peak - 1:+.1%}"
+            found.append(
+                f"memory: predicted {size(planned)}, the allocator's peak {size(self.peak)}, "
+                f"error {planned / self.peak - 1:+.1%}"
             )
         if self.losses:
-            told.append(
-                f"loss on the same samples: {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} after {len(self.losses)} steps"
+            found.append(
+                f"loss on the same samples: {self.losses[0]:.4f} at first, {self.losses[-1]:.4f} after "
+                f"{len(self.losses)} steps"
             )
-        return [*told, *table([("predicted", "time", "share"), *parts])]
+        parts = [(name, duration(taken), f"{taken / step.seconds:.0%}") for name, taken in step.parts.items() if taken]
+        return [*found, *table([("predicted", "time", "share"), *parts])]
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as plain data."""
+        step = self.estimate.step
         return {
-            "name": self.name, "predicted": self.estimate.step.seconds, "measured": self.seconds, "median": self.median,
-            "slowest": self.slowest, "error": self.error, "load": self.load,
-            "parts": self.estimate.step.parts, "rates": asdict(self.measurement), "mfu": self.mfu,
-            "mfu_predicted": self.estimate.step.mfu, "losses": self.losses, "peak": self.peak,
-            "peak_predicted": self.estimate.memory.total,
+            "name": self.name, "predicted": step.seconds, "measured": self.seconds, "median": self.median,
+            "slowest": self.slowest, "error": self.error, "load": self.load, "parts": step.parts,
+            "rates": asdict(self.measurement), "mfu": self.mfu, "mfu_predicted": step.mfu, "losses": self.losses,
+            "peak": self.peak, "peak_predicted": self.estimate.memory.total,
         }  # fmt: skip
 
 
@@ -96,21 +94,21 @@ class Probe:
     slows.
     """
 
-    def __init__(self, config: Config, device: str = "cpu") -> None:
-        self.where, hidden = torch.device(device), config.model.hidden_size
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device, hidden = device, config.model.hidden_size
         self.bf16 = config.train.precision == "bf16"
         tokens = config.train.micro_step_samples * num_tokens(config.model)
-        rows = tokens if self.where.type == "cuda" else max(1, min(tokens, LARGEST // (8 * hidden**2)))
+        rows = tokens if device.type == "cuda" else max(1, min(tokens, LARGEST // (8 * hidden**2)))
         kind = torch.bfloat16 if self.bf16 else torch.float32
-        x = torch.randn(rows, hidden, device=self.where).to(kind)
-        weight = torch.randn(hidden, 4 * hidden, device=self.where).to(kind)
-        self.wide, one = torch.randn(rows, 4 * hidden, device=self.where).to(kind), torch.ones(1, device=self.where)
+        x = torch.randn(rows, hidden, device=device).to(kind)
+        weight = torch.randn(hidden, 4 * hidden, device=device).to(kind)
+        self.wide, one = torch.randn(rows, 4 * hidden, device=device).to(kind), torch.ones(1, device=device)
         self.flops = 8.0 * rows * hidden**2
-        self.actions: dict[str, Callable[[], Any]] = {
+        self.actions: dict[str, Callable[[], object]] = {
             "matmul": lambda: x @ weight,
             "pass": lambda: self.wide * 1.5,
             "gelu": lambda: F.gelu(self.wide, approximate="tanh"),
-            "fresh": lambda: torch.empty(FRESH, device=self.where).fill_(1.0),
+            "fresh": lambda: torch.empty(FRESH, device=device).fill_(1.0),
             "trivial": lambda: [one * 1.5 for _ in range(100)],
         }
         self.fastest = dict.fromkeys(self.actions, float("inf"))
@@ -120,111 +118,56 @@ class Probe:
     def round(self) -> None:
         """Time each once."""
         for name, action in self.actions.items():
-            self.fastest[name] = min(self.fastest[name], timed(action, self.where))
+            self.fastest[name] = min(self.fastest[name], seconds_of(action, self.device))
 
     def measurement(self) -> Measurement:
         """The rates so far."""
-        cuda = self.where.type == "cuda"
-        name = (
-            torch.cuda.get_device_name(self.where)
-            if cuda
-            else f"CPU, {torch.get_num_threads()} threads of this process"
-        )
         rate = self.flops / self.fastest["matmul"] / 1e12
         return Measurement(
-            device=name,
+            device=device_name(self.device),
             bf16_tflops=rate if self.bf16 else None,
             float32_tflops=None if self.bf16 else rate,
             bandwidth_gbs=2 * self.wide.nbytes / self.fastest["pass"] / 1e9,
             gelu_gelements=self.wide.numel() / self.fastest["gelu"] / 1e9,
-            fresh_gbs=None if cuda else 4 * FRESH / self.fastest["fresh"] / 1e9,
+            fresh_gbs=None if self.device.type == "cuda" else 4 * FRESH / self.fastest["fresh"] / 1e9,
             launch_us=self.fastest["trivial"] / 100 * 1e6,
         )
 
 
 def calibrate(config: Config, device: str = "cpu", rounds: int = ROUNDS) -> Measurement:
     """Measure this device's rates on shapes of the config's size, with as many threads as torch has here."""
-    probe = Probe(config, device)
+    probe = Probe(config, torch.device(device))
     for _ in range(rounds):
         probe.round()
     return probe.measurement()
 
 
-def compare(config: Config, cluster: Cluster, device: str = "cpu", rounds: int = ROUNDS) -> Comparison:
+def compare(config: Config, cluster: Cluster, mesh: Mesh, rounds: int = ROUNDS) -> Comparison:
     """Predict and measure a training step of the config on this one rank, at EP 1 and the config's ZeRO stage and
     recomputation.
 
     Rates and steps are timed in turn, and the fastest of each are compared.
     """
+    device, cuda = mesh.device, mesh.device.type == "cuda"
+    keep_freed_memory()
     config = replace(config, parallel=replace(config.parallel, expert_parallel=1))
-    alone = replace(cluster, kind="cuda" if device.startswith("cuda") else "cpu", nodes=1, ranks_per_node=1)
-    probe, step, taken = Probe(config, device), training_step(config, device), []
-    losses = [step(), step()]  # the optimiser's state is made, buffers are there
+    alone = replace(cluster, kind="cuda" if cuda else "cpu", nodes=1, ranks_per_node=1)
+    probe, step, taken = Probe(config, device), TrainingStep(config, mesh), []
+    losses = [step(), step()]  # the optimizer's state is made, buffers are there
     for _ in range(rounds):
         probe.round()
-        taken.append(timed(lambda: losses.append(step()), probe.where))
-    peak = torch.cuda.max_memory_allocated(probe.where) if probe.where.type == "cuda" else None
-    found = probe.measurement()
-    predicted = estimate(
-        config, Layout(1, 1, config.parallel.zero_stage, config.compute.recompute), alone.measured(found)
-    )
-    name = f"{config.model.family}, hidden {config.model.hidden_size}, {config.model.num_blocks} blocks, {config.train.global_batch} samples"
-    told = tuple(float(loss) for loss in losses)
+        taken.append(seconds_of(lambda: losses.append(step()), device))
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None
+    layout = Layout(1, 1, config.parallel.zero_stage, config.compute.recompute)
+    model = config.model
     return Comparison(
-        name, found, predicted, min(taken), statistics.median(taken), max(taken), os.getloadavg()[0], told, peak
+        name=f"{model.family}, hidden {model.hidden_size}, {model.num_blocks} blocks, {config.train.global_batch} samples",
+        measurement=probe.measurement(),
+        estimate=estimate(config, layout, alone.measured(probe.measurement())),
+        seconds=min(taken),
+        median=statistics.median(taken),
+        slowest=max(taken),
+        load=load(),
+        losses=tuple(float(loss) for loss in losses),
+        peak=peak,
     )
-
-
-def training_step(config: Config, device: str = "cpu") -> Callable[[], Tensor]:
-    """A training step of the config on this one rank, which gives its loss: engine and averaged weights as in training.
-
-    The samples are made up and the same at every step: random latents, with random labels or captions.
-    """
-    from diffmoe_ep.diffusion.objective import objective_of
-    from diffmoe_ep.model.initialize import initialize
-    from diffmoe_ep.model.parallelize import build_sharded
-    from diffmoe_ep.parallel.mesh import init_mesh
-    from diffmoe_ep.train.ema import Ema
-    from diffmoe_ep.train.engine import Engine  # seconds to import
-
-    mesh = init_mesh(1, 1, config.parallel.timeout_minutes, device)
-    model = initialize(
-        build_sharded(config, mesh, config.model.in_channels if config.train.objective == "flow" else None), config.seed
-    )
-    engine, ema = Engine(model, config, mesh), Ema(model, config.train.ema)
-    objective, shape = (
-        objective_of(config.train.objective),
-        (config.model.in_channels, config.model.input_size, config.model.input_size),
-    )
-    micro = config.train.micro_step_samples
-    latent, noise = (torch.randn(micro, *shape, device=mesh.device) for _ in range(2))
-    u = torch.rand(micro, device=mesh.device)
-    condition: Condition = torch.arange(micro, device=mesh.device) % config.model.num_classes
-    if config.model.condition == "text":
-        features = torch.randn(micro, config.model.text_length, config.model.text_width, device=mesh.device)
-        condition = CaptionFeatures(features, 1 + torch.arange(micro, device=mesh.device) % config.model.text_length)
-
-    def step() -> Tensor:
-        loss = torch.zeros((), device=mesh.device)
-        for _ in range(config.train.grad_accumulation):
-            noised = objective.noised(latent, noise, u)
-            output = engine.forward(noised.x, noised.t, condition)
-            diffusion = objective.loss(output.prediction, noised)
-            engine.backward(diffusion + output.auxiliary)
-            engine.step(config.train.optimizer.lr)
-            loss += diffusion.detach() / config.train.grad_accumulation
-        ema.update(1)
-        return loss
-
-    return step
-
-
-def timed(action: Callable[[], Any], where: torch.device) -> float:
-    """Seconds that an action takes, the device's work included."""
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-    start = time.perf_counter()
-    action()
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-    return time.perf_counter() - start

@@ -18,17 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_ep.bench.timing import Timing, device_name, interleaved, keep_memory, load
+from diffmoe_ep.bench.timing import Timing, conditions, device_name, interleaved, load
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig
 from diffmoe_ep.model.parallelize import shard_layer
 from diffmoe_ep.moe.experts import FeedForward
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
+from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.tables import table
 
 CONTENDERS = ("dense", "ours", "deepspeed", "loop", "matmuls", "batched")
+HEADS = {
+    "ours": "ours", "deepspeed": "DeepSpeed top-1", "loop": "plain loop", "matmuls": "matmuls alone",
+    "batched": "batched",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,38 +93,21 @@ class LayerBench:
         beside).
         """
         names = [name for name in CONTENDERS[1:] if name in self.rows[0].timings]
-        heads = {
-            "ours": "ours",
-            "deepspeed": "DeepSpeed top-1",
-            "loop": "plain loop",
-            "matmuls": "matmuls alone",
-            "batched": "batched",
-        }
-        rows = [
-            [
-                "D, tokens, N",
-                "dense ms",
-                "spread",
-                *(heads[name] for name in names),
-                "ours, by minima",
-                "spread",
-                "limit",
-                "ours / matmuls",
-            ]
-        ]
+        heads = ["D, tokens, N", "dense ms", "spread", *(HEADS[name] for name in names)]
+        rows = [[*heads, "ours, by minima", "spread", "limit", "ours / matmuls"]]
         for row in self.rows:
             dense, ours = row.timings["dense"], row.timings["ours"]
-            cells = [f"{1e3 * dense.median:.1f}", f"{dense.spread:.0%}", *(f"{row.ratio(name):.2f}" for name in names)]
+            cells = [f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", f"{1e3 * dense.median:.1f}"]
+            cells += [f"{dense.spread:.0%}", *(f"{row.ratio(name):.2f}" for name in names)]
             cells += [f"{ours.over(dense)[1]:.2f}", f"{ours.spread:.0%}", f"{row.limit:.2f}"]
-            cells.append("-" if row.over_matmuls is None else f"{row.over_matmuls:.2f}")
-            rows.append([f"{row.case.hidden}, {row.case.tokens}, {row.case.experts}", *cells])
-        head = f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}, {self.device}"
-        head += "; dense and ours compiled" if self.compiled else ""
+            rows.append([*cells, "-" if row.over_matmuls is None else f"{row.over_matmuls:.2f}"])
+        compiled = "; dense and ours compiled" if self.compiled else ""
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
         return [
-            head,
+            f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}{compiled}",
+            self.device,
             *table(rows),
-            f"{ranks}{self.turns} interleaved turns, medians; load {self.load[0]:.1f} to {self.load[1]:.1f}",
+            f"{ranks}{conditions(self.turns, *self.load)}",
         ]
 
 
@@ -138,13 +126,13 @@ def bench_layer(
     our layer use torch.compile, as with compute.compile. Raises ConfigError for sizes that do not divide.
     """
     before = load()
-    keep_memory()
+    keep_freed_memory()
     rows = []
     for case in cases:
         if case.experts % mesh.size or case.tokens % case.experts or case.hidden % 4:
             raise ConfigError(
-                f"D {case.hidden}, {case.tokens} tokens, {case.experts} experts on {mesh.size} ranks: ranks must divide experts, experts "
-                "tokens, and 4 the width; give such numbers"
+                f"D {case.hidden}, {case.tokens} tokens, {case.experts} experts on {mesh.size} ranks: ranks must "
+                "divide experts, experts tokens, and 4 the width; give such numbers"
             )
         rows.append(_measure(mesh, case, turns, compute, peers, compiled))
     kind = str(compute).removeprefix("torch.")
@@ -161,11 +149,11 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
         ours.layer.compile_parts()
     contenders: dict[str, nn.Module] = {"dense": dense, "ours": ours}
     if peers:
-        with redirect_stdout(sys.stderr):  # DeepSpeed tells what it does where our table goes
+        with redirect_stdout(sys.stderr):  # DeepSpeed prints what it does where our table goes
             contenders["deepspeed"] = deepspeed_layer(case, mesh)
         if mesh.size == 1:
             contenders["loop"] = PlainLoop(case)
-    actions = {name: _training(module.to(mesh.device), x, probe, compute) for name, module in contenders.items()}
+    actions = {name: training(module.to(mesh.device), x, probe, compute) for name, module in contenders.items()}
     if mesh.size == 1:
         actions |= matmuls(case, mesh.device, compute)
     ready = torch.zeros(1, device=mesh.device)
@@ -175,7 +163,7 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
     return Row(case, found, (flops + extra) / flops)
 
 
-def _training(module: nn.Module, x: Tensor, probe: Tensor, compute: torch.dtype) -> Callable[[], None]:
+def training(module: nn.Module, x: Tensor, probe: Tensor, compute: torch.dtype) -> Callable[[], None]:
     """Forward and backward of a contender, with gradients by its weights and its input, which are then forgotten."""
     parameters = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
 
@@ -263,8 +251,8 @@ def deepspeed_layer(case: Case, mesh: Mesh) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.moe = MoE(
-                case.hidden, FeedForward(case.hidden, 4 * case.hidden), case.experts, ep_size=mesh.size, k=1, capacity_factor=1.0,
-                min_capacity=1, use_rts=False,
+                case.hidden, FeedForward(case.hidden, 4 * case.hidden), case.experts, ep_size=mesh.size, k=1,
+                capacity_factor=1.0, min_capacity=1, use_rts=False,
             )  # fmt: skip
             self.moe.set_deepspeed_parallelism()
             fill(self, mesh.rank)

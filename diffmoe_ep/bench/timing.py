@@ -2,16 +2,15 @@
 them alike.
 """
 
-import ctypes
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,10 @@ class Timing:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], object]], turns: int, device: torch.device, meet: Callable[[], object]
+    actions: Mapping[str, Callable[[], object]],
+    turns: int,
+    device: torch.device,
+    meet: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Let each action run once to warm up and then `turns` times in turn, every second turn in the opposite order.
 
@@ -52,26 +54,19 @@ def interleaved(
     for turn in range(-1, turns):
         for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
             meet()
-            settle(device)
-            begin = time.perf_counter()
-            actions[name]()
-            settle(device)
+            taken = seconds_of(actions[name], device)
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def keep_memory() -> None:
-    """Let memory that is freed stay with this process, where its C library can (glibc): a CPU's page faults are none of
-    a contender's work.
-
-    A contender alone in a process frees all it took and has it faulted in again at its next turn, a fifth of a small
-    layer's time; a training run, which holds more, does not.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            library.mallopt(parameter, value)
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds that an action takes, the device's work included."""
+    settle(device)
+    start = time.perf_counter()
+    action()
+    settle(device)
+    return time.perf_counter() - start
 
 
 def settle(device: torch.device) -> None:
@@ -85,8 +80,24 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
+def conditions(turns: int, before: float, after: float) -> str:
+    """How timings came about, in words: turns, and the machine's load before and after."""
+    return f"{turns} interleaved turns, medians; load {before:.1f} to {after:.1f}"
+
+
 def device_name(device: torch.device) -> str:
     """What is measured on, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

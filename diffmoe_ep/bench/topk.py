@@ -5,9 +5,7 @@ not at hand.
 repetition, and beside them the dispatch that follows. `predict` tabulates the cost model from few ranks to thousands.
 """
 
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffmoe_ep.bench.timing import conditions, device_name, interleaved, load
 from diffmoe_ep.config import ConfigError, tokens_per_expert
 from diffmoe_ep.moe.pool import Pools, TopK, topk_per_expert
 from diffmoe_ep.moe.topk.cost import (
@@ -82,7 +81,6 @@ class Measured:
     ranks: int
     nodes: int
     device: str
-    threads: int  # of each rank
     repetitions: int
     load: tuple[float, float]  # the machine's average load of a minute, before and after
     identical: bool  # whether all algorithms gave the same bits
@@ -91,10 +89,12 @@ class Measured:
 
     def lines(self) -> list[str]:
         """A table for the terminal."""
-        head = (
-            f"{self.ranks} ranks on {self.nodes} machine(s), {self.device}, {self.threads} thread(s) each; {self.work.tokens} tokens a "
-            f"rank, {self.work.experts} experts, {self.work.columns} columns, D {self.work.hidden}, rows in {self.work.compute}"
-        )
+        work, machines = self.work, f"machine{'s' * (self.nodes > 1)}"
+        head = [
+            f"{self.ranks} ranks on {self.nodes} {machines}; {work.tokens} tokens a rank, {work.experts} experts, "
+            f"{work.columns} columns, D {work.hidden}, rows in {work.compute}",
+            self.device,
+        ]
         rows = [("", "bytes", "expected", "rounds", "min ms", "median", "largest", "predicted")]
         for row in self.rows:
             expected, seconds = (
@@ -104,9 +104,9 @@ class Measured:
             rows.append((row.name, f"{row.received:,}", expected, str(row.rounds), *times, seconds))
         verdict = "the same bits by every algorithm" if self.identical else "THE ALGORITHMS DISAGREE"
         return [
-            head,
+            *head,
             *table(rows),
-            f"{self.repetitions} interleaved repetitions, each as long as its slowest rank; load {self.load[0]:.1f} to {self.load[1]:.1f}",
+            f"each turn as long as its slowest rank; {conditions(self.repetitions, *self.load)}",
             f"{verdict}; auto picks {self.picked}"
             if self.ranks > 1
             else "a rank that is alone searches by itself, whatever the algorithm",
@@ -158,8 +158,9 @@ class Predictions:
             rows.append((str(row.ranks), str(row.nodes), *parts, f"{row.dispatch / 1e6:.1f}", row.picked))
         work = self.work
         return [
-            f"one layer's search, {work.tokens} tokens a rank, {work.columns} columns for {work.experts} experts; MB received by the "
-            f"busiest rank; dispatch: rows of D {work.hidden} in {work.compute} to all ranks and back",
+            f"one layer's search, {work.tokens} tokens a rank, {work.columns} columns for {work.experts} experts; "
+            "MB received by the busiest rank;",
+            f"dispatch: rows of D {work.hidden} in {work.compute} to all ranks and back",
             *(
                 f"{name}: {_described(link)}"
                 for name, link in (("inside a machine", self.inside), ("across machines", self.across))
@@ -198,12 +199,15 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
         run()
     if mesh.size > 1:
         runs[MOVE] = _moving(found[names[0]].chosen, work, groups[MOVE])
-    load = os.getloadavg()[0]
-    times = _interleaved(runs, repetitions, mesh, groups)
-    counts = {
-        name: (groups[name].traffic.received // repetitions, groups[name].traffic.rounds // repetitions)
-        for name in runs
-    }
+    before = load()
+    flag, together = torch.zeros(1, device=mesh.device), replace(mesh.world, traffic=Traffic())
+    for group in groups.values():
+        group.traffic.reset()
+    timings = interleaved(runs, repetitions, mesh.device, lambda: all_sum(flag, together))
+    times = {name: timing.seconds for name, timing in timings.items()}
+    sent = {name: groups[name].traffic for name in runs}
+    calls = repetitions + 1  # the one that warms up sends the same
+    counts = {name: (traffic.received // calls, traffic.rounds // calls) for name, traffic in sent.items()}
     same = all(_equal(found[name], found[names[0]]) for name in names)
     reports = gather_objects((times, counts, same), mesh.world)
     if not mesh.is_first:
@@ -217,10 +221,9 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
         work=work,
         ranks=mesh.size,
         nodes=mesh.world.nodes,
-        device=_device_name(mesh.device),
-        threads=torch.get_num_threads(),
+        device=device_name(mesh.device),
         repetitions=repetitions,
-        load=(load, os.getloadavg()[0]),
+        load=(before, load()),
         identical=all(same for _, _, same in reports),
         picked=cheapest(work.tokens, work.columns, mesh.size, link, experts=work.experts),
         rows=rows,
@@ -274,31 +277,6 @@ def _moving(chosen: Tensor, work: Work, group: Group) -> Callable[[], None]:
     return move
 
 
-def _interleaved(
-    runs: dict[str, Callable[[], None]], repetitions: int, mesh: Mesh, groups: dict[str, Group]
-) -> dict[str, list[float]]:
-    """Seconds of each repetition of each run on this rank, after one that is not counted; the order turns from one to
-    the next.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    together = replace(mesh.world, traffic=Traffic())
-    flag, names = torch.zeros(1, device=mesh.device), list(runs)
-    for repetition in range(-1, repetitions):
-        if repetition == 0:
-            for group in groups.values():
-                group.traffic.reset()
-        turn = repetition % len(names)
-        for name in names[turn:] + names[:turn]:
-            all_sum(flag, together)
-            _wait(mesh.device)
-            start = time.perf_counter()
-            runs[name]()
-            _wait(mesh.device)
-            if repetition >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _row(name: str, reports: list[Any], cost: SearchCost | None, alone: bool) -> Timed:
     seconds = [max(values) for values in zip(*(times[name] for times, _, _ in reports), strict=True)]
     received, rounds = max(counts[name] for _, counts, _ in reports)
@@ -310,15 +288,6 @@ def _equal(one: TopK, other: TopK) -> bool:
     if not torch.equal(one.chosen, other.chosen):
         return False
     return one.kth_value is None or other.kth_value is None or torch.equal(one.kth_value, other.kth_value)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _described(link: Link) -> str:

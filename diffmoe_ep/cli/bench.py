@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ep.cli.data import add_bench
-from diffmoe_ep.config import SIZES, ConfigError, ModelConfig, from_tree, load
+from diffmoe_ep.config import SIZES, ConfigError, from_tree, load
 
 if TYPE_CHECKING:
     import torch
@@ -150,23 +150,19 @@ def _bench_step(options: argparse.Namespace) -> None:
     from diffmoe_ep.bench.step import bench_step
 
     mesh = _bench_mesh(options, alone=True)
-    hidden, blocks, heads = SIZES[options.size]
-    model = ModelConfig(
-        size=options.size, hidden_size=hidden, num_blocks=blocks, num_heads=heads, num_experts=options.experts
-    )
-    found: dict[str, Any] = {"measured": bench_step(model, mesh, options.batch, options.turns, _compute(options))}
-    if options.cluster is not None:  # what the planner says of the same step, under DeepSpeed's engine
+    precision = "bf16" if options.compute == "bfloat16" else "float32"
+    tree = {
+        "model": {"size": options.size, "num_experts": options.experts},
+        "train": {"global_batch": options.batch, "precision": precision},
+    }
+    found: dict[str, Any] = {"measured": bench_step(from_tree(tree), mesh, options.turns)}
+    if options.cluster is not None:  # what the planner says of the same step
         from diffmoe_ep.bench.calibrate import compare
         from diffmoe_ep.planner.cluster import load_cluster
 
-        precision = "bf16" if options.compute == "bfloat16" else "float32"
-        tree = {
-            "model": {"size": options.size, "num_experts": options.experts},
-            "train": {"global_batch": options.batch, "precision": precision},
-        }
         for family in ("dense", "diffmoe"):
             config = from_tree(tree, [f"model.family={family}"])
-            found[family] = compare(config, load_cluster(options.cluster), mesh.device.type, max(3, options.turns // 2))
+            found[family] = compare(config, load_cluster(options.cluster), mesh, max(3, options.turns // 2))
     _measured(mesh, options, **found)
 
 
@@ -176,11 +172,11 @@ def _bench_train(options: argparse.Namespace) -> None:
 
     config, cluster = load(options.config, options.overrides), load_cluster(options.cluster)
     mesh = _bench_mesh(options, alone=True)
-    _measured(mesh, options, measured=compare(config, cluster, str(mesh.device), options.turns))
+    _measured(mesh, options, measured=compare(config, cluster, mesh, options.turns))
 
 
 def _bench_experts(options: argparse.Namespace) -> None:
-    from diffmoe_ep.bench.step import bench_experts
+    from diffmoe_ep.bench.experts import bench_experts
 
     mesh = _bench_mesh(options, alone=True)
     found = bench_experts(

@@ -8,10 +8,12 @@ import statistics
 import pytest
 import torch
 
+from diffmoe_ep.bench.experts import bench_experts
 from diffmoe_ep.bench.layer import Case, PlainLoop, bench_layer, our_layer
-from diffmoe_ep.bench.step import PARTS, bench_experts, bench_step
+from diffmoe_ep.bench.step import bench_step
 from diffmoe_ep.bench.timing import Timing, interleaved
-from diffmoe_ep.config import ConfigError, ModelConfig
+from diffmoe_ep.bench.training import PARTS
+from diffmoe_ep.config import ConfigError, from_tree
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh
 from ranks import run
 
@@ -70,8 +72,8 @@ def measured(rank: int, world: int) -> list[str]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_contender_runs_on_the_ranks(world: int) -> None:
     lines = run(world, measured, world)[0]
-    assert "DeepSpeed top-1" in lines[1]
-    assert lines[3].startswith("16, 64, 4")
+    assert "DeepSpeed top-1" in lines[2]
+    assert lines[4].startswith("16, 64, 4")
     assert ("2 ranks" in lines[-1]) == (world == 2)
 
 
@@ -80,20 +82,26 @@ def test_sizes_that_do_not_divide_are_named() -> None:
         bench_layer(Mesh(), [Case(16, 65, 4)], turns=2)
 
 
+def steps(rank: int) -> tuple[dict[str, Timing], dict[str, dict[str, float]], list[str]]:
+    model = {"input_size": 8, "hidden_size": 16, "num_blocks": 2, "num_heads": 2, "num_classes": 4, "num_experts": 4}
+    config = from_tree({"model": model, "train": {"global_batch": 2, "precision": "float32"}})
+    found = bench_step(config, init_mesh(1, 1, 2.0, "cpu"), turns=3)
+    return found.timings, found.parts, found.lines()
+
+
 def test_a_step_is_its_parts_and_the_dense_twin_is_dense() -> None:
-    model = ModelConfig(input_size=8, hidden_size=16, num_blocks=2, num_heads=2, num_classes=4, num_experts=4)
-    found = bench_step(model, Mesh(), batch=2, turns=3)
-    for name, timing in found.timings.items():
+    timings, parts, lines = run(1, steps)[0]
+    for name, timing in timings.items():
         assert len(timing.seconds) == 3
-        assert sum(found.parts[name][part] for part in PARTS) < 2 * max(timing.seconds)
-    assert found.lines()[6].split()[-1] == f"{found.timings['experts'].median / found.timings['dense'].median:.2f}"
+        assert sum(parts[name][part] for part in PARTS) < 2 * max(timing.seconds)
+    assert lines[7].split()[-1] == f"{timings['experts'].median / timings['dense'].median:.2f}"
 
 
 def test_costs_are_told_per_token() -> None:
     found = bench_experts(Mesh(), hidden=16, numbers=(2, 4), rows_each=8, turns=2)
     assert found.tokens == {2: 16, 4: 32}
     assert found.per_token(4) == found.timings[4].median / 32
-    assert [line.split()[0] for line in found.lines()[3:5]] == ["2", "4"]
+    assert [line.split()[0] for line in found.lines()[4:6]] == ["2", "4"]
     assert bench_experts(Mesh(), hidden=16, numbers=(2, 4), rows_each=None, tokens=32, turns=2).tokens == {2: 32, 4: 32}
 
 

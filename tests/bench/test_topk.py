@@ -89,7 +89,7 @@ def test_predicts_to_4096_ranks() -> None:
     assert found.rows[-1].picked == "radix"
     lines = found.lines()
     assert sum("radix" in line for line in lines) > 1
-    assert len(lines) == 5 + len(found.rows)
+    assert len(lines) == 6 + len(found.rows)
     assert json.loads(json.dumps(found.as_dict()))["rows"][0]["costs"][0]["rounds"] == 1
 
 
