@@ -18,13 +18,13 @@ def ddpm_ancestral(
     """Draw x_{t-1} given x_t from the learned normal distribution, for every step of the schedule; the last adds no
     noise.
 
-    predict(x, t) gives [eps; v] (B, 2C, H, W) for x (B, C, H, W), B may be 0, at the trained chain's number t. The
+    predict(x, t) returns [eps; v] (B, 2C, H, W) for x (B, C, H, W), B may be 0, at the trained chain's number t. The
     noise of each step comes from outside, so that it can follow the samples. x keeps its dtype; a step's own arithmetic
     is float64.
     """
     for number, place in enumerate(reversed(range(len(schedule)))):
         eps, v = halves(predict(x, float(schedule.index[place])).double(), x.shape[1])
-        step = torch.full((len(x),), place, device=x.device)  # (B,)
+        step = torch.full((x.shape[0],), place, device=x.device)  # (B,)
         wide = x.double()
         mean = posterior_mean(schedule, step, wide, data_of(schedule, step, wide, eps))
         if place > 0:
@@ -45,7 +45,7 @@ def ddim(
 ) -> Tensor:
     """Walk the schedule by DDIM: deterministic at eta 0, with the posterior's noise at eta 1.
 
-    predict(x, t) gives eps in its first C channels; what follows them is not used. noise is needed when eta is above 0.
+    predict(x, t) returns eps in its first C channels; the others are not used. noise is needed when eta is above 0.
     Raises ConfigError for an eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
@@ -56,7 +56,7 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError(f"eta = {eta:g} draws noise at every step: give `noise`")
     for number, place in enumerate(reversed(range(len(schedule)))):
-        step = torch.full((len(x),), place, device=x.device)  # (B,)
+        step = torch.full((x.shape[0],), place, device=x.device)  # (B,)
         wide = x.double()
         eps = predict(x, float(schedule.index[place]))[:, : x.shape[1]].double()
         previous = at(schedule.previous, step)

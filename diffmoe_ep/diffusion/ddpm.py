@@ -20,8 +20,8 @@ from diffmoe_ep.config import ConfigError
 class Schedule:
     """A chain of noising steps, the trained one or a subset of it."""
 
-    index: Tensor  # (T,) int64, the trained chain's number of each step, with which the model is called
-    signal: Tensor  # (T,) float64, share of the data's variance that is left after each step
+    index: Tensor  # (T,) int64, the trained chain's number of each step: the timestep that the model gets
+    signal: Tensor  # (T,) float64, share of the data's variance that is left after each step (alpha-bar)
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -97,14 +97,15 @@ def halves(prediction: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     if prediction.shape[1] != 2 * channels:
         raise ConfigError(
             f"model.out_channels is {prediction.shape[1]}, but ddpm predicts noise and variance: "
-            f"2 * model.in_channels = {2 * channels} channels; set model.out_channels={2 * channels} or train.objective=flow",
+            f"2 * model.in_channels = {2 * channels} channels; set model.out_channels={2 * channels} or "
+            "train.objective=flow",
             everywhere=True,
         )
     return prediction[:, :channels], prediction[:, channels:]
 
 
 def data_of(schedule: Schedule, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """The data that a noise estimate means: x_0 = (x_t - sqrt(1 - signal) eps) / sqrt(signal)."""
+    """The data that a noise estimate implies: x_0 = (x_t - sqrt(1 - signal) eps) / sqrt(signal)."""
     signal = at(schedule.signal, step)
     return (x - (1 - signal).sqrt() * eps) / signal.sqrt()
 
@@ -137,7 +138,7 @@ def variational_bound(schedule: Schedule, step: Tensor, latent: Tensor, x: Tenso
         posterior_mean(schedule, step, x, latent), at(schedule.log_variance_bounds[0], step), mean, log_var
     )  # (B, C, H, W)
     # Rows of other steps get a harmless stand-in, so that no infinity of theirs can reach a gradient as 0 * inf.
-    likelihood = discretised_log_likelihood(latent, torch.where(first, mean, latent), torch.where(first, log_var, 0.0))
+    likelihood = discretized_log_likelihood(latent, torch.where(first, mean, latent), torch.where(first, log_var, 0.0))
     return torch.where(first, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
 
 
@@ -147,7 +148,7 @@ def normal_divergence(mean: Tensor, log_var: Tensor, other_mean: Tensor, other_l
     return (ratio.exp() - 1 - ratio + (mean - other_mean).square() * (-other_log_var).exp()) / 2
 
 
-def discretised_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+def discretized_log_likelihood(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """Log probability of data in 256 levels evenly from -1 to 1, elementwise, in nats.
 
     A value has the normal distribution's mass within half a spacing (1/255) of it; those beyond 0.999, the outer two

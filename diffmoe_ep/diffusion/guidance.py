@@ -9,9 +9,8 @@ from torch import Tensor
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.diffusion.sampler import Field
 
-Halves = Callable[
-    [Tensor, float], tuple[Tensor, Tensor]
-]  # as a Field, but the conditional and the unconditional prediction
+# As a Field, but returns the conditional and the unconditional prediction.
+Halves = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -19,20 +18,17 @@ class Guidance:
     """What guidance does; outside the interval the conditional prediction stands alone."""
 
     scale: float = 1.0  # 1: none
-    interval: tuple[float, float] | None = (
-        None  # lowest and highest t, both included, in the field's own clock; None: always
-    )
-    channels: int | None = (
-        None  # the first so many are guided, the rest conditional; None: as many as x has (3: DiT's habit)
-    )
+    # Lowest and highest t, both included, in the field's own clock; None: always.
+    interval: tuple[float, float] | None = None
+    # The first so many are guided, the rest conditional; None: as many as x has (3: DiT's habit).
+    channels: int | None = None
 
     def active(self, t: float) -> bool:
         """Whether the unconditional half is needed at t."""
         if self.scale == 1:
             return False
-        return (
-            self.interval is None or self.interval[0] - 1e-6 <= t <= self.interval[1] + 1e-6
-        )  # 1 - 175 / 250 is above 0.3
+        # With a margin, for 1 - 175 / 250 is above 0.3.
+        return self.interval is None or self.interval[0] - 1e-6 <= t <= self.interval[1] + 1e-6
 
 
 def guided(conditional: Field, halves: Halves, guidance: Guidance) -> Field:
@@ -46,15 +42,15 @@ def guided(conditional: Field, halves: Halves, guidance: Guidance) -> Field:
     def field(x: Tensor, t: float) -> Tensor:
         if not guidance.active(t):
             return conditional(x, t)
-        towards, away = halves(x, t)
+        with_condition, without = halves(x, t)
         channels = x.shape[1] if guidance.channels is None else guidance.channels
         if not 1 <= channels <= x.shape[1]:
             raise ConfigError(
                 f"sample.guidance_channels is {channels}, but the latent has 1 to {x.shape[1]} channels to guide",
                 everywhere=True,
             )
-        mixed = away[:, :channels] + guidance.scale * (towards[:, :channels] - away[:, :channels])
-        return torch.cat([mixed, towards[:, channels:]], dim=1)
+        mixed = without[:, :channels] + guidance.scale * (with_condition[:, :channels] - without[:, :channels])
+        return torch.cat([mixed, with_condition[:, channels:]], dim=1)
 
     return field
 

@@ -70,7 +70,7 @@ class Ddpm:
     schedule: Schedule = field(default_factory=linear_schedule)  # the chain that is trained
 
     def noised(self, latent: Tensor, noise: Tensor, u: Tensor) -> Noised:
-        """Put every sample at step t = floor(T u) of its chain; the model is told t as a float."""
+        """Put every sample at step t = floor(T u) of its chain; the model gets t as a float."""
         latent, noise = latent.float(), noise.float()
         step = (u.double() * len(self.schedule)).long().clamp(max=len(self.schedule) - 1)  # (B,)
         signal = at(self.schedule.signal, step)  # (B, 1, 1, 1)

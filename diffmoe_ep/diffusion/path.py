@@ -1,5 +1,5 @@
 """The straight path between data (t = 0) and noise (t = 1), Eq. 24, its velocity, Eq. 31, and how a velocity and a
-noise estimate convert.
+noise estimate convert into each other.
 
 On any path x_t = alpha x_0 + sigma eps the two say the same: v = alpha' x_0 + sigma' eps, with x_0 = (x_t - sigma eps)
 / alpha.
@@ -54,7 +54,7 @@ def variance_preserving(t: float, first: float = 0.1, last: float = 20.0) -> Poi
 
 
 def velocity_of(eps: Tensor, x: Tensor, point: Point) -> Tensor:
-    """The velocity that a noise estimate means at x: v = (alpha' / alpha) x + (sigma' - sigma alpha' / alpha) eps.
+    """The velocity that a noise estimate implies at x: v = (alpha' / alpha) x + (sigma' - sigma alpha' / alpha) eps.
 
     Raises ValueError where the path has no data left, since there eps says nothing about them.
     """
@@ -65,7 +65,7 @@ def velocity_of(eps: Tensor, x: Tensor, point: Point) -> Tensor:
 
 
 def epsilon_of(velocity: Tensor, x: Tensor, point: Point) -> Tensor:
-    """The noise estimate that a velocity means at x, the inverse of `velocity_of`; defined at every time of the
+    """The noise estimate that a velocity implies at x, the inverse of `velocity_of`; defined at every time of the
     straight path.
     """
     determinant = point.alpha * point.sigma_rate - point.sigma * point.alpha_rate  # 1 on the straight path

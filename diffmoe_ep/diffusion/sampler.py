@@ -1,4 +1,4 @@
-"""Solvers that walk from noise (t = 1) to data (t = 0) along a velocity, which they get as a closure.
+"""Solvers that walk from noise (t = 1) to data (t = 0) along a velocity, which they are given as a closure.
 
 `chain` has the samplers of DDPM's chain. A closure gets one time for the whole batch as a number, so that what depends
 on it (an interval of guidance) costs no look at the device and is the same on ranks without samples.
@@ -50,10 +50,11 @@ def heun(velocity: Field, x: Tensor, steps: int, on_step: OnStep | None = None) 
 
 
 def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> tuple[Tensor, int]:
-    """As `euler`, with torchdiffeq's adaptive Dormand-Prince steps of fifth order; gives the number of evaluations too.
+    """As `euler`, with torchdiffeq's adaptive Dormand-Prince steps of fifth order; returns (x, evaluations).
 
-    The steps follow one error norm over the whole batch, so a sample depends on what shares it: give a canonical chunk.
-    The last step ends at t = 0; no time outside [0, 1] is asked for. Without samples there is nothing to evaluate.
+    The steps follow one error norm over the whole batch, so a sample depends on what shares it: call it with a
+    canonical chunk. The last step ends at t = 0; velocity gets no time outside [0, 1]. Without samples nothing is
+    evaluated.
     Raises ConfigError when torchdiffeq is not installed.
     """
     try:
@@ -63,7 +64,7 @@ def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -
             "sample.sampler is dopri5, which needs torchdiffeq: pip install 'diffmoe_ep[sample]', or choose "
             "sample.sampler=heun or euler"
         ) from error
-    if not len(x):
+    if x.shape[0] == 0:
         return x, 0
     evaluations = 0
 
@@ -82,10 +83,10 @@ def as_flow(epsilon: Field, schedule: Schedule) -> Field:
     """The velocity on the straight path that belongs to a DDPM's noise estimate, so that the solvers above can sample
     from it.
 
-    The chain's step with the same ratio of noise to data is asked, at a number between two steps where none fits (log
-    ratio interpolated), for x scaled to the chain's. The chain's last step still has a little data in it, the flow at t
-    = 1 none: beyond that step x is scaled back to it. Near t = 1 an error of the noise estimate weighs up to 160 times
-    in the velocity, so a model that is not well trained is better sampled along its own chain.
+    epsilon is called with the chain's step of the same ratio of noise to data, a number between two steps where none
+    fits (log ratio interpolated), and with x scaled to the chain's. The chain's last step still has a little data in
+    it, the flow at t = 1 none: beyond that step x is scaled back to it. Near t = 1 an error of the noise estimate
+    weighs up to 160 times in the velocity, so a model that is not well trained is better sampled along its own chain.
     """
     ratio = ((1 - schedule.signal) / schedule.signal).sqrt().log()  # (T,) log of sigma / alpha, ascending
     last = torch.sigmoid(ratio[-1]).item()  # the flow's time of the chain's last step
@@ -105,10 +106,10 @@ def _number(schedule: Schedule, ratio: Tensor, t: float) -> float:
     """The chain's (fractional) step number with the noise-to-data ratio of the straight path at t, kept within the
     chain.
     """
-    wanted = torch.logit(torch.tensor(t, dtype=torch.float64))
-    place = int(torch.searchsorted(ratio, wanted).clamp(1, len(ratio) - 1))
+    target = torch.logit(torch.tensor(t, dtype=torch.float64))
+    place = int(torch.searchsorted(ratio, target).clamp(1, len(ratio) - 1))
     low, high = ratio[place - 1], ratio[place]
-    share = ((wanted - low) / (high - low)).clamp(0, 1).item()
+    share = ((target - low) / (high - low)).clamp(0, 1).item()
     return float(schedule.index[place - 1]) + share * float(schedule.index[place] - schedule.index[place - 1])
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.diffusion.ddpm import (
     data_of,
-    discretised_log_likelihood,
+    discretized_log_likelihood,
     halves,
     linear_schedule,
     log_variance,
@@ -152,7 +152,7 @@ def test_the_divergence_of_gaussians_by_hand_and_by_torch():
 @given(mean=st.floats(-1.5, 1.5), deviation=st.floats(1e-3, 3))
 def test_the_probabilities_of_256_levels_sum_to_one(mean, deviation):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    log = discretised_log_likelihood(
+    log = discretized_log_likelihood(
         levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
     )
     assert log.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -167,7 +167,7 @@ def test_the_probability_of_a_level_is_the_normal_mass_around_it():
 
     expected = [below(level + 1 / 255) - below(level - 1 / 255) for level in levels.tolist()]
     expected[0], expected[-1] = below(levels[0].item() + 1 / 255), 1 - below(levels[-1].item() - 1 / 255)
-    log = discretised_log_likelihood(
+    log = discretized_log_likelihood(
         levels, torch.full_like(levels, mean), torch.full_like(levels, 2 * math.log(deviation))
     )
     np.testing.assert_allclose(log.exp().numpy(), expected, rtol=1e-9)
@@ -185,7 +185,7 @@ def test_values_beyond_0_999_belong_to_the_outer_levels_and_those_within_to_thei
 
         latent = torch.tensor(values, dtype=torch.float64) * sign
         log_var = torch.full_like(latent, 2 * math.log(deviation)).requires_grad_()
-        log = discretised_log_likelihood(latent, torch.full_like(latent, mean * sign), log_var)
+        log = discretized_log_likelihood(latent, torch.full_like(latent, mean * sign), log_var)
         (gradient,) = torch.autograd.grad(log.sum(), log_var)
         for place, value in enumerate(values):
             lower, upper = (value - 1 / 255 - mean) / deviation, (value + 1 / 255 - mean) / deviation
@@ -201,7 +201,7 @@ def test_values_beyond_0_999_belong_to_the_outer_levels_and_those_within_to_thei
 def test_the_likelihood_and_its_gradient_stay_finite_far_in_the_tails():
     latent = torch.linspace(-4, 4, 41, dtype=torch.float64)
     log_var = torch.full_like(latent, math.log(5e-5)).requires_grad_()
-    log = discretised_log_likelihood(latent, torch.zeros_like(latent), log_var)
+    log = discretized_log_likelihood(latent, torch.zeros_like(latent), log_var)
     inner = latent[(latent.abs() > 0.2) & (latent.abs() < 0.99)]
     leading = -((inner.abs() - 1 / 255) ** 2) / 1e-4  # the nearer edge's exponent
     np.testing.assert_allclose(
