@@ -33,12 +33,12 @@ def prepare_digits(options: argparse.Namespace) -> None:
     """Write OUT/train and OUT/heldout, or say that they are there."""
     _demand_no_dataset(options.out)
     for split in SPLITS:
-        folder, facts = options.out / split, digits.facts(split)
-        dataset, state = write.existing_dataset(folder, facts, options.shard_size), "already there, checksums hold"
+        folder, wanted = options.out / split, digits.manifest_of(split)
+        dataset, state = write.existing_dataset(folder, wanted, options.shard_size), "already there, checksums hold"
         if dataset is None:
             with tqdm(desc=f"digits {split}", unit="sample", delay=2.0, leave=False) as bar:
                 dataset, state = (
-                    write.write_dataset(folder, digits.samples(split), facts, options.shard_size, bar.update),
+                    write.write_dataset(folder, digits.samples(split), wanted, options.shard_size, bar.update),
                     "written",
                 )
         manifest = dataset.manifest
@@ -137,13 +137,20 @@ def _prepare(
     licence: str,
     channels: int = 3,
 ) -> None:
-    facts = encoding.facts(source, name, licence, channels)
+    manifest = encoding.manifest(source, name, licence, channels)
     if channels == 1:
-        facts = replace(facts, scale=1 / 8)  # the digits' greys are 0 to 16
+        manifest = replace(manifest, scale=1 / 8)  # the digits' greys are 0 to 16
     preparation = Preparation(
-        folder=out, source=source, encoding=encoding, facts=facts, shard_size=options.shard_size, max_bad=options.max_bad,
-        rank=options.rank, world=options.world, patience=60 * options.patience,
-    )  # fmt: skip
+        folder=out,
+        source=source,
+        encoding=encoding,
+        manifest=manifest,
+        shard_size=options.shard_size,
+        max_bad=options.max_bad,
+        rank=options.rank,
+        world=options.world,
+        patience=60 * options.patience,
+    )
     own = len(range(options.rank, source.num_units, options.world))
     total = source.num_samples * own // source.num_units if source.num_samples else None
     who = name if options.world == 1 else f"{name}, rank {options.rank} of {options.world}"
@@ -153,13 +160,17 @@ def _prepare(
         report = preparation.run(bar.update)
     if report is None:
         print(
-            f"{out}: this rank's {own} of {source.num_units} units are there; rank 0 writes {MANIFEST_NAME} (rank {options.rank})"
+            f"{out}: this rank's {own} of {source.num_units} units are there; rank 0 writes {MANIFEST_NAME} (rank "
+            f"{options.rank})"
         )
         return
     state = "written" if report.made else "already there, checksums hold"
     kept = report.seen - report.bad
-    print(f"{out}: {kept} samples in {source.num_units} units ({state}); {report.bad} bad, listed in bad.jsonl" if report.bad else
-          f"{out}: {kept} samples in {source.num_units} units ({state})")  # fmt: skip
+    print(
+        f"{out}: {kept} samples in {source.num_units} units ({state}); {report.bad} bad, listed in bad.jsonl"
+        if report.bad
+        else f"{out}: {kept} samples in {source.num_units} units ({state})"
+    )
     if source.class_names:
         print(f"{len(source.class_names)} classes, from {source.class_names[0]} to {source.class_names[-1]}")
     if report.cut:

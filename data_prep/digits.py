@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from data_prep.shard import Sample
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.rng import generator_for, permutation
-from diffmoe_ep.data.sample import encode
 
 NUM_HELDOUT = 297  # of 1,797; 1,500 train
 SPLIT_SEED = 1797
@@ -17,7 +17,7 @@ LICENCE = (
 )
 
 
-def facts(split: Literal["train", "heldout"]) -> Manifest:
+def manifest_of(split: Literal["train", "heldout"]) -> Manifest:
     """What a split's manifest says but for its shards; values / 8 - 1 puts the final latents into [-1, 1]."""
     return Manifest(
         name=f"digits-{split}",
@@ -64,6 +64,6 @@ def heldout_mask(labels: np.ndarray, num_heldout: int = NUM_HELDOUT) -> np.ndarr
 def samples(split: Literal["train", "heldout"]) -> Iterator[Sample]:
     """Key and fields of a split's samples, in the source's order; a key is the place in the source."""
     images, labels = load()
-    manifest = facts(split)
+    manifest = manifest_of(split)
     for place in np.flatnonzero(heldout_mask(labels) == (split == "heldout")):
         yield f"{place:06d}", encode(images[place], int(labels[place]), manifest)

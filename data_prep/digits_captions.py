@@ -13,9 +13,9 @@ import numpy as np
 
 from data_prep import digits
 from data_prep.source import Raw, Source, chunks, fingerprint_of
+from diffmoe_ep.data.codec import Caption
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.rng import generator_for, permutation
-from diffmoe_ep.data.sample import Caption
 
 LICENCE = digits.LICENCE
 SEEDS = {"train": 1501, "heldout": 298}

@@ -14,8 +14,8 @@ from data_prep.image import square
 from data_prep.shard import Sample
 from data_prep.source import BadSample, Raw, Source
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.codec import Caption, StoredCondition, encode
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
-from diffmoe_ep.data.sample import Caption, Condition, encode
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.encoders.vae import Vae
 
@@ -41,7 +41,7 @@ class Encoding:
     batch: int = 32  # images encoded together
     readers: int = 8  # threads that read and decode images
 
-    def facts(self, source: Source, name: str, licence: str, channels: int = 3) -> Manifest:
+    def manifest(self, source: Source, name: str, licence: str, channels: int = 3) -> Manifest:
         """The manifest without shards; ConfigError where the options do not go together."""
         if self.text and source.condition == "class":
             raise ConfigError("this source has labels, no captions; leave --t5 and --clip away")
@@ -49,7 +49,8 @@ class Encoding:
             raise ConfigError("--flips 2 is for latents (--vae); pixels are mirrored when they are read")
         if self.vae is not None and self.image_size % self.vae.factor:
             raise ConfigError(
-                f"--image-size {self.image_size} is not a multiple of {self.vae.factor}, the side that the VAE makes one of"
+                f"--image-size {self.image_size} is not a multiple of {self.vae.factor}, the side that the VAE makes "
+                "one of"
             )
         if self.vae is not None and channels != 3:
             raise ConfigError("this source is grey, a VAE needs colours; leave --vae away")
@@ -78,7 +79,7 @@ class Encoding:
         latent = replace(manifest, kind="moments", dtype="float16", shape=(self.vae.channels, side, side))
         return replace(latent, scale=self.vae.scale, shift=self.vae.shift, encoder=self.vae.fingerprint)
 
-    def samples(self, raws: Iterable[Raw], facts: Manifest, min_side: int) -> Iterator[tuple[Sample | Bad, int]]:
+    def samples(self, raws: Iterable[Raw], manifest: Manifest, min_side: int) -> Iterator[tuple[Sample | Bad, int]]:
         """For each sample, in order: its key and fields, or why it is left out; and how many of its captions were cut.
 
         Batches are cut from the first sample on, bad ones included, so the same samples are always encoded in the same
@@ -90,9 +91,9 @@ class Encoding:
             while group := list(islice(iterator, self.batch)):
                 ahead.append([(raw, pool.submit(self._pixels, raw, min_side)) for raw in group])
                 if len(ahead) > AHEAD:
-                    yield from self._finish(ahead.popleft(), facts)
+                    yield from self._finish(ahead.popleft(), manifest)
             while ahead:
-                yield from self._finish(ahead.popleft(), facts)
+                yield from self._finish(ahead.popleft(), manifest)
 
     def _pixels(self, raw: Raw, min_side: int) -> np.ndarray:
         """The square image of a sample, (C, H, W) uint8."""
@@ -103,7 +104,7 @@ class Encoding:
         return square(raw.image(), self.image_size, min_side)
 
     def _finish(
-        self, group: list[tuple[Raw, "Future[np.ndarray]"]], facts: Manifest
+        self, group: list[tuple[Raw, "Future[np.ndarray]"]], manifest: Manifest
     ) -> Iterator[tuple[Sample | Bad, int]]:
         """Encode one batch."""
         problems: dict[int, str] = {}
@@ -126,11 +127,13 @@ class Encoding:
             if number in problems:
                 yield Bad(raw.place, problems[number]), 0
             else:
-                yield (raw.key, encode(arrays[number], conditions[number], facts)), cuts[number]
+                yield (raw.key, encode(arrays[number], conditions[number], manifest)), cuts[number]
 
-    def _conditions(self, found: dict[int, Condition | None]) -> tuple[dict[int, Condition], dict[int, int]]:
+    def _conditions(
+        self, found: dict[int, StoredCondition | None]
+    ) -> tuple[dict[int, StoredCondition], dict[int, int]]:
         """The conditions of a batch with the features of their captions, and how many captions of each were cut."""
-        conditions: dict[int, Condition] = {
+        conditions: dict[int, StoredCondition] = {
             number: condition for number, condition in found.items() if condition is not None
         }
         cuts = dict.fromkeys(conditions, 0)
@@ -153,5 +156,5 @@ class Encoding:
         return {number: tuple(held) for number, held in done.items()}, cuts
 
 
-def _features(condition: Condition) -> Sequence[np.ndarray]:
+def _features(condition: StoredCondition) -> Sequence[np.ndarray]:
     return [] if isinstance(condition, int) else [rows for caption in condition for rows in caption.features]

@@ -11,8 +11,8 @@ from data_prep import archive
 from data_prep.files import archives
 from data_prep.source import IMAGE_ENDINGS, BadSample, Raw, Source, fingerprint_of
 from data_prep.text_image import fit_caption
+from diffmoe_ep.data.codec import Caption
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.sample import Caption
 
 LICENCE = "JourneyDB: for non-commercial research, under its terms of use and those of Midjourney; journeydb.github.io"
 Texts = tuple[str | None, str | None]  # prompt, caption
@@ -33,12 +33,14 @@ def source(
     """
     if min(prompt_weight, caption_weight) < 0 or max(prompt_weight, caption_weight) == 0:
         raise DataError(
-            f"weights {prompt_weight} and {caption_weight}: expected 0 or more, and not both 0; --prompt-weight, --caption-weight"
+            f"weights {prompt_weight} and {caption_weight}: expected 0 or more, and not both 0; --prompt-weight, "
+            "--caption-weight"
         )
     tars = archives(folder, archive.ENDINGS)
     if not tars:
         raise DataError(
-            f"{folder} holds no archives ({', '.join(archive.ENDINGS)}); give JourneyDB's folder of image archives with --source"
+            f"{folder} holds no archives ({', '.join(archive.ENDINGS)}); give JourneyDB's folder of image archives "
+            "with --source"
         )
     if not annotations.is_file():
         raise DataError(

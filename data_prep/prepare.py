@@ -52,7 +52,7 @@ class Preparation:
     folder: Path
     source: Source
     encoding: Encoding
-    facts: Manifest  # the manifest without shards
+    manifest: Manifest  # the manifest without shards
     shard_size: int  # samples of the source in a shard
     max_bad: float = 0.01  # share of bad samples above which there is no dataset
     rank: int = 0
@@ -63,8 +63,8 @@ class Preparation:
         """Make this rank's shards; then, on rank 0, wait for those of the others and make the dataset of them. None on
         other ranks.
 
-        `progress` is told of samples of the source, as they are done. DataError if the folder holds something else, the
-        source cannot be read, or too much of it is bad.
+        `progress` is called with numbers of samples of the source, as they are done. DataError if the folder holds
+        something else, the source cannot be read, or too much of it is bad.
         """
         with writing_to(self.folder):
             self._demand_own_folder()
@@ -75,30 +75,35 @@ class Preparation:
         """DataError if the folder holds files of others, or what was begun with other options."""
         if not 0 <= self.rank < self.world:
             raise DataError(f"--rank {self.rank} of --world {self.world} does not exist; ranks count from 0")
-        shard = re.compile(rf"{re.escape(self.facts.name)}-\d{{6,}}(-\d{{4,}})?\.(tar|index\.npy)(\.partial)?")
+        shard = re.compile(rf"{re.escape(self.manifest.name)}-\d{{6,}}(-\d{{4,}})?\.(tar|index\.npy)(\.partial)?")
         own = re.compile(rf"{JOURNAL}|({re.escape(MANIFEST_NAME)}|{re.escape(BAD)})(\.\d+\.partial)?")
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         foreign = [name for name in names if not own.fullmatch(name) and not shard.fullmatch(name)]
         if foreign:
             raise DataError(
-                f"{self.folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or empty it"
+                f"{self.folder} holds other files ({', '.join(foreign[:3])}); choose another folder with --out, or "
+                "empty it"
             )
         if (self.folder / MANIFEST_NAME).exists():
             found = read_manifest(self.folder / MANIFEST_NAME)
-            if not same_but_shards(found, self.facts):
+            if not same_but_shards(found, self.manifest):
                 differing = [
                     field.name for field in fields(Manifest) if field.name not in ("shards", "num_samples", "format")
                 ]
-                key = next(key for key in differing if getattr(found, key) != getattr(self.facts, key))
+                key = next(key for key in differing if getattr(found, key) != getattr(self.manifest, key))
                 raise DataError(
-                    f"{self.folder} holds another dataset: its {key} is {str(getattr(found, key))[:80]}, now it would be"
-                    f" {str(getattr(self.facts, key))[:80]}; choose another folder with --out"
+                    f"{self.folder} holds another dataset: its {key} is {str(getattr(found, key))[:80]}, now it would "
+                    "be"
+                    f" {str(getattr(self.manifest, key))[:80]}; choose another folder with --out"
                 )
         (self.folder / JOURNAL).mkdir(parents=True, exist_ok=True)
         recipe = {
-            **asdict(self.facts), "shard_size": self.shard_size, "batch": self.encoding.batch, "min_side": self.source.min_side,
+            **asdict(self.manifest),
+            "shard_size": self.shard_size,
+            "batch": self.encoding.batch,
+            "min_side": self.source.min_side,
             "num_units": self.source.num_units,
-        }  # fmt: skip
+        }
         text = json.dumps(recipe, indent=2) + "\n"
         path = self.folder / JOURNAL / RECIPE
         begun = _journal(path)
@@ -107,7 +112,8 @@ class Preparation:
         elif begun != json.loads(text):
             key = next(key for key in recipe if begun.get(key) != json.loads(text)[key])
             raise DataError(
-                f"{self.folder} was begun with another {key} ({str(begun.get(key))[:80]}, now {str(recipe[key])[:80]}); go on with the"
+                f"{self.folder} was begun with another {key} ({str(begun.get(key))[:80]}, now "
+                f"{str(recipe[key])[:80]}); go on with the"
                 " options and the source of that run, or choose another folder with --out"
             )
 
@@ -156,7 +162,7 @@ class Preparation:
 
         def good() -> Iterator[Sample]:
             nonlocal seen, cut
-            for found, cuts in self.encoding.samples(raws, self.facts, self.source.min_side):
+            for found, cuts in self.encoding.samples(raws, self.manifest, self.source.min_side):
                 seen, cut = seen + 1, cut + cuts
                 progress(1)
                 if isinstance(found, Bad):
@@ -164,7 +170,7 @@ class Preparation:
                 else:
                     yield found
 
-        shard = write_shard(self.folder, f"{stem}.tar", good(), self.facts)
+        shard = write_shard(self.folder, f"{stem}.tar", good(), self.manifest)
         note = Note(shard, seen, cut, tuple(bad))
         self._write(self.folder / JOURNAL / f"{stem}.json", json.dumps(asdict(note)) + "\n")
         return note
@@ -188,7 +194,7 @@ class Preparation:
         if (
             shard is not None
             and checksum is not None
-            and shard_problem(self.folder, shard, self.facts.fields, checksum)
+            and shard_problem(self.folder, shard, self.manifest.fields, checksum)
         ):
             return None
         return Note(shard, content["seen"], content["cut"], tuple(Bad(**found) for found in content["bad"]))
@@ -207,7 +213,7 @@ class Preparation:
             raise DataError(
                 f"the source has no sample that can be used ({seen} seen, {len(bad)} bad); see {self.folder / BAD}"
             )
-        text = replace(self.facts, shards=shards, num_samples=sum(shard.num_samples for shard in shards)).to_json()
+        text = replace(self.manifest, shards=shards, num_samples=sum(shard.num_samples for shard in shards)).to_json()
         path = self.folder / MANIFEST_NAME
         if not path.exists() or path.read_text() != text:
             self._write(path, text)
@@ -234,8 +240,10 @@ class Preparation:
                 absent = [unit for unit in missing if unit not in found]
                 ranks = sorted({unit % self.world for unit in absent})
                 raise DataError(
-                    f"{len(absent)} of {self.source.num_units} units are not there and none came in {self.patience:.0f} s: ranks"
-                    f" {', '.join(map(str, ranks[:8]))} of {self.world} have stopped or never started; run the command again"
+                    f"{len(absent)} of {self.source.num_units} units are not there and none came in "
+                    f"{self.patience:.0f} s: ranks"
+                    f" {', '.join(map(str, ranks[:8]))} of {self.world} have stopped or never started; run the command "
+                    "again"
                 )
             time.sleep(min(1.0, self.patience / 10))
 
@@ -244,7 +252,8 @@ class Preparation:
         self._list_bad(bad)
         first = "; ".join(f"{found.place}: {found.reason}" for found in bad[:3])
         raise DataError(
-            f"{len(bad)} of the {seen} samples seen so far are bad, more than --max-bad {self.max_bad:g} of all ({first});"
+            f"{len(bad)} of the {seen} samples seen so far are bad, more than --max-bad {self.max_bad:g} of all "
+            f"({first});"
             f" see {self.folder / BAD}, mend the source, or allow more with --max-bad"
         )
 
@@ -258,7 +267,7 @@ class Preparation:
         """The name of a unit, or of one of its shards; a source whose units make one shard each has no parts in its
         names.
         """
-        stem = f"{self.facts.name}-{unit:06d}"
+        stem = f"{self.manifest.name}-{unit:06d}"
         return stem if part is None or not self.source.cut else f"{stem}-{part:04d}"
 
     def _write(self, path: Path, text: str) -> None:

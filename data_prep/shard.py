@@ -21,7 +21,7 @@ from diffmoe_ep.data.shards import MEMBER, sha256_of
 Sample = tuple[str, Mapping[str, bytes]]  # key, field -> bytes
 
 
-def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: Manifest) -> Shard | None:
+def write_shard(folder: Path, name: str, samples: Iterable[Sample], manifest: Manifest) -> Shard | None:
     """Write a tar and its index, sample by sample, so that none but the last is held; None, and no file, if there are
     no samples.
 
@@ -37,27 +37,27 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], facts: Manif
         for key, fields in (sample for samples in ((first,), iterator) for sample in samples):
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key) or key in written:
                 raise ValueError(
-                    f"{facts.name}: keys must differ and consist of 1 to 64 letters, digits, '_' or '-'; got {key!r}"
+                    f"{manifest.name}: keys must differ and consist of 1 to 64 letters, digits, '_' or '-'; got {key!r}"
                 )
-            if tuple(sorted(fields)) != facts.fields:
+            if tuple(sorted(fields)) != manifest.fields:
                 raise ValueError(
-                    f"{facts.name}: sample {key} has fields {sorted(fields)}, expected {list(facts.fields)}"
+                    f"{manifest.name}: sample {key} has fields {sorted(fields)}, expected {list(manifest.fields)}"
                 )
-            writer.write({"__key__": key, **{field: fields[field] for field in facts.fields}})
-            written[key] = {field: (len(fields[field]), zlib.crc32(fields[field])) for field in facts.fields}
-    index = _index_of(folder / name, written, facts)
+            writer.write({"__key__": key, **{field: fields[field] for field in manifest.fields}})
+            written[key] = {field: (len(fields[field]), zlib.crc32(fields[field])) for field in manifest.fields}
+    index = _index_of(folder / name, written, manifest)
     shard = Shard(name, (folder / name).stat().st_size, len(index), sha256_of(folder / name), "")
     with aside(folder / shard.index_name) as file:
         np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
     return replace(shard, index_sha256=sha256_of(folder / shard.index_name))
 
 
-def _index_of(path: Path, written: dict[str, dict[str, tuple[int, int]]], facts: Manifest) -> np.ndarray:
+def _index_of(path: Path, written: dict[str, dict[str, tuple[int, int]]], manifest: Manifest) -> np.ndarray:
     """The index of a finished tar, taken from the tar itself; so building it proves that what was written can be
     read.
     """
     width = max(map(len, written))
-    index = np.zeros(len(written), dtype=[("key", f"S{width}"), *((field, MEMBER) for field in facts.fields)])
+    index = np.zeros(len(written), dtype=[("key", f"S{width}"), *((field, MEMBER) for field in manifest.fields)])
     numbers = {key: number for number, key in enumerate(written)}
     found = 0
     with tarfile.open(path) as tar:

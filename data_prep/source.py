@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from diffmoe_ep.data.sample import Condition
+from diffmoe_ep.data.codec import StoredCondition
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -25,7 +25,7 @@ class Raw:
     image: (
         Callable[[], bytes] | np.ndarray | None
     )  # reads the image file's bytes; or pixels (C, H, W) uint8; None: see problem
-    condition: Condition | None  # label, or captions without features
+    condition: StoredCondition | None  # label, or captions without features
     problem: str = ""  # why the sample cannot be used, if that shows already
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from data_prep import archive
 from data_prep.files import archives, image_files, keys, read_file, shuffled
 from data_prep.source import IMAGE_ENDINGS, BadSample, Raw, Source, chunks, fingerprint_of
-from diffmoe_ep.data.sample import Caption
+from diffmoe_ep.data.codec import Caption
 
 LICENCE = "images and captions from the web: the rights lie with their authors"
 

@@ -61,10 +61,20 @@ def make_tiny_t5(
     disable_progress_bar()  # of saving
     tokenizer = ByT5Tokenizer()
     config = T5Config(
-        vocab_size=384, d_model=width, d_kv=16, d_ff=2 * width, num_layers=layers, num_heads=width // 16, dropout_rate=0.0,
-        relative_attention_num_buckets=32, relative_attention_max_distance=64, feed_forward_proj="gated-gelu",
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=384,
+        d_model=width,
+        d_kv=16,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=width // 16,
+        dropout_rate=0.0,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=64,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # another number may change last bits
     try:

@@ -38,9 +38,17 @@ def make(folder: Path, steps: int, seed: int, width: int, layers: int) -> bool:
             bar.update()
 
         return make_tiny_t5(
-            folder, lesson, questions=QUESTIONS, answers=ANSWERS, steps=steps, seed=seed, width=width, layers=layers, made_of=MADE_OF,
+            folder,
+            lesson,
+            questions=QUESTIONS,
+            answers=ANSWERS,
+            steps=steps,
+            seed=seed,
+            width=width,
+            layers=layers,
+            made_of=MADE_OF,
             progress=show,
-        )  # fmt: skip
+        )
 
 
 def lesson(step: int) -> Lesson:

@@ -190,7 +190,7 @@ PLANTED = {
     "megatron": ("diffmoe_ep/train/engine.py", "from megatron.core import parallel_state", "megatron.core.parallel_state belongs to"),
     "deepspeed": ("diffmoe_ep/train/trainer.py", "import deepspeed", "deepspeed belongs to"),
     "webdataset": ("diffmoe_ep/train/trainer.py", "import webdataset as wds", "webdataset belongs to"),
-    "diffusers": ("diffmoe_ep/data/sample.py", "import diffusers", "diffusers belongs to"),
+    "diffusers": ("diffmoe_ep/data/codec.py", "import diffusers", "diffusers belongs to"),
     "transformers": ("diffmoe_ep/evaluate/scores.py", "import transformers", "transformers belongs to"),
     "yaml": ("data_prep/digits.py", "import yaml", "yaml belongs to"),
     "environment": ("diffmoe_ep/train/engine.py", "import os\nos.environ['A'] = '1'", "os.environ belongs to"),
@@ -232,7 +232,7 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
         "diffmoe_ep/parallel/mesh.py": "import os\nx = os.environ\ny = torch.distributed\nfrom megatron.core import parallel_state",
         "diffmoe_ep/train/engine.py": "import deepspeed",
         "diffmoe_ep/train/log.py": "def f():\n    import matplotlib\nif TYPE_CHECKING:\n    from PIL import Image",
-        "data_prep/digits.py": "import webdataset\nfrom diffmoe_ep.data.sample import Batch\nfrom data_prep.write import write",
+        "data_prep/digits.py": "import webdataset\nfrom diffmoe_ep.data.codec import Batch\nfrom data_prep.write import write",
     }
     write(tmp_path, allowed)
     assert violations(tmp_path) == []

@@ -116,14 +116,14 @@ def _index(options: argparse.Namespace) -> None:
 
     if options.classes is not None and options.classes < 1:
         raise ConfigError(f"--classes is {options.classes}; it must be at least 1")
-    says = MemberSpec(
+    spec = MemberSpec(
         kind=options.kind, label=options.label, array=options.array, scale=options.scale, shift=options.shift,
         num_classes=options.classes, name=options.name or options.folder.resolve().name, licence=options.licence,
     )  # fmt: skip
     out = options.out or options.folder
     with tqdm(unit="tar", disable=not sys.stderr.isatty()) as bar:
         try:
-            found = index_folder(options.folder, out, says, lambda _: bar.update())
+            found = index_folder(options.folder, out, spec, lambda _: bar.update())
         except OSError as error:
             raise ConfigError(
                 f"{options.folder} cannot be indexed into {out} ({error}); give folders that can be read and written"

@@ -4,17 +4,16 @@ that it takes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from diffmoe_ep.config import ConfigError, ModelConfig
 from diffmoe_ep.config.schema import TextConfig
+from diffmoe_ep.data.codec import Caption
 from diffmoe_ep.data.condition import CaptionFeatures, padded
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
-from diffmoe_ep.data.sample import Caption, decode_array, decode_caption, named
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.store import BatchSource
 
 
 @dataclass(frozen=True)
@@ -47,31 +46,23 @@ class CaptionSpec:
         return tuple(field for field in manifest.fields if not field.startswith("text.") or field in kept)
 
 
-class Described(Protocol):
-    """Datasets, of which each says what it is."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def manifests(self) -> tuple[Manifest, ...]: ...
-
-
-def check_text(datasets: Described, text: CaptionSpec | None) -> None:
+def check_text(source: BatchSource, text: CaptionSpec | None) -> None:
     """Raise ConfigError unless the datasets hold the condition that the model takes: labels, or captions with the
     features it wants.
     """
     first: tuple[str, TextEncoderInfo] | None = None
-    for name, manifest in zip(datasets.names, datasets.manifests, strict=True):
+    for name, manifest in zip(source.names, source.manifests, strict=True):
         if manifest.condition == "class":
             if text is None:
                 continue
             raise ConfigError(
-                f"{name} holds labels, but model.condition is text; set model.condition=class, or give a dataset with captions"
+                f"{name} holds labels, but model.condition is text; set model.condition=class, or give a dataset with "
+                "captions"
             )
         if text is None:
             raise ConfigError(
-                f"{name} holds captions, but model.condition is class; set model.condition=text, or give a dataset with labels"
+                f"{name} holds captions, but model.condition is class; set model.condition=text, or give a dataset "
+                "with labels"
             )
         if text.online:
             continue
@@ -79,35 +70,24 @@ def check_text(datasets: Described, text: CaptionSpec | None) -> None:
         if features is None:
             held = ", ".join(f"{each.name} (width {each.width})" for each in manifest.text) or "none at all"
             raise ConfigError(
-                f"text.encoder is {text.encoder}, but {name} holds no features of it: it has {held}; prepare the dataset with "
+                f"text.encoder is {text.encoder}, but {name} holds no features of it: it has {held}; prepare the "
+                "dataset with "
                 f"--{text.encoder} FOLDER, choose an encoder that it has, or set text.folder=FOLDER text.online=true"
             )
         if features.width != text.width:
             raise ConfigError(
-                f"the {text.encoder} features in {name} are {features.width} wide, but model.text_width is {text.width}; "
+                f"the {text.encoder} features in {name} are {features.width} wide, but model.text_width is "
+                f"{text.width}; "
                 f"set model.text_width={features.width}, or prepare the dataset with the encoder that the model is for"
             )
         first = first or (name, features)
         if features.fingerprint != first[1].fingerprint:
             raise ConfigError(
-                f"data.mixture: the {text.encoder} features in {name} were made by an encoder with fingerprint {features.fingerprint}, "
-                f"those in {first[0]} by one with {first[1].fingerprint}; prepare one anew with the other's encoder, or leave it out"
+                f"data.mixture: the {text.encoder} features in {name} were made by an encoder with fingerprint "
+                f"{features.fingerprint}, "
+                f"those in {first[0]} by one with {first[1].fingerprint}; prepare one anew with the other's encoder, "
+                "or leave it out"
             )
-
-
-def read_chosen(
-    dataset: Dataset, shard: int, sample: int, text: CaptionSpec, pick: float, finite: bool = True
-) -> tuple[np.ndarray, Caption]:
-    """Stored array and one caption, by weight for `pick` from 0 to 1, of a sample; DataError names shard and key.
-
-    finite: look at the array's values; those of the caption's features are looked at in any case.
-    """
-    manifest = dataset.manifest
-    fields = dataset.read(shard, sample, text.members(manifest))
-    try:
-        return decode_array(fields, manifest, finite), decode_caption(fields, manifest, text.stored(manifest), pick)
-    except ValueError as error:
-        raise named(error, dataset, shard, sample) from error
 
 
 def collate(

@@ -20,8 +20,8 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
+from diffmoe_ep.data.codec import decode
 from diffmoe_ep.data.manifest import DTYPES, MANIFEST_NAME, NPY_ERRORS, DataError, Manifest, Shard, parse_manifest
-from diffmoe_ep.data.sample import decode
 from diffmoe_ep.data.shards import MEMBER, sha256_of
 
 ANY_LABEL = 10**18  # classes that labels are read with until the largest is known
@@ -29,7 +29,7 @@ ANY_LABEL = 10**18  # classes that labels are read with until the largest is kno
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """What the user says about foreign tars."""
+    """What the user says about tars that others made."""
 
     kind: Literal["pixels", "moments"]
     label: str = "cls"  # extension of the member that holds the label
@@ -57,7 +57,7 @@ class _Sample:
     members: dict[str, tuple[int, int, int]]  # our field -> offset, size, crc32
 
 
-def index_folder(folder: Path, out: Path, says: MemberSpec, progress: Callable[[str], object] | None = None) -> Indexed:
+def index_folder(folder: Path, out: Path, spec: MemberSpec, progress: Callable[[str], object] | None = None) -> Indexed:
     """Write an index for each tar of `folder`, and the manifest, into `out`, which links to the tars if it is another
     folder.
 
@@ -69,7 +69,7 @@ def index_folder(folder: Path, out: Path, says: MemberSpec, progress: Callable[[
         raise DataError(f"{folder} holds no .tar files; give the folder of a webdataset's (uncompressed) tars")
     if (out / MANIFEST_NAME).exists():
         raise DataError(f"{out / MANIFEST_NAME} exists; remove it to index anew, or choose another folder with --out")
-    scan = _Scan(says)
+    scan = _Scan(spec)
     found: list[tuple[Path, list[_Sample]]] = []
     for path in paths:
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", path.name):
@@ -78,20 +78,18 @@ def index_folder(folder: Path, out: Path, says: MemberSpec, progress: Callable[[
             scan.problems.append(f"{path}: left out, its name is not plain (letters, digits, '_', '-', '.'); rename it")
         if progress is not None:
             progress(path.name)
-    if scan.facts is None:
-        raise DataError(f"{folder} holds no sample with members {says.label} and {says.array}; {_first(scan.problems)}")
-    facts, most = scan.facts, scan.largest_label + 1
-    if says.num_classes is not None and most > says.num_classes:
+    if scan.manifest is None:
+        raise DataError(f"{folder} holds no sample with members {spec.label} and {spec.array}; {_first(scan.problems)}")
+    most = scan.largest_label + 1
+    if spec.num_classes is not None and most > spec.num_classes:
         raise DataError(
-            f"{folder} holds label {scan.largest_label}, --classes is {says.num_classes}; use --classes {most} or more"
+            f"{folder} holds label {scan.largest_label}, --classes is {spec.num_classes}; use --classes {most} or more"
         )
     out.mkdir(parents=True, exist_ok=True)
-    shards = tuple(_write_index(out, path, samples, facts.fields) for path, samples in found if samples)
+    shards = tuple(_write_index(out, path, samples, scan.manifest.fields) for path, samples in found if samples)
     count = sum(shard.num_samples for shard in shards)
-    manifest = replace(facts, num_classes=says.num_classes or most, shards=shards, num_samples=count)
-    parse_manifest(
-        json.loads(manifest.to_json()), str(out / MANIFEST_NAME)
-    )  # DataError for facts that no dataset may have
+    manifest = replace(scan.manifest, num_classes=spec.num_classes or most, shards=shards, num_samples=count)
+    parse_manifest(json.loads(manifest.to_json()), str(out / MANIFEST_NAME))  # DataError for what no dataset may be
     _write(out / MANIFEST_NAME, manifest.to_json().encode())
     return Indexed(manifest, tuple(scan.problems))
 
@@ -99,11 +97,11 @@ def index_folder(folder: Path, out: Path, says: MemberSpec, progress: Callable[[
 class _Scan:
     """Goes through tars, sample by sample, and keeps what is known of all of them."""
 
-    def __init__(self, says: MemberSpec) -> None:
-        self._says = says
-        self._wanted = {says.label: "cls", says.array: f"{says.kind}.npy"}
+    def __init__(self, spec: MemberSpec) -> None:
+        self._spec = spec
+        self._wanted = {spec.label: "cls", spec.array: f"{spec.kind}.npy"}
         self._keys: set[bytes] = set()
-        self.facts: Manifest | None = None  # of the first sample; all must agree with it
+        self.manifest: Manifest | None = None  # of the first sample; all must agree with it
         self.largest_label = -1
         self.problems: list[str] = []
 
@@ -130,9 +128,7 @@ class _Scan:
                     for extension, field in self._wanted.items()
                 }
                 label = contents["cls"]
-                offsets["cls"] += len(label) - len(
-                    label.lstrip()
-                )  # many tools write white space around it, which is left out
+                offsets["cls"] += len(label) - len(label.lstrip())  # many tools write white space around it
                 contents["cls"] = label.strip()
                 try:
                     self._check(contents)
@@ -140,10 +136,10 @@ class _Scan:
                     self.problems.append(f"{where}: left out, {error}")
                     continue
                 self._keys.add(key.encode())
-                facts = {
+                places = {
                     field: (offsets[field], len(content), zlib.crc32(content)) for field, content in contents.items()
                 }
-                yield _Sample(key.encode(), facts)
+                yield _Sample(key.encode(), places)
 
     def _groups(self, file: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
         """Key and members (extension -> offset, size) of the samples: neighbouring files of one name up to its first
@@ -174,33 +170,40 @@ class _Scan:
 
     def _check(self, contents: dict[str, bytes]) -> None:
         """ValueError for a sample that differs from the others or cannot be used."""
-        if self.facts is None:
-            self.facts = facts_of(contents[f"{self._says.kind}.npy"], self._says)
-        _, label = decode(contents, self.facts)
+        if self.manifest is None:
+            self.manifest = manifest_of(contents[f"{self._spec.kind}.npy"], self._spec)
+        _, label = decode(contents, self.manifest)
         assert isinstance(label, int)
         self.largest_label = max(self.largest_label, label)
 
 
-def facts_of(content: bytes, says: MemberSpec) -> Manifest:
+def manifest_of(content: bytes, spec: MemberSpec) -> Manifest:
     """What a dataset of arrays such as this npy is, as far as one can tell; ValueError for what no dataset holds."""
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except NPY_ERRORS as error:
-        raise ValueError(f"its {says.array} is not an npy file ({error})") from error
-    expected = "(C, H, W)" if says.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
-    if array.dtype.name not in DTYPES[says.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
+        raise ValueError(f"its {spec.array} is not an npy file ({error})") from error
+    expected = "(C, H, W)" if spec.kind == "pixels" else "(flips, 2C, H, W) with one or two flips"
+    if array.dtype.name not in DTYPES[spec.kind] or array.ndim != len(expected.split(" with")[0].split(",")):
         raise ValueError(
-            f"its array is {array.dtype} {array.shape}; {says.kind} are {' or '.join(DTYPES[says.kind])} {expected}"
+            f"its array is {array.dtype} {array.shape}; {spec.kind} are {' or '.join(DTYPES[spec.kind])} {expected}"
         )
     channels, height, width = array.shape[-3:]
-    flips = 1 if says.kind == "pixels" else array.shape[0]
-    if not 1 <= flips <= 2 or array.size == 0 or (says.kind == "moments" and channels % 2):
-        raise ValueError(f"its array has shape {array.shape}; {says.kind} are {expected}")
+    flips = 1 if spec.kind == "pixels" else array.shape[0]
+    if not 1 <= flips <= 2 or array.size == 0 or (spec.kind == "moments" and channels % 2):
+        raise ValueError(f"its array has shape {array.shape}; {spec.kind} are {expected}")
     return Manifest(
-        name=says.name, kind=says.kind, shape=(channels if says.kind == "pixels" else channels // 2, height, width),
-        dtype=array.dtype.name, scale=says.scale, shift=says.shift, num_classes=ANY_LABEL, class_names=(), licence=says.licence,
+        name=spec.name,
+        kind=spec.kind,
+        shape=(channels if spec.kind == "pixels" else channels // 2, height, width),
+        dtype=array.dtype.name,
+        scale=spec.scale,
+        shift=spec.shift,
+        num_classes=ANY_LABEL,
+        class_names=(),
+        licence=spec.licence,
         flips=flips,
-    )  # fmt: skip
+    )
 
 
 def _write_index(out: Path, tar: Path, samples: list[_Sample], fields: tuple[str, ...]) -> Shard:

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.codec import StoredCondition
+from diffmoe_ep.data.latent import final_latent, oriented
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.sample import Condition, final_latent, read_sample
+from diffmoe_ep.data.read import read_sample
+from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.shards import Dataset
 
 CELL = 128  # pixels that a picture has about
@@ -47,7 +49,8 @@ class Stats:
             f"licence: {manifest.licence}",
             f"fingerprint: {self.fingerprint}",
             f"bytes per sample: {self.num_bytes / manifest.num_samples:,.0f} in the tar ({per_sample})",
-            f"final latents over {self.sampled} samples, by channel: mean {_row(self.mean)}, standard deviation {_row(self.std)}",
+            f"final latents over {self.sampled} samples, by channel: mean {_row(self.mean)}, standard deviation "
+            f"{_row(self.std)}",
         ]
         if self.counts:
             names = manifest.class_names or tuple(map(str, range(manifest.num_classes)))
@@ -77,7 +80,8 @@ def stats(dataset: Dataset, num: int = 1000, progress: Callable[[int], object] |
         sizes.update({field: len(content) for field, content in dataset.read(shard, sample).items()})
         array, condition = read_sample(dataset, shard, sample)
         captions += 0 if isinstance(condition, int) else len(condition)
-        latent = final_latent(array, manifest, False, 0, number).astype(np.float64)  # (C, H, W)
+        posterior = generator_for(0, number, "posterior").standard_normal(manifest.shape, dtype=np.float32)
+        latent = final_latent(oriented(array, manifest, False), manifest, posterior).astype(np.float64)  # (C, H, W)
         total += latent.mean((1, 2))
         squares += (latent**2).mean((1, 2))
     mean = total / len(chosen)
@@ -93,15 +97,20 @@ def stats(dataset: Dataset, num: int = 1000, progress: Callable[[int], object] |
             for text in counts
             if not text.isdigit() or int(text) >= manifest.num_classes or text != str(int(text)).encode()
         )
-        where = Mixture([dataset]).names[0]
         raise DataError(
-            f"{where} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong"
+            f"{dataset.name} holds label {strange[:20]!r}, which is none; diffmoe data check lists all that is wrong"
         )
     return Stats(
-        manifest, dataset.fingerprint, sum(shard.bytes for shard in manifest.shards),
-        {field: size / len(chosen) for field, size in sizes.items()}, by_class, captions / len(chosen), tuple(mean), tuple(std),
+        manifest,
+        dataset.fingerprint,
+        sum(shard.bytes for shard in manifest.shards),
+        {field: size / len(chosen) for field, size in sizes.items()},
+        by_class,
+        captions / len(chosen),
+        tuple(mean),
+        tuple(std),
         len(chosen),
-    )  # fmt: skip
+    )
 
 
 def spread(dataset: Dataset, num: int) -> list[tuple[int, int]]:
@@ -157,7 +166,7 @@ def colours(arrays: Sequence[NDArray[np.generic]], manifest: Manifest) -> NDArra
     return (255 * shades).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def _lines(condition: Condition, manifest: Manifest, width: int) -> list[str]:
+def _lines(condition: StoredCondition, manifest: Manifest, width: int) -> list[str]:
     if isinstance(condition, int):
         return [manifest.class_names[condition][:width] if manifest.class_names else str(condition)]
     texts = [caption.text for caption in condition]

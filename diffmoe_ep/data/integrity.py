@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffmoe_ep.data.codec import decode
 from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Shard, read_manifest
-from diffmoe_ep.data.sample import decode
 from diffmoe_ep.data.shards import Dataset, load_index, sha256_of
 
 # How names of shards' files end, whole or cut short: who joins tars by a pattern would read such strangers too. Other

@@ -110,10 +110,25 @@ class Manifest:
 
 
 KEYS = {
-    "format": int, "name": str, "kind": str, "shape": list, "dtype": str, "scale": float, "shift": float, "num_classes": int,
-    "class_names": list, "licence": str, "flips": int, "condition": str, "text": list, "image_size": int, "encoder": str,
-    "source": str, "num_samples": int, "shards": list,
-}  # fmt: skip
+    "format": int,
+    "name": str,
+    "kind": str,
+    "shape": list,
+    "dtype": str,
+    "scale": float,
+    "shift": float,
+    "num_classes": int,
+    "class_names": list,
+    "licence": str,
+    "flips": int,
+    "condition": str,
+    "text": list,
+    "image_size": int,
+    "encoder": str,
+    "source": str,
+    "num_samples": int,
+    "shards": list,
+}
 KEYS_OF_FORMAT_1 = {
     key: kind for key, kind in KEYS.items() if key not in ("condition", "text", "image_size", "encoder", "source")
 }
@@ -135,18 +150,18 @@ def parse_manifest(content: Any, where: str) -> Manifest:
     raised.
     """
     format_1 = isinstance(content, dict) and content.get("format") == 1
-    facts = _typed(content, KEYS_OF_FORMAT_1 if format_1 else KEYS, where)
-    shards = tuple(Shard(**entry) for entry in _entries(Shard, facts["shards"], f"{where}: shards"))
+    known = _typed(content, KEYS_OF_FORMAT_1 if format_1 else KEYS, where)
+    shards = tuple(Shard(**entry) for entry in _entries(Shard, known["shards"], f"{where}: shards"))
     text = tuple(
-        TextEncoderInfo(**entry) for entry in _entries(TextEncoderInfo, facts.get("text", []), f"{where}: text")
+        TextEncoderInfo(**entry) for entry in _entries(TextEncoderInfo, known.get("text", []), f"{where}: text")
     )
-    facts |= {
-        "shape": tuple(facts["shape"]),
-        "class_names": tuple(facts["class_names"]),
+    known |= {
+        "shape": tuple(known["shape"]),
+        "class_names": tuple(known["class_names"]),
         "shards": shards,
         "text": text,
     }
-    manifest = Manifest(**facts)
+    manifest = Manifest(**known)
     _check(manifest, where)
     return manifest
 

@@ -12,9 +12,10 @@ import numpy as np
 from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.order import Lanes, Order
-from diffmoe_ep.data.remote.fetch import Access, shown
+from diffmoe_ep.data.remote.fetch import Access
 from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.store import SampleStore
 
 BLOCK = 1024  # positions of a lane in which each dataset has its due number; part of every mixed run's identity
 
@@ -22,7 +23,7 @@ BLOCK = 1024  # positions of a lane in which each dataset has its due number; pa
 class Mixture:
     """Datasets and their weights; one dataset alone is a mixture too, and is then just that."""
 
-    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, parts: Sequence[SampleStore], weights: Sequence[float] | None = None) -> None:
         """ConfigError where the datasets do not describe the same kind of samples. Weights, all above 0, are equal
         where not given.
         """
@@ -51,7 +52,7 @@ class Mixture:
     @property
     def names(self) -> tuple[str, ...]:
         """What each dataset is called in logs and messages: its folder, or its URL without what may be secret."""
-        return tuple(str(part.folder) if part.remote is None else shown(part.remote.url) for part in self.parts)
+        return tuple(part.name for part in self.parts)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ class Mixture:
 
     @property
     def manifest(self) -> Manifest:
-        """The first dataset's manifest; what a model needs to know of the samples is the same in all of them."""
+        """The first dataset's manifest; what a model has to know of samples is the same in all."""
         return self.parts[0].manifest
 
     @property
@@ -212,7 +213,8 @@ def _check_agreement(mixture: Mixture) -> None:
             known = name != "encoder" or (here and there)
             if known and here != there:
                 raise ConfigError(
-                    f"data.mixture: {where} has {name} {_short(here)}, but {mixture.names[0]} has {_short(there)}; a mixture is of "
+                    f"data.mixture: {where} has {name} {_short(here)}, but {mixture.names[0]} has {_short(there)}; a "
+                    "mixture is of "
                     f"datasets that agree in {', '.join(shared)}: prepare one of them anew, or leave it out"
                 )
 

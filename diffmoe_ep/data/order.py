@@ -63,7 +63,8 @@ class Order:
         """
         if not sizes or min(sizes) < 1 or block < 0:
             raise ValueError(
-                f"an order needs shards with samples and a block of 0 or more shards; got {len(sizes)} shards, block {block}"
+                f"an order needs shards with samples and a block of 0 or more shards; got {len(sizes)} shards, block "
+                f"{block}"
             )
         self.seed = seed
         self.block = block

@@ -11,21 +11,21 @@ anywhere. The folder may be a URL: manifest, indexes and whole shards come throu
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffmoe_ep.data.crc import fastest_crc32
 from diffmoe_ep.data.manifest import MANIFEST_NAME, NPY_ERRORS, REMEDY, DataError, Manifest, Shard, read_manifest
-from diffmoe_ep.data.remote.fetch import Access, RemoteFolder, Unavailable, is_remote
+from diffmoe_ep.data.remote.fetch import Access, RemoteFolder, Unavailable, is_remote, shown
+from diffmoe_ep.data.store import Content
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
-Content = bytes | memoryview  # of a member
 MOST_BETWEEN = 1 << 14  # bytes between a sample's members that are rather read along than passed over
 
 
@@ -173,7 +173,6 @@ class Dataset:
         self._fields = manifest.fields
         self._crc32 = fastest_crc32()
         self._open: dict[int, Opened] = {}  # the one opened first goes first
-        self.released = 0  # shards that were held open and are no longer
 
     @classmethod
     def open(cls, folder: str | Path, access: Access | None = None, tolerant: bool = False) -> "Dataset":
@@ -224,6 +223,16 @@ class Dataset:
         return tuple(tolerated)
 
     @property
+    def name(self) -> str:
+        """What it is called in logs and messages: its folder, or its URL without what may be secret."""
+        return str(self.folder) if self.remote is None else shown(self.remote.url)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        return self.remote is not None
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Samples of each shard, in storage order."""
         return tuple(shard.num_samples for shard in self.manifest.shards)
@@ -272,12 +281,15 @@ class Dataset:
 
     def where(self, shard: int, sample: int) -> str:
         """Shard and key of a sample, for messages."""
-        key = self.opened(shard).keys[sample].decode(errors="replace")
-        return f"{self.place(self.manifest.shards[shard].name)}, key {key}"
+        return ", key ".join(self.address(shard, sample))
 
-    def key(self, shard: int, sample: int) -> str:
-        """The key of a sample."""
-        return self.opened(shard).keys[sample].decode(errors="replace")
+    def address(self, shard: int, sample: int) -> tuple[str, str]:
+        """Path or URL of the shard, and the sample's key; its number, if the index is bad as well."""
+        try:
+            key = self.opened(shard).keys[sample].decode(errors="replace")
+        except DataError:
+            key = f"number {sample}"
+        return self.place(self.manifest.shards[shard].name), key
 
     def member(self, shard: int, sample: int, field: str) -> bytes:
         """The bytes of one field of a sample, without reading the others."""
@@ -305,18 +317,18 @@ class Dataset:
         return self._open.get(shard) or self._opened(shard)
 
     def _opened(self, shard: int) -> Opened:
-        facts = self.manifest.shards[shard]
-        content, where = self._index(facts), self.place(facts.index_name)
+        described = self.manifest.shards[shard]
+        content, where = self._index(described), self.place(described.index_name)
         index = parse_index(content, self._fields, where)
-        if len(index) != facts.num_samples:
-            raise DataError(f"{where} has {len(index)} samples, the manifest says {facts.num_samples}; {REMEDY}")
+        if len(index) != described.num_samples:
+            raise DataError(f"{where} has {len(index)} samples, the manifest says {described.num_samples}; {REMEDY}")
         members = np.empty((len(index), len(self._fields), 3), dtype=np.int64)  # (num_samples, fields, 3)
         for place, field in enumerate(self._fields):
             for part, name in enumerate(MEMBER.names or ()):
                 members[:, place, part] = index[field][name]
         offsets, sizes = members[..., 0], members[..., 1]
         outside = (
-            (offsets < 0) | (sizes < 0) | (offsets > facts.bytes) | (sizes > facts.bytes)
+            (offsets < 0) | (sizes < 0) | (offsets > described.bytes) | (sizes > described.bytes)
         )  # not their sum: it may overflow
         members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
         begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
@@ -325,23 +337,22 @@ class Dataset:
         while len(self._open) >= self._max_open:
             self._release(next(iter(self._open)))
         if self.remote is not None:
-            descriptor = self.remote.open(facts, self._release_all)
+            descriptor = self.remote.open(described, self._release_all)
         else:
-            path = Path(self.folder) / facts.name
+            path = Path(self.folder) / described.name
             with _reaching(path):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = Opened(descriptor, index["key"].copy(), members)
         return self._open[shard]
 
-    def _index(self, facts: Shard) -> bytes:
+    def _index(self, shard: Shard) -> bytes:
         if self.remote is not None:
-            return self.remote.index(facts)
-        path = Path(self.folder) / facts.index_name
+            return self.remote.index(shard)
+        path = Path(self.folder) / shard.index_name
         with _reaching(path):
             return path.read_bytes()
 
     def _release(self, shard: int) -> None:
-        self.released += 1
         os.close(self._open.pop(shard).descriptor)
 
     def _release_all(self) -> None:
@@ -360,6 +371,19 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
+
+
+@cache
+def fastest_crc32() -> Callable[[Content], int]:
+    """The checksum of members: isal's crc32 where that is installed, which takes a tenth of the time; else zlib's. The
+    numbers are the same.
+    """
+    try:
+        from isal import isal_zlib  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return zlib.crc32
+    crc32: Callable[[Content], int] = isal_zlib.crc32
+    return crc32
 
 
 @contextmanager

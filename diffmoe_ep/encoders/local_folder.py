@@ -46,8 +46,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name; fetch the model's folder again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        remedy = "save the model once with save_pretrained (pickled weights, .bin or .pt, are never read), or fetch its safetensors"
-        raise ConfigError(f"{folder} lacks {missing[0]}; {remedy}")
+        raise ConfigError(
+            f"{folder} lacks {missing[0]}; save the model once with save_pretrained (pickled weights, .bin or .pt, are "
+            "never read), or fetch its safetensors"
+        )
     return [folder / name for name in names]
 
 

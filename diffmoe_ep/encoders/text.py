@@ -13,11 +13,18 @@ from diffmoe_ep.encoders.local_folder import fingerprint, read_config, weight_fi
 
 SOURCES = {
     "t5": "the local folder of a T5 encoder, such as google/t5-v1_1-xxl (config.json, safetensors and tokenizer files)",
-    "clip": "the local folder of a CLIP text model, such as openai/clip-vit-large-patch14 (config.json, safetensors and tokenizer files)",
+    "clip": "the local folder of a CLIP text model, such as openai/clip-vit-large-patch14 (config.json, safetensors "
+    "and tokenizer files)",
 }
 TOKENIZER_FILES = (
-    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -11,7 +11,10 @@ import torch
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.encoders.local_folder import fingerprint, read_config, weight_files
 
-SOURCE = "the local folder of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse (config.json, diffusion_pytorch_model.safetensors)"
+SOURCE = (
+    "the local folder of a diffusers AutoencoderKL, such as stabilityai/sd-vae-ft-mse (config.json, "
+    "diffusion_pytorch_model.safetensors)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Vae:
         raise ConfigError(f"{folder} holds a {config.get('_class_name')}, expected an AutoencoderKL; give {SOURCE}")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise ConfigError(
-            f"{folder} scales each latent channel by itself (latents_mean, latents_std); use a VAE with one scaling_factor"
+            f"{folder} scales each latent channel by itself (latents_mean, latents_std); use a VAE with one "
+            "scaling_factor"
         )
     weights = weight_files(folder, "diffusion_pytorch_model")
     try:
@@ -73,7 +77,8 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> Vae:
     scale, shift = float(model.config.scaling_factor), float(model.config.shift_factor or 0.0)
     if not math.isfinite(scale) or scale == 0 or not math.isfinite(shift):
         raise ConfigError(
-            f"{folder}/config.json: scaling_factor {scale}, shift_factor {shift} are no scale; use a VAE with a sound config"
+            f"{folder}/config.json: scaling_factor {scale}, shift_factor {shift} are no scale; use a VAE with a sound "
+            "config"
         )
     return Vae(
         model=model.to(device).eval().requires_grad_(False),

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config
+from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.data.info import DataInfo
-from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.sample import Batch
+from diffmoe_ep.data.store import BatchSource
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.prompts import Prompts, first_captions, load_encoder
@@ -21,7 +21,7 @@ from diffmoe_ep.sampling.sample import classes_in_turn
 class Conditions:
     """From batches to conditions. With `text.online` every rank has a frozen encoder of its own, on its device."""
 
-    def __init__(self, config: Config, dataset: Mixture | PlainTars, mesh: Mesh) -> None:
+    def __init__(self, config: Config, dataset: BatchSource, mesh: Mesh) -> None:
         """ConfigError, on all ranks alike, where an encoder is needed and some rank cannot have it."""
         self.config, self.dataset, self.device = config, dataset, mesh.device
         self.text = CaptionSpec.of(config.model, config.text)

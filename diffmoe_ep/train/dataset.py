@@ -7,28 +7,29 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
+from diffmoe_ep.data.store import BatchSource
 from diffmoe_ep.sampling.sample import check_pictures, check_sampling
 
 
-def open_data(config: Config) -> Mixture | PlainTars:
+def open_data(config: Config) -> BatchSource:
     """Open what the config names and check that it fits the model; ConfigError or DataError if not."""
     data, plain = config.data, config.data.plain
-    dataset: Mixture | PlainTars
+    dataset: BatchSource
     if data.mode == "resampled":
         access = Access(
             cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
         )
-        says = MemberSpec(
+        spec = MemberSpec(
             plain.kind, plain.label, plain.array, plain.scale, plain.shift, config.model.num_classes, name="plain"
         )
-        dataset = PlainTars.open(data.folder, says, access, config.model.condition, plain.shuffle)
+        dataset = PlainTars.open(data.folder, spec, access, config.model.condition, plain.shuffle)
     else:
         dataset = Mixture.open(data)
     check_data(config, dataset)
     return dataset
 
 
-def check_data(config: Config, dataset: Mixture | PlainTars) -> None:
+def check_data(config: Config, dataset: BatchSource) -> None:
     """Raise ConfigError unless the data fit the model."""
     manifest, model, names = dataset.manifest, config.model, ", ".join(dataset.names)
     check_text(dataset, CaptionSpec.of(model, config.text))

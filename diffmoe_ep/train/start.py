@@ -22,9 +22,7 @@ from diffmoe_ep.checkpoint.same_run import check_starts
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.info import DataInfo
-from diffmoe_ep.data.loader.resampled import PlainTars
-from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.store import BatchSource
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.parallel.mesh import Mesh
@@ -58,7 +56,7 @@ class Start:
         return ", ".join(facts)
 
 
-def resolve_init(config: Config, mesh: Mesh, dataset: Dataset | Mixture | PlainTars, checkpoint: Path | None) -> Start:
+def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: Path | None) -> Start:
     """Find what a run begins with, before anything is built; ConfigError on every rank if that does not fit.
 
     checkpoint: the run's own, if it has one; then init_from is not looked at.

@@ -22,10 +22,8 @@ from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, poo
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader import quarantine
-from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.loader.stream import Stream
-from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.store import BatchSource
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
@@ -72,7 +70,7 @@ def start_mesh(config: Config) -> Mesh:
     return init_mesh(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 
 
-def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | PlainTars, Path | None]:
+def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
     """Look at everything outside this process that could fail, on every rank, and agree before going on."""
     run = RunFolder(Path(config.folder))
     mesh.agree(run.problem())
@@ -80,7 +78,7 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | PlainTars, Path | Non
     checkpoint = mesh.same(found)
     assert checkpoint is None or isinstance(checkpoint, Path)
     problem: str | None = None
-    dataset: Mixture | PlainTars | None = None
+    dataset: BatchSource | None = None
     try:
         dataset = open_data(config)
         if checkpoint is not None and config.resume == "never":
@@ -101,11 +99,9 @@ def prepare(config: Config, mesh: Mesh) -> tuple[Mixture | PlainTars, Path | Non
 class Trainer:
     """One run in progress. Everything that changes while it trains is here: engine, averaged weights, stream, step."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, dataset: Dataset | Mixture | PlainTars, checkpoint: Path | None = None
-    ) -> None:
+    def __init__(self, config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: Path | None = None) -> None:
         self.config, self.mesh = config, mesh
-        self.dataset = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
+        self.dataset = dataset
         self.folder = RunFolder(Path(config.folder))
         self.conditions = Conditions(config, self.dataset, mesh)
         self.decode = (
@@ -123,11 +119,9 @@ class Trainer:
         if checkpoint is not None:
             self.load(checkpoint)
         self.stream = Stream(
-            dataset, seed=config.seed, batch=config.train.global_batch, accumulation=config.train.grad_accumulation, rank=mesh.rank, world=mesh.size,
-            drop_condition=config.data.condition_dropout, flip=config.data.flip, shuffle_block=config.data.shuffle_block,
-            workers=config.data.workers, prefetch=config.data.prefetch, samples_consumed=self.step * config.train.global_batch,
-            lanes=config.data.lanes, retries=config.data.retries, max_bad_fraction=config.data.max_bad_fraction,
-            quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank), text=CaptionSpec.of(config.model, config.text),
+            self.dataset, config.data, seed=config.seed, batch=config.train.global_batch, accumulation=config.train.grad_accumulation,
+            rank=mesh.rank, world=mesh.size, samples_consumed=self.step * config.train.global_batch,
+            text=CaptionSpec.of(config.model, config.text), quarantine_file=quarantine.rank_file(self.folder.path, mesh.rank),
         )  # fmt: skip
 
     def build_model(self) -> DiT:

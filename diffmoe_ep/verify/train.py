@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, from_tree
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.loader.stream import Stream
-from diffmoe_ep.data.sample import encode
-from diffmoe_ep.data.shards import Dataset, Manifest
+from diffmoe_ep.data.manifest import Manifest
+from diffmoe_ep.data.mixture import Mixture
+from diffmoe_ep.data.store import Content
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
@@ -54,19 +56,24 @@ class Trace:
     moved: dict[str, Tensor]  # how far the first step moved each parameter
 
 
-class Digitless:
-    """Random images in the place of a dataset on disk: all that a stream asks of one."""
+class RandomImages:
+    """A `SampleStore` of images made up as they are read, in the place of a dataset on disk."""
 
-    folder, remote = "random images", None
+    name, fingerprint, problems, sizes, is_remote = "random images", "", (), (4096,), False
+    manifest = Manifest("verify", "pixels", SHAPE, "float32", 1.0, 0.0, CLASSES, (), "none", num_samples=4096)
 
-    def __init__(self) -> None:
-        self.manifest = Manifest("verify", "pixels", SHAPE, "float32", 1.0, 0.0, CLASSES, (), "none", num_samples=4096)
-        self.sizes = (4096,)
-
-    def read(self, shard: int, sample: int) -> dict[str, bytes]:
-        """The stored bytes of a sample."""
+    def read(self, shard: int, sample: int, fields: Sequence[str] | None = None) -> dict[str, Content]:  # noqa: ARG002
+        """All fields of a sample."""
         generator = np.random.Generator(np.random.Philox(key=[shard, sample]))
-        return encode(generator.standard_normal(SHAPE, dtype=np.float32), sample % CLASSES, self.manifest)
+        image = generator.standard_normal(SHAPE, dtype=np.float32)
+        return dict[str, Content](encode(image, sample % CLASSES, self.manifest))
+
+    def address(self, shard: int, sample: int) -> tuple[str, str]:  # noqa: ARG002
+        """What names a sample."""
+        return self.name, str(sample)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Nothing is fetched."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -158,15 +165,16 @@ def _plain_loop(config: Config, device: torch.device) -> Trace:
 
 
 def _stream(config: Config) -> Stream:
+    """All samples of every micro-step."""
     return Stream(
-        cast(Dataset, Digitless()), seed=config.seed, batch=config.train.global_batch, accumulation=config.train.grad_accumulation, rank=0, world=1,
-        drop_condition=config.data.condition_dropout, flip=False, shuffle_block=config.data.shuffle_block, workers=0, prefetch=1,
+        Mixture([RandomImages()]), config.data, seed=config.seed, batch=config.train.global_batch,
+        accumulation=config.train.grad_accumulation,
     )  # fmt: skip
 
 
 def train_over_ranks(config: Config, mesh: Mesh) -> Trace:
     """The same by the trainer, on all ranks of the mesh; what this rank saw of it."""
-    trainer = Trainer(config, mesh, cast(Dataset, Digitless()))
+    trainer = Trainer(config, mesh, Mixture([RandomImages()]))
     wake(trainer.model)
     trainer.engine.moments()  # makes the optimiser's state, which the next line sets to the start
     trainer.engine.continue_from(0)  # brings the flat copies of the weights up to date

@@ -11,7 +11,7 @@ from diffmoe_ep.bench import stream as bench_stream
 from diffmoe_ep.cli import data
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.order import Order
-from diffmoe_ep.data.sample import read_sample
+from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 
 
@@ -47,21 +47,6 @@ def test_the_raw_reader_reads_the_stream_s_bytes(synthetic: Path) -> None:
         )
 
 
-def test_the_stream_that_draws_nothing_makes_the_same_samples_with_noise_1(synthetic: Path) -> None:
-    dataset = Dataset.open(synthetic)
-    order, undrawn = Order(dataset.sizes, bench_stream.SEED, bench_stream.BLOCK), bench_stream._undrawn(dataset)
-    for step in range(2):
-        batch, faults = next(undrawn)
-        assert faults == ()
-        assert batch.position.tolist() == list(range(64 * step, 64 * step + 64))
-        for row, position in enumerate(batch.position.tolist()):
-            array, label = read_sample(dataset, *order.locate(position))
-            mean, log_variance = np.split(array[position % 2].astype(np.float64), 2)
-            expected = (mean + np.exp(log_variance / 2)) * 0.18215
-            np.testing.assert_allclose(batch.latent[row].numpy(), expected, rtol=1e-5, atol=1e-6)
-            assert batch.condition[row] == label
-
-
 def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     data.add_bench(parser.add_subparsers())
@@ -70,7 +55,7 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     options.run(options)
     found = json.loads((tmp_path / "bench.json").read_text())
     assert (found["samples"], found["sample_bytes"], found["turns"], found["workers"]) == (128, 2 * 8 * 4 * 4 * 2, 1, 1)
-    rates = ("pread", "webdataset", "stream", "draws", "undrawn", "arithmetic", "difference", "start_seconds")
+    rates = ("pread", "webdataset", "stream", "draws", "undrawn", "start_seconds")
     assert all(found[name] > 0 for name in rates)
     assert found["checksum"] in ("zlib", "isal")
     assert 0 <= found["wait"] <= 1
@@ -78,8 +63,8 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     told = capsys.readouterr().out
     assert "128 samples of 512 bytes, 1 turns" in told
     assert f"{found['pread']:,.0f}" in told
-    assert f"{found['undrawn'] / found['pread']:.2f} of (a), goal 0.6; " in told
-    assert f"{found['undrawn'] / found['webdataset']:.1f} times (b), goal 4\n" in told
+    assert f"{found['undrawn'] / found['pread']:.2f} of (a); " in told
+    assert f"{found['undrawn'] / found['webdataset']:.1f} times (b)\n" in told
     options = parser.parse_args([*words[:2], "--turns", "0"])
     with pytest.raises(ConfigError, match="--turns is 0"):
         options.run(options)

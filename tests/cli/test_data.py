@@ -15,9 +15,9 @@ import pytest
 from data_prep.write import write_dataset
 from diffmoe_ep.cli import data
 from diffmoe_ep.config import UserError
+from diffmoe_ep.data.codec import Caption, encode
 from diffmoe_ep.data.inspect import colours
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
-from diffmoe_ep.data.sample import Caption, encode
 from diffmoe_ep.data.shards import load_index
 
 FACTS = Manifest("tiny", "pixels", (1, 6, 6), "uint8", 1 / 8, -1.0, 3, ("ant", "bee", "cat"), "made up")

@@ -14,7 +14,7 @@ import webdataset
 from diffmoe_ep.data.index import MemberSpec, index_folder
 from diffmoe_ep.data.integrity import check_folder
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.sample import read_sample
+from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 
 MOMENTS = MemberSpec(kind="moments", scale=0.5, name="theirs", licence="theirs")
@@ -117,11 +117,16 @@ def test_what_is_wrong_is_left_out_and_told(tmp_path: Path) -> None:
     assert [read_sample(dataset, 0, number)[1] for number in range(2)] == [1, 3]
     told = "\n".join(found.problems)
     for text in (
-        "key b: left out, it has no member npy (it has cls)", "key c: left out, cls: label b'cat'", "key a: left out, a sample with this",
-        "key d: left out, moments.npy holds values that are not finite", "key e: left out, moments.npy holds float16 (1, 4, 3, 2)",
-        "key f: member cls comes twice, the first is taken", "key g: left out, the tar ends within it",
-        "bad name.tar: left out, its name is not plain", "zip.tar: it cannot be read to its end",
-    ):  # fmt: skip
+        "key b: left out, it has no member npy (it has cls)",
+        "key c: left out, cls: label b'cat'",
+        "key a: left out, a sample with this",
+        "key d: left out, moments.npy holds values that are not finite",
+        "key e: left out, moments.npy holds float16 (1, 4, 3, 2)",
+        "key f: member cls comes twice, the first is taken",
+        "key g: left out, the tar ends within it",
+        "bad name.tar: left out, its name is not plain",
+        "zip.tar: it cannot be read to its end",
+    ):
         assert text in told
     assert len(found.problems) == 10 or "one.tar: it cannot be read to its end" not in told
 

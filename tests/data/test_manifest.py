@@ -26,14 +26,37 @@ LABELS = Manifest(
     image_size=8,
 )
 TEXT = replace(
-    LABELS, kind="moments", dtype="float16", flips=2, num_classes=0, class_names=(), condition="text", encoder="e" * 64, source="f" * 64,
-    text=(TextEncoderInfo("t5", 4096, 120, "bfloat16", "a" * 64), TextEncoderInfo("clip", 768, 77, "float32", "b" * 64)),
-)  # fmt: skip
+    LABELS,
+    kind="moments",
+    dtype="float16",
+    flips=2,
+    num_classes=0,
+    class_names=(),
+    condition="text",
+    encoder="e" * 64,
+    source="f" * 64,
+    text=(
+        TextEncoderInfo("t5", 4096, 120, "bfloat16", "a" * 64),
+        TextEncoderInfo("clip", 768, 77, "float32", "b" * 64),
+    ),
+)
 FORMAT_1 = {
-    "format": 1, "name": "tiny", "kind": "pixels", "shape": [1, 8, 8], "dtype": "uint8", "scale": 0.125, "shift": -1.0, "num_classes": 2,
-    "class_names": [], "licence": "made up", "flips": 1, "num_samples": 3,
-    "shards": [{"name": "tiny-000000.tar", "bytes": 10240, "num_samples": 3, "sha256": "0" * 64, "index_sha256": "1" * 64}],
-}  # fmt: skip
+    "format": 1,
+    "name": "tiny",
+    "kind": "pixels",
+    "shape": [1, 8, 8],
+    "dtype": "uint8",
+    "scale": 0.125,
+    "shift": -1.0,
+    "num_classes": 2,
+    "class_names": [],
+    "licence": "made up",
+    "flips": 1,
+    "num_samples": 3,
+    "shards": [
+        {"name": "tiny-000000.tar", "bytes": 10240, "num_samples": 3, "sha256": "0" * 64, "index_sha256": "1" * 64}
+    ],
+}
 
 
 @pytest.mark.parametrize("manifest", [LABELS, TEXT])

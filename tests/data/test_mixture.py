@@ -17,10 +17,10 @@ from numpy.random import Generator
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, DataConfig, dump, from_tree, load
 from diffmoe_ep.data import mixture as mixtures
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.mixture import BLOCK, MixedOrder, Mixture
 from diffmoe_ep.data.order import Lanes
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.data.shards import Dataset
 
 PIXELS = Manifest("tiny", "pixels", (1, 2, 2), "uint8", 1.0, 0.0, 3, (), "made up")
@@ -144,10 +144,10 @@ def test_a_start_anywhere_computes_one_block(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def write_tiny(folder: Path, manifest: Manifest, **changes: Any) -> Dataset:
-    facts = replace(manifest, **changes)
-    array = np.ones(facts.stored_shape, dtype=facts.dtype)
+    changed = replace(manifest, **changes)
+    array = np.ones(changed.stored_shape, dtype=changed.dtype)
     return write_dataset(
-        folder, [(f"k{number}", encode(array, number % 3, facts)) for number in range(6)], facts, shard_size=4
+        folder, [(f"k{number}", encode(array, number % 3, changed)) for number in range(6)], changed, shard_size=4
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 
 from data_prep.write import write_dataset
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.data.shards import Dataset, load_index, parse_index
 
 FACTS = Manifest("tiny", "pixels", (1, 2, 3), "uint8", 0.5, -1.0, 4, ("a", "b", "c", "d"), "made up")

@@ -9,7 +9,7 @@ from data_prep.__main__ import main
 from data_prep.files import keys
 from data_prep.image import square
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.sample import read_sample
+from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import picture, tar
 

@@ -21,7 +21,7 @@ from data_prep.__main__ import main
 from data_prep.encode import Encoding
 from data_prep.prepare import Preparation, Report
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.sample import read_sample
+from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import content, picture, tar
 
@@ -69,8 +69,8 @@ def preparation(
 ) -> Preparation:
     found = (imagenet if "imagenet" in source.name else text_image).source(source, shard_size, 1)
     encoding = Encoding(image_size=8, batch=3, readers=2)
-    facts = encoding.facts(found, "tiny", "made up")
-    return Preparation(folder, found, encoding, facts, shard_size, max_bad, rank, world, patience=0.05)
+    manifest = encoding.manifest(found, "tiny", "made up")
+    return Preparation(folder, found, encoding, manifest, shard_size, max_bad, rank, world, patience=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,31 @@ def test_processes_that_run_at_once_meet_in_the_folder(
     images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = [
-        sys.executable, "-m", "data_prep", "imagenet", "--source", str(images), "--out", str(tmp_path / "tiny"), "--image-size", "8",
-        "--shard-size", "4", "--batch", "3", "--readers", "2", "--max-bad", "0.5", "--name", "tiny", "--licence", "made up",
-        "--patience", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "data_prep",
+        "imagenet",
+        "--source",
+        str(images),
+        "--out",
+        str(tmp_path / "tiny"),
+        "--image-size",
+        "8",
+        "--shard-size",
+        "4",
+        "--batch",
+        "3",
+        "--readers",
+        "2",
+        "--max-bad",
+        "0.5",
+        "--name",
+        "tiny",
+        "--licence",
+        "made up",
+        "--patience",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -313,7 +334,7 @@ def test_other_folders_and_other_options_are_refused(images: Path, tars: Path, t
         preparation(tars, folder).run()
     other = preparation(images, folder)
     with pytest.raises(DataError, match=r"holds other files \(tiny-000000"):
-        replace(other, facts=replace(other.facts, name="huge")).run()
+        replace(other, manifest=replace(other.manifest, name="huge")).run()
     with pytest.raises(DataError, match="--rank 2 of --world 2 does not exist"):
         preparation(images, folder, 2, 2).run()
     assert content(folder) == before

@@ -9,8 +9,8 @@ import pytest
 
 from data_prep import write
 from data_prep.write import Sample, existing_dataset, write_dataset
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.data.shards import Dataset
 
 FACTS = Manifest("tiny", "pixels", (1, 2, 2), "uint8", 1.0, 0.0, 3, (), "made up")
@@ -71,15 +71,15 @@ def test_a_damaged_dataset_is_completed_and_whole_shards_kept(tmp_path: Path, na
 
 def test_a_finished_dataset_of_format_1_is_left_alone(tmp_path: Path) -> None:
     """A folder of an earlier version is the same dataset, though it does not say as much of itself."""
-    folder, facts = tmp_path / "tiny", replace(FACTS, image_size=8)
-    written = write_dataset(folder, samples(), facts, 3).manifest
+    folder, manifest = tmp_path / "tiny", replace(FACTS, image_size=8)
+    written = write_dataset(folder, samples(), manifest, 3).manifest
     (folder / "manifest.json").write_text(replace(written, format=1).to_json())
     before = content(folder)
-    found = existing_dataset(folder, facts, 3)
+    found = existing_dataset(folder, manifest, 3)
     assert found is not None and found.manifest.format == 1
     assert content(folder) == before
     with pytest.raises(DataError, match="holds another data set"):
-        existing_dataset(folder, replace(facts, num_classes=11), 3)
+        existing_dataset(folder, replace(manifest, num_classes=11), 3)
 
 
 def test_a_run_that_was_cut_short_is_continued(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data_prep.write import write_dataset
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.evaluate.pipeline import load_images, score
 from diffmoe_ep.sampling.generate import CapacityRecord
 

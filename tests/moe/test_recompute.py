@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, ModelConfig, PoolConfig
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe import layer as layers
@@ -275,7 +275,7 @@ def trained(rank: int, given: Config, recompute: str, overlap: int = 1) -> dict[
 
     with mock.patch.object(training, "initialize", busy(0.1)), mock.patch.object(CapacityPredictor, "forward", watch):
         mesh = training.start_mesh(given)
-        trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, mesh, Mixture.open(given.data))
         trainer.model.recompute = recompute  # type: ignore[assignment]
         for layer in trainer.model.moe_layers():
             if isinstance(layer.dispatcher, AllToAllDispatch):

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from diffmoe_ep.config import Config, from_tree
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.moe.capacity import CapacityPredictor
@@ -79,7 +79,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
     start = busy(0.02 if given.train.optimizer.kind == "adamw" else 0.1)
     with FAULTS[fault](), mock.patch.object(training, "initialize", start):
         mesh = training.start_mesh(given)
-        trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, mesh, Mixture.open(given.data))
         clock = training.Clock(0)
         for _ in range(given.train.steps):
             values = trainer.measure(trainer.train_step(clock))

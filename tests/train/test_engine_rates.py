@@ -9,7 +9,7 @@ import torch
 
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.loader.stream import Stream
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.train import trainer as training
@@ -65,8 +65,7 @@ def plain(given: Config) -> dict[str, torch.Tensor]:
             groups, lr=1.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
     stream = Stream(
-        Dataset.open(given.data.folder), seed=given.seed, batch=given.train.global_batch, accumulation=micro_steps, rank=0, world=1,
-        drop_condition=given.data.condition_dropout, flip=False, shuffle_block=given.data.shuffle_block, workers=0, prefetch=1,
+        Mixture.open(given.data), given.data, seed=given.seed, batch=given.train.global_batch, accumulation=micro_steps
     )  # fmt: skip
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -85,7 +84,7 @@ def plain(given: Config) -> dict[str, torch.Tensor]:
 def by_engine(rank: int, given: Config) -> dict[str, Any]:
     with mock.patch.object(training, "initialize", busy(0.1)):
         mesh = training.start_mesh(given)
-        trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, mesh, Mixture.open(given.data))
     for _ in range(STEPS):
         values = trainer.measure(trainer.train_step(training.Clock(0)))
     trainer.stream.close()

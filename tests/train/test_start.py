@@ -17,6 +17,7 @@ from diffmoe_ep.checkpoint.exported import save_exported
 from diffmoe_ep.checkpoint.load import config_of, data_info_of
 from diffmoe_ep.config import Config, ConfigError, override
 from diffmoe_ep.data.loader.stream import Stream
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.train import trainer as training
@@ -99,10 +100,7 @@ def test_the_first_loss_is_the_sources_loss_on_that_batch(
 ) -> None:
     given = layout(tuned(digits, tmp_path / "run", source, "train.optimizer.lr=1e-30"), expert, 1)
     model = load_model(source, weights="ema").train()
-    stream = Stream(
-        Dataset.open(digits / "heldout"), seed=given.seed, batch=12, accumulation=1, rank=0, world=1, drop_condition=0.1, flip=False,
-        shuffle_block=given.data.shuffle_block, workers=0, prefetch=1,
-    )  # fmt: skip
+    stream = Stream(Mixture([Dataset.open(digits / "heldout")]), given.data, seed=given.seed, batch=12)
     batch, objective = next(stream), objective_of("flow")
     noised = objective.noised(batch.latent, batch.noise, batch.u)
     with torch.no_grad():
@@ -214,7 +212,7 @@ def test_what_does_not_fit_is_told_on_all_ranks(
 
 def starting(rank: int, given: Config) -> None:
     """Start without the checks of the data, which a model of another shape would not pass."""
-    training.Trainer(given, training.start_mesh(given), Dataset.open(given.data.folder))
+    training.Trainer(given, training.start_mesh(given), Mixture.open(given.data))
 
 
 def test_a_folder_without_a_checkpoint(digits: Path, tmp_path: Path) -> None:

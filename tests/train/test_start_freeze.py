@@ -13,6 +13,7 @@ import torch
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.same_run import check_continues
 from diffmoe_ep.config import Config
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.start import match
@@ -40,7 +41,7 @@ def steps(rank: int, given: Config, kernel: str = "auto") -> dict[str, Any]:
     """Three steps: each loss and gradient norm, and what this rank's tensors were before and are after."""
     with mock.patch.object(training, "initialize", busy(0.1)):
         mesh = training.start_mesh(given)
-        trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, mesh, Mixture.open(given.data))
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     told = []
     for _ in range(3):
@@ -91,7 +92,7 @@ def test_what_is_not_frozen_gets_the_gradients_that_it_would_get(digits: Path, t
 
 def once(rank: int, given: Config) -> dict[str, torch.Tensor]:
     with mock.patch.object(training, "initialize", busy(0.1)):
-        trainer = training.Trainer(given, training.start_mesh(given), Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, training.start_mesh(given), Mixture.open(given.data))
     trainer.train_step(training.Clock(0))
     trainer.stream.close()
     return {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}

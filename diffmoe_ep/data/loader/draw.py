@@ -1,106 +1,51 @@
-"""The hot path of the loader: the draws of a position and the final latents of a batch, as `keyed` and `final_latent`
-give them.
+"""What is drawn for positions of the stream: every draw has a stream of random numbers of its own, keyed by seed and
+position, so none shifts another.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.random import Generator, Philox
 
+from diffmoe_ep.config import DataConfig
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.rng import STREAMS
-
-AT_ONCE = 32  # samples whose latents are made together
+from diffmoe_ep.data.rng import KeyedRng
 
 
+@dataclass(frozen=True)
 class Draws:
-    """The generators of `keyed`, one at a time: making one costs ten times as much as setting the state of one that is
-    there.
-    """
+    """The draws of B positions."""
 
-    def __init__(self, seed: int) -> None:
-        self._philox = Philox(0)
-        self._generator = Generator(self._philox)
-        self._key = np.array([seed, 0], dtype=np.uint64)
-        self._counter = np.zeros(4, dtype=np.uint64)
-        self._state: Any = {
-            "bit_generator": "Philox", "state": {"counter": self._counter, "key": self._key}, "buffer": np.zeros(4, dtype=np.uint64),
-            "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
-        }  # fmt: skip
-
-    def at(self, position: int, purpose: str) -> Generator:
-        """The generator `generator_for(seed, position, purpose)`; the one given before is void."""
-        self._key[1] = position
-        self._counter[3] = STREAMS[purpose]
-        self._philox.state = self._state
-        return self._generator
+    noise: np.ndarray  # (B, C, H, W) float32, standard normal
+    posterior: (
+        np.ndarray | None
+    )  # (B, C, H, W) float32, standard normal, that moments are sampled with; None for pixels
+    u: np.ndarray  # (B,) float32 in [0, 1), which the objective maps to a time
+    flip: list[bool]  # whether the sample is mirrored
+    drop: list[bool]  # whether its condition is replaced by the null condition
+    caption: list[float]  # in [0, 1), which of its captions is taken; 0 where conditions are labels
 
 
-class Latents:
-    """Final latents of a few stored samples of one dataset at a time: `final_latent` of each, equal to the bit.
+class Draw:
+    """Draws for positions of one stream."""
 
-    What a sample needs of its stored array is copied at once, so that the bytes around it are free for the next one;
-    and the memory is used again, so that what lies between stored and final values stays in the processor's cache.
-    Arithmetic is torch's, which converts float16 twenty times as fast as NumPy and is faster on rows that do not lie
-    together.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, seed: int, data: DataConfig, manifest: Manifest) -> None:
+        self._rng = KeyedRng(seed)
+        self._data = data
         self._manifest = manifest
-        shape = manifest.shape if manifest.kind == "pixels" else manifest.stored_shape[1:]
-        self._stored = np.empty((AT_ONCE, *shape), dtype=manifest.dtype)
-        self._floats = torch.empty((AT_ONCE, *shape))
-        self._rows: list[int] = []  # where each belongs
 
-    def clear(self) -> None:
-        """Forget what was put."""
-        self._rows = []
-
-    def put(self, row: int, array: np.ndarray, flipped: bool) -> None:
-        """Take a stored array, mirrored or not, for the latent in this row; rows ascend, at most `AT_ONCE` before they
-        are filled in.
-        """
-        if self._manifest.kind == "moments":
-            self._stored[len(self._rows)] = array[1 if flipped else 0]
-        else:
-            self._stored[len(self._rows)] = array[:, :, ::-1] if flipped else array
-        self._rows.append(row)
-
-    def fill(self, values: np.ndarray) -> list[int]:
-        """Make the final latents of what was put, in those rows of `values` (B, C, H, W) float32; gives the rows that
-        are not finite.
-
-        Of moments, `values` holds the standard normal numbers that their posteriors are sampled with.
-        """
-        rows = self._rows
-        if not rows:
-            return []
-        self.clear()
-        neighbours = rows[-1] - rows[0] == len(rows) - 1
-        few = values[rows[0] : rows[-1] + 1] if neighbours else values[rows]  # (b, C, H, W)
-        stored, manifest = self._stored[: len(rows)], self._manifest
-        target = torch.from_numpy(few)
-        floats = self._floats[: len(rows)] if manifest.kind == "moments" else target
-        floats.copy_(torch.from_numpy(stored))
-        finite = _finite(floats, stored.dtype)
-        if manifest.kind == "moments":
-            mean, deviation = floats[:, : few.shape[1]], floats[:, few.shape[1] :]
-            deviation.clamp_(-30.0, 20.0).mul_(0.5)  # of the log-variance: the clip of latent-diffusion VAEs
-            # By NumPy, as `final_latent`. Between the rows lie the means, so each is a loop of its own, whatever the
-            # number of samples.
-            np.exp(deviation.numpy(), out=deviation.numpy())
-            target.mul_(deviation).add_(mean)
-        target.mul_(manifest.scale).add_(manifest.shift)
-        if not neighbours:
-            values[rows] = few
-        return [] if finite.all() else [row for row, sound in zip(rows, finite.tolist(), strict=True) if not sound]
-
-
-def _finite(floats: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    """Which samples have no value that is infinite or NaN, (b,); `dtype` is what they were stored as."""
-    if dtype.kind != "f":
-        return np.ones(len(floats), dtype=bool)
-    if dtype == np.float16:  # their sum cannot overflow
-        return np.isfinite(floats.flatten(1).sum(1).numpy())
-    return np.isfinite(floats.flatten(1).numpy()).all(1)
+    def __call__(self, positions: range) -> Draws:
+        """The draws of these positions, a function of seed and position alone."""
+        at, data, manifest = self._rng.at, self._data, self._manifest
+        shape = (len(positions), *manifest.shape)
+        noise, u = np.empty(shape, np.float32), np.empty(len(positions), np.float32)
+        posterior = np.empty(shape, np.float32) if manifest.kind == "moments" else None
+        flip, drop, caption = [], [], []
+        for row, position in enumerate(positions):
+            at(position, "noise").standard_normal(out=noise[row], dtype=np.float32)
+            if posterior is not None:
+                at(position, "posterior").standard_normal(out=posterior[row], dtype=np.float32)
+            u[row] = at(position, "time").random(dtype=np.float32)
+            flip.append(data.flip and at(position, "flip").random() < 0.5)
+            drop.append(data.condition_dropout > 0 and at(position, "drop").random() < data.condition_dropout)
+            caption.append(at(position, "caption").random() if manifest.condition == "text" else 0.0)
+        return Draws(noise, posterior, u, flip, drop, caption)

@@ -3,27 +3,25 @@ are.
 """
 
 import os
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
-from diffmoe_ep.data import native
-from diffmoe_ep.data.crc import fastest_crc32
-from diffmoe_ep.data.manifest import DataError, Manifest
+from diffmoe_ep.data.codec import all_finite, decode_label, expected_header
+from diffmoe_ep.data.latent import oriented
+from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.remote.fetch import Unavailable
-from diffmoe_ep.data.sample import decode_label, expected_header
-from diffmoe_ep.data.shards import Dataset
-
-NOTHING = [0] * native.REQUEST  # for a sample that shall not be read
+from diffmoe_ep.data.shards import Dataset, fastest_crc32
+from diffmoe_ep.data.store import SampleStore
 
 
 class FastReader:
-    """Reads as `read_labelled` does, without looking at the values; gives None for whatever is unusual, so that it is
-    looked at there.
+    """Reads what `read.read_labelled` reads, about three times as fast; skips whatever is unusual, which is looked at
+    there.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        """A dataset with labels."""
+        """dataset: one that is supported."""
         manifest = dataset.manifest
         self._dataset, self._manifest = dataset, manifest
         self._shape = manifest.stored_shape
@@ -31,13 +29,15 @@ class FastReader:
         self._size = len(self._header) + size  # of the array's member
         self._crc32 = fastest_crc32()
         self._labels: dict[bytes, tuple[int, int]] = {}  # those met so far, and the checksum of their bytes
-        self._moments: native.Moments | None = None  # made at first use
-        self.makes_latents = native.takes(manifest)
-        assert manifest.fields == ("cls", f"{manifest.kind}.npy")
 
-    def __call__(self, shard: int, sample: int) -> tuple[Manifest, np.ndarray, int] | None:
-        """Manifest, array, label; None where the bytes are bad or spelt in another way; Unavailable if the shard cannot
-        be had.
+    @staticmethod
+    def supports(store: SampleStore) -> TypeGuard[Dataset]:
+        """Whether a store's samples are such as it reads: of tars with an index, with labels."""
+        return isinstance(store, Dataset) and store.manifest.condition == "class"
+
+    def read(self, shard: int, sample: int, flipped: bool) -> tuple[np.ndarray, int] | None:
+        """The `oriented` array and the label; None for bytes that are damaged or spelt in another way, or values that
+        are not finite. Unavailable if the shard cannot be had.
         """
         try:
             opened = self._dataset.opened(shard)
@@ -51,34 +51,14 @@ class FastReader:
         if length == 0 or len(block) != length or array_size != self._size or not block.startswith(self._header, start):
             return None
         text = block[offset - begin : offset - begin + size]
-        known = self._labels.get(text)
-        if known is None:
+        if text not in self._labels:
             try:
-                known = self._labels[text] = decode_label({"cls": text}, self._manifest), self._crc32(text)
+                self._labels[text] = decode_label({"cls": text}, self._manifest), self._crc32(text)
             except ValueError:
                 return None
-        if known[1] != crc32 or self._crc32(memoryview(block)[start : start + array_size]) != array_crc32:
+        label, label_crc32 = self._labels[text]
+        if label_crc32 != crc32 or self._crc32(memoryview(block)[start : start + array_size]) != array_crc32:
             return None
-        return self._manifest, np.ndarray(self._shape, self._dtype, block, start + len(self._header)), known[0]
-
-    def request(self, shard: int, sample: int, mirrored: bool) -> list[int]:
-        """How `native.read_latents` is asked for a sample, where `makes_latents`; Unavailable if the shard cannot be
-        had.
-        """
-        try:
-            opened = self._dataset.opened(shard)
-        except Unavailable:
-            raise
-        except DataError:
-            return NOTHING
-        if self._moments is None:
-            self._moments = native.Moments(self._manifest)
-        return [self._moments.address, opened.descriptor, mirrored, *opened.members[sample].tolist()]
-
-    @property
-    def released(self) -> int:
-        """How many shards were closed so far: as long as it stays the same, descriptors are those of their shards."""
-        return self._dataset.released
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_moments": None}
+        array: np.ndarray = np.ndarray(self._shape, self._dtype, block, start + len(self._header))
+        values = oriented(array, self._manifest, flipped)
+        return (values, label) if all_finite(values) else None

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.condition import CaptionFeatures
-from diffmoe_ep.data.sample import Batch
 
 ALIGNMENT = 64  # bytes
 

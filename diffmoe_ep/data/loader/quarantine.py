@@ -1,7 +1,8 @@
 """The list of stored samples whose bytes are bad: each rank appends to a file of its own, and a reader joins them.
 
-    quarantine-rank3.jsonl    a line for each time that rank 3 met a bad sample: shard, key, reason, position, what was read in its place
-    quarantine.jsonl          a line for each bad sample: shard, key, reason, all positions that it was met at (made by `join`)
+    quarantine-rank3.jsonl    a line for each time that rank 3 met a bad sample: shard, key, reason, position, and what
+                              was read in its place
+    quarantine.jsonl          a line for each bad sample: shard, key, reason, all its positions (made by `join`)
 
 A run that goes on from a checkpoint meets some of them again; joining counts a position once.
 """

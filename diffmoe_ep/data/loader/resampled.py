@@ -1,15 +1,14 @@
 """The second mode of reading: plain webdataset tars that nobody has indexed, each worker drawing tars at random, with
 replacement.
 
-It asks nothing of a dataset but its tars, and promises less than the indexed mode:
+It needs nothing of a dataset but its tars, and promises less than the indexed mode:
 
 - Which samples are read depends on ranks, workers and restarts. Each worker of each rank draws tars by a seed of its
-own, made of the
-  run's seed, its rank, its number and the position at which the stream was started; so a start can be repeated, but a
-  run that goes on from a checkpoint draws anew instead of reading what the uncut run would have read.
+  own, made of the run's seed, its rank, its number and the position at which the stream was started; so a start can be
+  repeated, but a run that goes on from a checkpoint draws anew instead of reading what the uncut run would have read.
 - There are no epochs: after as many samples as there are, about a third were not seen.
 - A bad sample is passed over, counted and listed; the next one takes its place. What is missing at the end of a tar is
-not noticed.
+  not noticed.
 
 What does hold: positions go on where they stood, and noise, time, flips and dropping are keyed by them as ever; only
 the images differ.
@@ -28,19 +27,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.index import MemberSpec, facts_of
-from diffmoe_ep.data.loader.assemble import Assembler, Stored
-from diffmoe_ep.data.loader.micro_steps import Result
+from diffmoe_ep.config import ConfigError, DataConfig
+from diffmoe_ep.data.captions import CaptionSpec
+from diffmoe_ep.data.codec import Caption, decode_array, decode_label
+from diffmoe_ep.data.index import MemberSpec, manifest_of
+from diffmoe_ep.data.latent import oriented
+from diffmoe_ep.data.loader.assemble import assemble
+from diffmoe_ep.data.loader.draw import Draw
+from diffmoe_ep.data.loader.micro_steps import RankSlice, Result
 from diffmoe_ep.data.loader.quarantine import Fault
+from diffmoe_ep.data.loader.reader import RawSample
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.remote.fetch import LONGEST_PAUSE, Access, Unavailable, check_url, chunks, is_remote, shown
 from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.data.sample import Caption, decode_array, decode_label
 
 MOST_BAD = 32  # times the samples of a batch that may be bad before it is full
+LEAST_SEEN = 65_536  # samples that bad ones are counted against, however few were seen
 BROKEN = (EOFError, ValueError, tarfile.TarError)  # raised where the bytes of a tar make no sense
 ANY_SIZE = 1 << 40  # bytes that a tar may have as far as one knows
 
@@ -60,7 +65,7 @@ class PlainTars:
 
     urls: tuple[str, ...]  # paths or URLs
     manifest: Manifest  # what every sample is; it names no shards
-    says: MemberSpec  # extensions of the members
+    spec: MemberSpec  # extensions of the members
     access: Access
     shuffle: int = 1000  # samples that a worker has at hand and draws from
 
@@ -68,7 +73,7 @@ class PlainTars:
     def open(
         cls,
         where: str,
-        says: MemberSpec,
+        spec: MemberSpec,
         access: Access,
         condition: Literal["class", "text"] = "class",
         shuffle: int = 1000,
@@ -76,7 +81,7 @@ class PlainTars:
         """Tars of a folder, of a URL, or of a pattern such as https://host/{000..127}.tar; the first sample tells what
         the others are.
 
-        condition text: the member `says.label` holds a caption in words. ConfigError or DataError for what cannot be
+        condition text: the member `spec.label` holds a caption in words. ConfigError or DataError for what cannot be
         read.
         """
         urls = _expanded(where)
@@ -85,19 +90,20 @@ class PlainTars:
                 check_url(url, access)
         first = _first(urls[0], access)
         where = f"{shown(first.url)}, key {first.key}"
-        if says.array not in first.members or says.label not in first.members:
+        if spec.array not in first.members or spec.label not in first.members:
             held = ", ".join(sorted(first.members))
             raise DataError(
-                f"{where}: has no member {says.array} and {says.label} (it has {held}); say what its members are called"
+                f"{where}: has no member {spec.array} and {spec.label} (it has {held}); say what its members are called"
             )
         try:
-            facts = facts_of(first.members[says.array], says)
+            manifest = manifest_of(first.members[spec.array], spec)
         except ValueError as error:
             raise DataError(f"{where}: {error}; say what the arrays are") from error
-        if condition == "class" and says.num_classes is None:
+        if condition == "class" and spec.num_classes is None:
             raise ConfigError(f"{where}: no index tells how many classes there are; give their number")
-        num_classes = says.num_classes or 0 if condition == "class" else 0
-        return cls(urls, replace(facts, condition=condition, num_classes=num_classes), says, access, shuffle)
+        num_classes = spec.num_classes or 0 if condition == "class" else 0
+        manifest = replace(manifest, condition=condition, num_classes=num_classes)
+        return cls(urls, manifest, spec, access, shuffle)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +134,7 @@ class PlainTars:
         """Samples of tars drawn at random, for ever; Unavailable when too many tars in a row give none."""
         from webdataset.shardlists import ResampledShards
 
-        wanted = (self.says.array, self.says.label)
+        wanted = (self.spec.array, self.spec.label)
         failed = 0
         for source in ResampledShards(list(self.urls), seed=seed, worker_seed=lambda: 0, deterministic=True):
             found, problem, url = 0, "it is empty", source["url"]
@@ -147,7 +153,8 @@ class PlainTars:
             failed = 0 if found else failed + 1
             if failed > self.access.retries:
                 raise Unavailable(
-                    f"{shown(url)} gave no sample ({problem}), nor did the {failed - 1} tars drawn before it; see that they are there and "
+                    f"{shown(url)} gave no sample ({problem}), nor did the {failed - 1} tars drawn before it; see that "
+                    "they are there and "
                     "may be read; the run continues from its last checkpoint"
                 )
             if failed:
@@ -158,69 +165,79 @@ class ResampledSteps(IterableDataset["Result"]):
     """A rank's Batch of micro-step after micro-step; worker w of n makes every n-th of them."""
 
     def __init__(
-        self, tars: PlainTars, assembler: Assembler, seed: int, micro_step_size: int, rows: range, tolerant: bool
+        self, tars: PlainTars, data: DataConfig, seed: int, of_rank: RankSlice, text: CaptionSpec | None
     ) -> None:
-        """rows: this rank's of the samples of a micro-step over all ranks; tolerant: bad samples are passed over."""
+        """As `IndexedSteps`."""
         self.first = 0  # micro-step that the next iteration starts at
-        self._tars = tars
-        self._assembler = assembler
-        self._seed = seed
-        self._micro_step_size = micro_step_size
-        self._rows = rows
-        self._tolerant = tolerant
+        self._tars, self._seed, self._of_rank, self._text = tars, seed, of_rank, text
+        self._draw = Draw(seed, data, tars.manifest)
+        self._tolerant = data.max_bad_fraction > 0  # bad samples are passed over
 
     def __iter__(self) -> Iterator[Result]:
         info = get_worker_info()
         worker, count = (info.id, info.num_workers) if info is not None else (0, 1)
-        start, rank = self.first * self._micro_step_size, self._rows.start // len(self._rows)
-        seed = int(generator_for(self._seed, start, "resample", part=(rank << 32) + worker).integers(2**62))
+        start, part = self.first * self._of_rank.micro_step_samples, (self._of_rank.rank << 32) + worker
+        seed = int(generator_for(self._seed, start, "resample", part=part).integers(2**62))
         source = _shuffled(self._tars.draw(seed), self._tars.shuffle, random.Random(seed))
         for micro_step in itertools.count(self.first + worker, count):
-            begin = micro_step * self._micro_step_size
             try:
-                yield self._batch(source, range(begin + self._rows.start, begin + self._rows.stop))
+                yield self._batch(source, self._of_rank.positions(micro_step))
             except DataError as error:
                 yield error
                 return
 
+    def passes(self, position: int) -> dict[str, float]:  # noqa: ARG002
+        """Nobody knows how often the tars were gone through."""
+        return {}
+
+    def num_seen(self, first: int, position: int) -> int:
+        """Samples that bad ones among the positions `first` to `position` - 1 are counted against: those, at least
+        `LEAST_SEEN`.
+        """
+        return max(position - first, LEAST_SEEN)
+
     def _batch(self, source: Iterator[Tar], positions: range) -> Result:
-        faults: list[Fault] = []
+        draws, stored, faults = self._draw(positions), list[RawSample](), list[Fault]()
+        for position, flipped in zip(positions, draws.flip, strict=True):
+            array, condition = self._next_sound(source, position, faults, MOST_BAD * len(positions))
+            values = oriented(array, self._tars.manifest, flipped)
+            stored.append(RawSample(self._tars.manifest, values, condition))
+        return assemble(positions, stored, draws, self._tars.manifest.num_classes, self._text), tuple(faults)
 
-        def next_sound(position: int) -> Stored:
-            while True:
-                tar = next(source)
-                try:
-                    return self._stored(tar)
-                except ValueError as error:
-                    problem = f"{shown(tar.url)}, key {tar.key}: {error}"
-                    if not self._tolerant:
-                        raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
-                    if len(faults) == MOST_BAD * len(positions):
-                        raise DataError(
-                            f"{problem}; and the {len(faults)} samples before it are bad too; mend the data"
-                        ) from error
-                    faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
+    def _next_sound(
+        self, source: Iterator[Tar], position: int, faults: list[Fault], most_bad: int
+    ) -> tuple[np.ndarray, int | Caption]:
+        """Array and condition of the next sample that can be used; those passed over are added to the faults."""
+        while True:
+            tar = next(source)
+            try:
+                return self._decoded(tar)
+            except ValueError as error:
+                problem = f"{shown(tar.url)}, key {tar.key}: {error}"
+                if not self._tolerant:
+                    raise DataError(f"{problem}; mend it, or allow some with data.max_bad_fraction") from error
+                if len(faults) == most_bad:
+                    raise DataError(
+                        f"{problem}; and the {len(faults)} samples before it are bad too; mend the data"
+                    ) from error
+                faults.append(Fault(shown(tar.url), tar.key, str(error), position, "the next sample"))
 
-        return self._assembler.batch(positions, self._tars.manifest, lambda row: next_sound(positions[row])), tuple(
-            faults
-        )
-
-    def _stored(self, tar: Tar) -> Stored:
+    def _decoded(self, tar: Tar) -> tuple[np.ndarray, int | Caption]:
         """ValueError for a sample that cannot be used."""
-        says, manifest = self._tars.says, self._tars.manifest
+        spec, manifest = self._tars.spec, self._tars.manifest
         if tar.problem:
             raise ValueError(tar.problem)
-        for extension in (says.array, says.label):
+        for extension in (spec.array, spec.label):
             if extension not in tar.members:
                 raise ValueError(f"it has no member {extension}")
-        fields = {f"{manifest.kind}.npy": tar.members[says.array], "cls": tar.members[says.label].strip()}
+        fields = {f"{manifest.kind}.npy": tar.members[spec.array], "cls": tar.members[spec.label].strip()}
         array = decode_array(fields, manifest)
         if manifest.condition == "class":
-            return manifest, array, decode_label(fields, manifest)
+            return array, decode_label(fields, manifest)
         words = fields["cls"].decode()
         if not words:
-            raise ValueError(f"its caption {says.label} is empty")
-        return manifest, array, Caption(words)
+            raise ValueError(f"its caption {spec.label} is empty")
+        return array, Caption(words)
 
 
 def _expanded(where: str) -> tuple[str, ...]:
@@ -255,8 +272,8 @@ def _first(url: str, access: Access) -> Tar:
 
 
 def _reason(error: Exception) -> str:
-    told = [part for part in error.args if isinstance(part, str)] or [type(error).__name__]
-    return told[0].partition(" @ ")[0]  # behind it webdataset shows an object
+    texts = [part for part in error.args if isinstance(part, str)] or [type(error).__name__]
+    return texts[0].partition(" @ ")[0]  # behind it webdataset shows an object
 
 
 def _samples(url: str, access: Access, wanted: Sequence[str] = ()) -> Iterator[Tar]:

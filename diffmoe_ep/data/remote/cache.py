@@ -151,8 +151,8 @@ class Cache:
                 if name != wanted.name + PARTIAL and name not in keep and self._evict(self.folder / name):
                     room += size
             if room < wanted.size:
-                text = f"{wanted.size:,} bytes do not fit beside the files in use ({self.most - room:,} bytes), the bound is {self.most:,}"
-                raise CacheFull(errno.ENOSPC, text)
+                used = f"the files in use ({self.most - room:,} bytes), the bound is {self.most:,}"
+                raise CacheFull(errno.ENOSPC, f"{wanted.size:,} bytes do not fit beside {used}")
             os.ftruncate(partial, 0)  # what a process left that died
             os.posix_fallocate(partial, 0, wanted.size)
 

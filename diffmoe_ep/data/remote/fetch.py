@@ -1,7 +1,7 @@
 """A dataset that lies elsewhere: its files are fetched whole into the cache, tried again when that fails, and never
 replaced by others.
 
-    https://host/path            through webdataset's opener (which runs curl, without a shell); http:// on this machine only
+    https://host/path            through webdataset's opener (which runs curl, without a shell); http:// on this machine
     gs://, hf://, ais://         through webdataset's opener and the command that it names for them
     s3://bucket/prefix           through boto3 (an extra), with the user's own AWS settings
     pipe:command {name}          a shell command whose output is the file; only where data.allow_commands = true
@@ -217,7 +217,8 @@ class RemoteFolder:
                 return f"free space on the disk of {cache}, or lower data.cache_gb ({self.access.cache_gb:g})"
             case OSError(filename=str() | Path()):
                 return f"{error.filename} must be usable: choose another data.cache"
-        return "see that the file is there and may be read, or raise data.retries; the run continues from its last checkpoint"
+        remedy = "see that the file is there and may be read, or raise data.retries"
+        return f"{remedy}; the run continues from its last checkpoint"
 
 
 class _Ahead:
@@ -308,7 +309,8 @@ def check_url(url: str, access: Access) -> None:
     scheme = url.partition(":")[0]
     if scheme != "s3" and scheme not in OPENER_SCHEMES:
         raise ConfigError(
-            f"data.folder = {shown(url)}: {scheme}: is not one of s3, {', '.join(OPENER_SCHEMES)}; give one of these, or a folder"
+            f"data.folder = {shown(url)}: {scheme}: is not one of s3, {', '.join(OPENER_SCHEMES)}; give one of these, "
+            "or a folder"
         )
     if scheme == "pipe":
         if not access.allow_commands:
@@ -319,7 +321,8 @@ def check_url(url: str, access: Access) -> None:
         raise ConfigError(f"data.folder = {shown(url)} names no host or bucket; give {scheme}://NAME/PATH")
     if scheme == "http" and not _is_this_machine(host):
         raise ConfigError(
-            f"data.folder = {shown(url)} can be read and changed on its way; use https:// (http:// is for this machine only)"
+            f"data.folder = {shown(url)} can be read and changed on its way; use https:// (http:// is for this machine "
+            "only)"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.sample import decode_array, decode_captions
+from diffmoe_ep.data.codec import decode_array, decode_captions
 from diffmoe_ep.data.shards import Dataset
 
 GRID, SIDE = 3, 8  # cells of a canvas along a side, pixels of a digit

@@ -19,26 +19,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.loader.streams import open_stream
 from data_prep.write import write_dataset
 from diffmoe_ep.config import DataConfig
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Unavailable
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.data.shards import Dataset, Opened, load_index
 
-FACTS = Manifest("tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 200, (), "made up")
+MANIFEST = Manifest("tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 200, (), "made up")
 NUM_SAMPLES, SHARD_SIZE, MICRO_STEP = 60, 10, 12
 STEPS = 15  # three epochs
 
 
 def write_tiny(folder: Path) -> Dataset:
     """Sixty samples in shards of ten; sample number n holds n + 1 and has label n."""
-    content = [(f"k{number:03d}", np.full(FACTS.stored_shape, number + 1, np.float32)) for number in range(NUM_SAMPLES)]
+    content = [
+        (f"k{number:03d}", np.full(MANIFEST.stored_shape, number + 1, np.float32)) for number in range(NUM_SAMPLES)
+    ]
     return write_dataset(
-        folder, [(key, encode(array, int(key[1:]), FACTS)) for key, array in content], FACTS, SHARD_SIZE
+        folder, [(key, encode(array, int(key[1:]), MANIFEST)) for key, array in content], MANIFEST, SHARD_SIZE
     )
 
 
@@ -55,10 +58,19 @@ def folder(clean: Dataset, tmp_path: Path) -> Path:
 
 def make(dataset: Dataset | Mixture, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
-        "seed": 5, "batch": MICRO_STEP, "accumulation": 1, "rank": 0, "world": 1, "drop_condition": 0.0, "flip": False,
-        "shuffle_block": 3, "workers": 0, "prefetch": 2, "max_bad_fraction": 0.5,
-    }  # fmt: skip
-    return Stream(dataset, **settings | changes)
+        "seed": 5,
+        "batch": MICRO_STEP,
+        "accumulation": 1,
+        "rank": 0,
+        "world": 1,
+        "condition_dropout": 0.0,
+        "flip": False,
+        "shuffle_block": 3,
+        "workers": 0,
+        "prefetch": 2,
+        "max_bad_fraction": 0.5,
+    }
+    return open_stream(dataset, **settings | changes)
 
 
 def labels(
@@ -81,7 +93,7 @@ def labels(
 def member(folder: Path, number: int, field: str) -> tuple[Path, int, int]:
     """Tar, offset and size of a member of sample `number`."""
     name = f"tiny-{number // SHARD_SIZE:06d}"
-    row = load_index(folder / f"{name}.index.npy", FACTS.fields)[number % SHARD_SIZE][field]
+    row = load_index(folder / f"{name}.index.npy", MANIFEST.fields)[number % SHARD_SIZE][field]
     return folder / f"{name}.tar", int(row["offset"]), int(row["size"])
 
 
@@ -136,7 +148,7 @@ def write_raw(path: Path, index: np.ndarray, contents: list[dict[str, bytes]]) -
     """A tar of these members, and where they lie in its index; a member that is absent has size 0 there."""
     with tarfile.open(path, "w") as tar:
         for row, fields in zip(index, contents, strict=True):
-            for field in FACTS.fields:
+            for field in MANIFEST.fields:
                 content = fields.get(field, b"")
                 if field in fields:
                     entry = tarfile.TarInfo(f"{row['key'].decode()}.{field}")
@@ -326,7 +338,7 @@ def test_a_block_of_bad_samples_ends(folder: Path) -> None:
 def test_the_last_good_sample_of_a_block_stands_in(folder: Path, tmp_path: Path) -> None:
     """Reading in stored order, a shard is its own block: nine bad samples of ten are all replaced by the tenth."""
     dataset = Dataset.open(folder)
-    path, offset, _ = member(folder, 21, FACTS.fields[0])
+    path, offset, _ = member(folder, 21, MANIFEST.fields[0])
     os.truncate(path, offset)
     found = labels(dataset, 1, tmp_path / "run", steps=5, shuffle_block=0)
     assert found == [*range(20), *[20] * 10, *range(30, 60)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.loader.pack import ALIGNMENT, pack, unpack
-from diffmoe_ep.data.sample import Batch
 
 
 def tensors(batch: Batch) -> list[Tensor]:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.loader.streams import open_stream
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.index import MemberSpec
@@ -26,9 +28,8 @@ from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.remote.fetch import Access, Unavailable
 from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.data.sample import Batch
 
-SAYS = MemberSpec("pixels", label="txt", array="img.npy", scale=0.5, shift=-1.0, num_classes=40)
+SPEC = MemberSpec("pixels", label="txt", array="img.npy", scale=0.5, shift=-1.0, num_classes=40)
 ACCESS = Access(retries=2, pause=0.0)
 NUM_TARS, SIZE = 5, 8
 
@@ -48,7 +49,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def write(
     path: Path, numbers: range, label: Callable[[int], str] = str, spoil: Callable[[int], bytes | None] = lambda _: None
 ) -> None:
-    """A foreign tar: sample n is an image of n's and label n, with members that nobody asked for."""
+    """A tar of others: sample n is an image of n's and label n, with members that nobody asked for."""
     with tarfile.open(path, "w") as tar:
         add(tar, "__about__.json", b"{}")
         for number in numbers:
@@ -67,16 +68,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path | str, **changes: Any) -> PlainTars:
     return PlainTars.open(
-        str(folder), SAYS, changes.pop("access", ACCESS), shuffle=changes.pop("shuffle", 10), **changes
+        str(folder), SPEC, changes.pop("access", ACCESS), shuffle=changes.pop("shuffle", 10), **changes
     )
 
 
 def make(tars: PlainTars, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
-        "seed": 5, "batch": 8, "accumulation": 1, "rank": 0, "world": 1, "drop_condition": 0.25, "flip": True, "shuffle_block": 2,
-        "workers": 0, "prefetch": 2,
-    }  # fmt: skip
-    return Stream(tars, **settings | changes)
+        "seed": 5,
+        "batch": 8,
+        "accumulation": 1,
+        "rank": 0,
+        "world": 1,
+        "condition_dropout": 0.25,
+        "flip": True,
+        "shuffle_block": 2,
+        "workers": 0,
+        "prefetch": 2,
+    }
+    return open_stream(tars, **settings | changes)
 
 
 def take(tars: PlainTars, steps: int, **changes: Any) -> list[Batch]:
@@ -155,10 +164,10 @@ def test_tars_by_pattern_and_by_command(folder: Path) -> None:
         opened("http://example.org/{000..004}.tar")
 
 
-def test_fingerprints_follow_names_and_facts_but_no_secrets(folder: Path) -> None:
+def test_fingerprints_follow_names_and_contents_but_no_secrets(folder: Path) -> None:
     urls = [f"https://me:{secret}@host/{{0..3}}.tar?signature={secret}" for secret in ("a", "b")]
     first, second = (
-        PlainTars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SAYS, ACCESS)
+        PlainTars(tuple(url.replace("{0..3}", "0") for url in [url]), opened(folder).manifest, SPEC, ACCESS)
         for url in urls
     )
     assert first.fingerprint == second.fingerprint != opened(folder).fingerprint

@@ -13,16 +13,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data.loader.streams import open_stream
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.data.loader.stream import Stream
+from diffmoe_ep.data.batch import Batch
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
-from diffmoe_ep.data.sample import Batch, encode
 from diffmoe_ep.data.shards import Dataset
 
-FACTS = Manifest("tiny", "pixels", (1, 1, 1), "uint8", 1.0, 0.0, 200, (), "made up")
+MANIFEST = Manifest("tiny", "pixels", (1, 1, 1), "uint8", 1.0, 0.0, 200, (), "made up")
 SIZES = (40, 27, 33)  # samples of three datasets; labels count on from one to the next
 SEEDS = st.integers(0, 2**63 - 1)
 WORLDS = st.sampled_from([1, 2, 3, 4, 6])
@@ -34,15 +35,15 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Dataset]:
     found, first = [], 0
     for number, size in enumerate(SIZES):
         array = np.zeros((1, 1, 1), np.uint8)
-        samples = [(f"k{label:03d}", encode(array, label, FACTS)) for label in range(first, first + size)]
-        found.append(write_dataset(tmp_path_factory.mktemp("data") / str(number), samples, FACTS, shard_size=7))
+        samples = [(f"k{label:03d}", encode(array, label, MANIFEST)) for label in range(first, first + size)]
+        found.append(write_dataset(tmp_path_factory.mktemp("data") / str(number), samples, MANIFEST, shard_size=7))
         first += size
     return found
 
 
 def batches(source: Dataset | Mixture, count: int, **changes: Any) -> list[Batch]:
-    given_: dict[str, Any] = {"accumulation": 1, "drop_condition": 0.0, "flip": False, "workers": 0, "prefetch": 2}
-    stream = Stream(source, **given_ | changes)
+    given_: dict[str, Any] = {"accumulation": 1, "condition_dropout": 0.0, "flip": False, "workers": 0, "prefetch": 2}
+    stream = open_stream(source, **given_ | changes)
     try:
         return list(islice(stream, count))
     finally:
@@ -84,7 +85,7 @@ def test_ranks_and_resumption_change_nothing(
 ) -> None:
     """A run of any number of ranks, begun anywhere, is the tail of the uncut run of one rank; samples and draws."""
     source = Mixture(datasets[: len(weights)], weights)
-    same: dict[str, Any] = {"seed": seed, "shuffle_block": block, "lanes": lanes, "batch": 24, "drop_condition": 0.3}
+    same: dict[str, Any] = {"seed": seed, "shuffle_block": block, "lanes": lanes, "batch": 24, "condition_dropout": 0.3}
     whole = batches(source, start + 3, rank=0, world=1, **same)[start:]
     ranks = [batches(source, 3, rank=rank, world=world, samples_consumed=24 * start, **same) for rank in range(world)]
     for number, expected in enumerate(whole):
@@ -162,16 +163,16 @@ def test_passes_count_the_epochs(datasets: list[Dataset]) -> None:
         "accumulation": 1,
         "rank": 0,
         "world": 1,
-        "drop_condition": 0.0,
+        "condition_dropout": 0.0,
         "flip": False,
         "workers": 0,
     }
-    single = Stream(datasets[0], seed=1, shuffle_block=2, prefetch=2, **same)
+    single = open_stream(datasets[0], seed=1, shuffle_block=2, prefetch=2, **same)
     assert single.passes() == {str(datasets[0].folder): 0.0}
     list(islice(single, 5))
     single.close()
     assert single.passes() == {str(datasets[0].folder): 3.0}
-    mixed = Stream(
+    mixed = open_stream(
         Mixture(datasets, [3, 1, 1]), seed=1, shuffle_block=2, prefetch=2, samples_consumed=24 * 10**6, **same
     )
     assert list(mixed.passes().values()) == pytest.approx([24e6 * 0.6 / 40, 24e6 * 0.2 / 27, 24e6 * 0.2 / 33], rel=1e-6)

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.loader.streams import open_stream
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, from_tree
+from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec, check_text
+from diffmoe_ep.data.codec import Caption, encode
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.stream import Stream
@@ -26,40 +29,45 @@ from diffmoe_ep.data.manifest import DataError, Manifest, TextEncoderInfo
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.order import Order
 from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.data.sample import Batch, Caption, encode
 from diffmoe_ep.data.shards import Dataset
 
 T5, CLIP = TextEncoderInfo("t5", 3, 6, "float32", "a" * 64), TextEncoderInfo("clip", 2, 4, "float32", "b" * 64)
-FACTS = Manifest("tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 0, (), "made up", condition="text", text=(T5, CLIP))
-LABELS = replace(FACTS, condition="class", num_classes=5, text=())
+MANIFEST = Manifest(
+    "tiny", "pixels", (1, 1, 2), "float32", 1.0, 0.0, 0, (), "made up", condition="text", text=(T5, CLIP)
+)
+LABELS = replace(MANIFEST, condition="class", num_classes=5, text=())
 WANTED = CaptionSpec("t5", places=4, width=3)
 ONLINE = replace(WANTED, online=True)
 NUM_SAMPLES, SHARD_SIZE = 40, 5
 
 
-def captions(number: int, facts: Manifest = FACTS) -> tuple[Caption, ...]:
+def captions(number: int, manifest: Manifest = MANIFEST) -> tuple[Caption, ...]:
     """Up to three captions of sample `number`, of weights 1, 3 and 4; lengths 1 to 6, so that some have to be cut."""
     drawn = np.random.default_rng(number)
     return tuple(
         Caption(
-            f"caption {nth} of {number}", (1.0, 3.0, 4.0)[nth],
-            tuple(drawn.normal(size=(1 + (number + nth) % each.max_length, each.width)).astype(np.float16) for each in facts.text),
+            f"caption {nth} of {number}",
+            (1.0, 3.0, 4.0)[nth],
+            tuple(
+                drawn.normal(size=(1 + (number + nth) % each.max_length, each.width)).astype(np.float16)
+                for each in manifest.text
+            ),
         )
         for nth in range(1 + number % 3)
-    )  # fmt: skip
+    )
 
 
-def write_tiny(folder: Path, facts: Manifest = FACTS, num: int = NUM_SAMPLES) -> Dataset:
+def write_tiny(folder: Path, manifest: Manifest = MANIFEST, num: int = NUM_SAMPLES) -> Dataset:
     samples = [
         (
             f"k{number:03d}",
-            np.full(facts.stored_shape, number + 1, np.float32),
-            captions(number, facts) if facts.text or not facts.num_classes else number % 5,
+            np.full(manifest.stored_shape, number + 1, np.float32),
+            captions(number, manifest) if manifest.text or not manifest.num_classes else number % 5,
         )
         for number in range(num)
     ]
     return write_dataset(
-        folder, [(key, encode(array, condition, facts)) for key, array, condition in samples], facts, SHARD_SIZE
+        folder, [(key, encode(array, condition, manifest)) for key, array, condition in samples], manifest, SHARD_SIZE
     )
 
 
@@ -70,10 +78,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def make(dataset: Dataset | Mixture, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
-        "seed": 5, "batch": 8, "accumulation": 1, "rank": 0, "world": 1, "drop_condition": 0.0, "flip": False, "shuffle_block": 3,
-        "workers": 0, "prefetch": 2, "text": WANTED,
-    }  # fmt: skip
-    return Stream(dataset, **settings | changes)
+        "seed": 5,
+        "batch": 8,
+        "accumulation": 1,
+        "rank": 0,
+        "world": 1,
+        "condition_dropout": 0.0,
+        "flip": False,
+        "shuffle_block": 3,
+        "workers": 0,
+        "prefetch": 2,
+        "text": WANTED,
+    }
+    return open_stream(dataset, **settings | changes)
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -123,7 +140,7 @@ def chosen(position: int, number: int) -> Caption:
 @pytest.mark.parametrize("drop", [0.0, 0.4])
 @pytest.mark.parametrize("text", [WANTED, ONLINE, CaptionSpec("clip", 4, 2)], ids=["t5", "online", "clip"])
 def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: CaptionSpec, drop: float) -> None:
-    batch, order = joined(tiny, text=text, drop_condition=drop), Order(tiny.sizes, 5, 3)
+    batch, order = joined(tiny, text=text, condition_dropout=drop), Order(tiny.sizes, 5, 3)
     assert isinstance(batch.condition, CaptionFeatures)
     assert batch.condition.features.shape == (120, 4, 0 if text.online else text.width)
     assert batch.condition.features.dtype == torch.float32
@@ -151,8 +168,8 @@ def test_a_batch_is_what_its_positions_say(tiny: Dataset, text: CaptionSpec, dro
 def test_ranks_and_workers_change_nothing(
     tiny: Dataset, text: CaptionSpec, world: int, accumulation: int, workers: int
 ) -> None:
-    expected = joined(tiny, steps=6, text=text, drop_condition=0.3)
-    assert_equal(joined(tiny, 6, world, accumulation, workers=workers, text=text, drop_condition=0.3), expected)
+    expected = joined(tiny, steps=6, text=text, condition_dropout=0.3)
+    assert_equal(joined(tiny, 6, world, accumulation, workers=workers, text=text, condition_dropout=0.3), expected)
 
 
 def test_a_resumed_stream_continues(tiny: Dataset) -> None:
@@ -176,7 +193,7 @@ def test_captions_leave_every_other_draw_as_it_is(tiny: Dataset, tmp_path: Path)
 
 
 def test_everything_dropped_is_the_null_caption(tiny: Dataset) -> None:
-    batch = joined(tiny, 3, drop_condition=1.0)
+    batch = joined(tiny, 3, condition_dropout=1.0)
     assert isinstance(batch.condition, CaptionFeatures)
     assert batch.condition.features.shape == (24, 4, 3)
     assert not batch.condition.features.any()
@@ -214,7 +231,8 @@ def test_a_label_model_and_a_text_model_take_their_own_data(tiny: Dataset, tmp_p
         (
             WANTED,
             (CLIP,),
-            r"text\.encoder is t5, but .*tiny holds no features of it: it has clip \(width 2\); .*--t5 FOLDER.*text\.online=true",
+            r"text\.encoder is t5, but .*tiny holds no features of it: it has clip \(width 2\); .*--t5 "
+            r"FOLDER.*text\.online=true",
         ),
         (WANTED, (), "it has none at all"),
         (
@@ -229,7 +247,7 @@ def test_a_label_model_and_a_text_model_take_their_own_data(tiny: Dataset, tmp_p
 def test_features_that_are_not_there_are_told(
     tmp_path: Path, wanted: CaptionSpec, held: tuple[TextEncoderInfo, ...], message: str | None
 ) -> None:
-    mixture = Mixture([write_tiny(tmp_path / "tiny", replace(FACTS, text=held), 6)])
+    mixture = Mixture([write_tiny(tmp_path / "tiny", replace(MANIFEST, text=held), 6)])
     if message is None:
         assert len(next(make(mixture, text=wanted, batch=2))) == 2
         return
@@ -239,8 +257,8 @@ def test_features_that_are_not_there_are_told(
 
 
 def test_mixed_features_must_be_of_one_encoder(tiny: Dataset, tmp_path: Path) -> None:
-    other = write_tiny(tmp_path / "other", replace(FACTS, text=(replace(T5, fingerprint="c" * 64), CLIP)))
-    longer = write_tiny(tmp_path / "longer", replace(FACTS, text=(replace(T5, max_length=9),)))
+    other = write_tiny(tmp_path / "other", replace(MANIFEST, text=(replace(T5, fingerprint="c" * 64), CLIP)))
+    longer = write_tiny(tmp_path / "longer", replace(MANIFEST, text=(replace(T5, max_length=9),)))
     with pytest.raises(
         ConfigError,
         match=f"the t5 features in .*other were made by .* fingerprint {'c' * 64}, those in .*tiny by .*{'a' * 64}",
@@ -349,7 +367,7 @@ def test_the_features_of_other_encoders_are_not_read(tmp_path: Path) -> None:
     "content", [{"text": "\ud800", "weight": 1}, {"text": "a", "weight": 10**400}, {"text": "a", "weight": 1e200}]
 )
 def test_words_and_weights_that_nothing_can_use_are_faults(tmp_path: Path, content: dict[str, Any]) -> None:
-    dataset = write_tiny(tmp_path / "tiny", replace(FACTS, text=()), 5)
+    dataset = write_tiny(tmp_path / "tiny", replace(MANIFEST, text=()), 5)
     entry = json.dumps([content | {"lengths": {}}]).encode()
     overwritten = Dataset(Path(dataset.folder), dataset.manifest)
     read = overwritten.read

@@ -22,10 +22,10 @@ import pytest
 
 from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, DataConfig
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.remote.cache import Cache
 from diffmoe_ep.data.remote.fetch import Access, Unavailable, is_remote, shown
-from diffmoe_ep.data.sample import encode
 from diffmoe_ep.data.shards import Dataset
 
 FACTS = Manifest("tiny", "pixels", (1, 8, 9), "uint8", 0.5, -1.0, 4, (), "made up")
@@ -153,7 +153,8 @@ REASONS = {
     "drop": "the server answered with nothing; curl ended with code 52",
     "cut": "the connection broke before the end; curl ended with code 18",
     "corrupt": "the bytes that came are damaged (their sha256 is not the manifest's)); put a sound copy there",
-    "404": "the server answered with an HTTP error, such as 403, 404 or 500; curl ended with code 22); see that the file is there",
+    "404": "the server answered with an HTTP error, such as 403, 404 or 500; curl ended with code 22); see that the "
+    "file is there",
 }
 
 

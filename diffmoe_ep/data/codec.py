@@ -1,4 +1,4 @@
-"""What one stored sample holds, to bytes and back, and the Batch that training receives.
+"""What one stored sample holds, to bytes and back.
 
 A sample has one array as npy: `pixels.npy` (C, H, W), or `moments.npy` (flips, 2C, H, W), the unscaled mean and
 log-variance of a VAE's posterior for the image and, if flips is 2, its mirror image; and its condition: `cls`, its
@@ -18,40 +18,11 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 
-from diffmoe_ep.data.condition import CaptionFeatures
-from diffmoe_ep.data.manifest import NPY_ERRORS, REMEDY, TEXT_DTYPE, DataError, Manifest, TextEncoderInfo
-from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.data.shards import Content, Dataset
+from diffmoe_ep.data.manifest import NPY_ERRORS, TEXT_DTYPE, Manifest, TextEncoderInfo
+from diffmoe_ep.data.store import Content
 
 LARGEST_WEIGHT = 1e100  # of a caption, so that sums stay finite
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Everything that training needs of B samples, drawn by their positions."""
-
-    latent: torch.Tensor  # (B, C, H, W) float32, final: scaled and shifted
-    noise: torch.Tensor  # (B, C, H, W) float32, standard normal
-    u: torch.Tensor  # (B,) float32 in [0, 1), which the objective maps to a time
-    condition: (
-        torch.Tensor | CaptionFeatures
-    )  # (B,) int64 label, the null class num_classes where it was dropped; or captions, then of length 0
-    position: torch.Tensor  # (B,) int64 place in the endless stream
-    captions: tuple[
-        str, ...
-    ] = ()  # the captions' words where they are still to be encoded, nothing where it was dropped
-
-    def __len__(self) -> int:
-        return len(self.position)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on another device."""
-        latent, noise, u, position = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.latent, self.noise, self.u, self.position)
-        )
-        return Batch(latent, noise, u, self.condition.to(device, non_blocking=non_blocking), position, self.captions)
 
 
 @dataclass(frozen=True)
@@ -63,10 +34,10 @@ class Caption:
     features: tuple[np.ndarray, ...] = ()  # of each text encoder in the manifest, (length, width) float16
 
 
-Condition = int | tuple[Caption, ...]  # the label, or the captions, as the manifest's `condition` says
+StoredCondition = int | tuple[Caption, ...]  # the label, or the captions, as the manifest's `condition` says
 
 
-def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[str, bytes]:
+def encode(array: np.ndarray, condition: StoredCondition, manifest: Manifest) -> dict[str, bytes]:
     """The fields of a sample that `decode` gives back; ValueError if array or condition are not what the manifest
     announces.
     """
@@ -74,7 +45,7 @@ def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[
         raise ValueError(
             f"{manifest.name} stores {manifest.dtype} {manifest.stored_shape}, got {array.dtype} {array.shape}"
         )
-    if not _all_finite(array):
+    if not all_finite(array):
         raise ValueError(f"{manifest.name}: an array to be stored has values that are not finite")
     stored = {f"{manifest.kind}.npy": _encode_npy(array)}
     if manifest.condition == "text":
@@ -86,7 +57,7 @@ def encode(array: np.ndarray, condition: Condition, manifest: Manifest) -> dict[
     return stored | {"cls": str(condition).encode()}
 
 
-def decode(fields: Mapping[str, Content], manifest: Manifest) -> tuple[np.ndarray, Condition]:
+def decode(fields: Mapping[str, Content], manifest: Manifest) -> tuple[np.ndarray, StoredCondition]:
     """The stored array and condition of a sample, checked against the manifest; ValueError, without shard and key, for
     other content.
     """
@@ -100,7 +71,7 @@ def decode_array(fields: Mapping[str, Content], manifest: Manifest, finite: bool
     """
     name = f"{manifest.kind}.npy"
     array = _decode_npy(fields[name], name, manifest.dtype, manifest.stored_shape)
-    return _checked(array, name) if finite else array
+    return check_finite(array, name) if finite else array
 
 
 def decode_label(fields: Mapping[str, Content], manifest: Manifest) -> int:
@@ -117,7 +88,7 @@ def decode_captions(fields: Mapping[str, Content], manifest: Manifest) -> tuple[
     features = []
     for encoder in manifest.text:
         lengths = [entry["lengths"][encoder.name] for entry in entries]
-        rows = _checked(
+        rows = check_finite(
             _decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (sum(lengths), encoder.width)), encoder.field
         )
         features.append(np.split(rows, np.cumsum(lengths)[:-1]))
@@ -144,30 +115,7 @@ def decode_caption(
     ends = list(accumulate(entry["lengths"][encoder.name] for entry in entries))
     rows = _decode_npy(fields[encoder.field], encoder.field, TEXT_DTYPE, (ends[-1], encoder.width))
     begin = ends[number] - entries[number]["lengths"][encoder.name]
-    return Caption(text, weight, (_checked(rows[begin : ends[number]], encoder.field),))
-
-
-def read_sample(dataset: Dataset, shard: int, sample: int) -> tuple[np.ndarray, Condition]:
-    """Stored array and condition of a sample of a dataset; DataError names shard and key."""
-    fields = dataset.read(shard, sample)
-    try:
-        return decode(fields, dataset.manifest)
-    except ValueError as error:
-        raise named(error, dataset, shard, sample) from error
-
-
-def read_labelled(dataset: Dataset, shard: int, sample: int, finite: bool = True) -> tuple[np.ndarray, int]:
-    """As `read_sample`, of a dataset with labels; `finite`: look at the array's values."""
-    fields, manifest = dataset.read(shard, sample), dataset.manifest
-    try:
-        return decode_array(fields, manifest, finite), decode_label(fields, manifest)
-    except ValueError as error:
-        raise named(error, dataset, shard, sample) from error
-
-
-def named(error: ValueError, dataset: Dataset, shard: int, sample: int) -> DataError:
-    """What is wrong with a sample's content, with its shard and key."""
-    return DataError(f"{dataset.where(shard, sample)}: {error}; {REMEDY}")
+    return Caption(text, weight, (check_finite(rows[begin : ends[number]], encoder.field),))
 
 
 def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[str, bytes]:
@@ -181,7 +129,7 @@ def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[
     fields = {"captions.json": content}
     for number, encoder in enumerate(manifest.text):
         rows = np.concatenate([caption.features[number] for caption in captions])  # (sum of lengths, width)
-        if rows.dtype != np.dtype(TEXT_DTYPE) or rows.shape[1:] != (encoder.width,) or not _all_finite(rows):
+        if rows.dtype != np.dtype(TEXT_DTYPE) or rows.shape[1:] != (encoder.width,) or not all_finite(rows):
             raise ValueError(
                 f"{encoder.field}: expected finite {TEXT_DTYPE} of width {encoder.width}, got {rows.dtype} {rows.shape}"
             )
@@ -208,12 +156,14 @@ def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]
             raise ValueError(f"captions.json: weight {str(weight)[:20]} is not a number above 0")
         if not isinstance(lengths, dict) or list(lengths) != [encoder.name for encoder in manifest.text]:
             raise ValueError(
-                f"captions.json: lengths {str(lengths)[:60]} are not those of {[encoder.name for encoder in manifest.text]}"
+                f"captions.json: lengths {str(lengths)[:60]} are not those of "
+                f"{[encoder.name for encoder in manifest.text]}"
             )
         for encoder in manifest.text:
             if type(lengths[encoder.name]) is not int or not 0 < lengths[encoder.name] <= encoder.max_length:
                 raise ValueError(
-                    f"captions.json: {encoder.name} has length {lengths[encoder.name]!r}, expected 1 to {encoder.max_length}"
+                    f"captions.json: {encoder.name} has length {lengths[encoder.name]!r}, expected 1 to "
+                    f"{encoder.max_length}"
                 )
     return entries
 
@@ -258,16 +208,19 @@ def expected_header(dtype_name: str, shape: tuple[int, ...]) -> tuple[bytes, np.
     return file.getvalue(), dtype, dtype.itemsize * math.prod(shape)
 
 
-def _checked(array: np.ndarray, name: str) -> np.ndarray:
-    if array.dtype.kind == "f" and not _all_finite(array):
+def check_finite(array: np.ndarray, name: str) -> np.ndarray:
+    """The array; ValueError if some of its values are not finite. `name`: of its member."""
+    if not all_finite(array):
         raise ValueError(f"{name} holds values that are not finite")
     return array
 
 
-def _all_finite(array: np.ndarray) -> bool:
+def all_finite(array: np.ndarray) -> bool:
     """Whether no value is infinite or NaN; for float16, whose bits order as numbers do, ten times as fast as NumPy's
     own test.
     """
+    if array.dtype.kind != "f":
+        return True
     if array.dtype != np.float16:
         return bool(np.isfinite(array).all())
     flat = array.reshape(-1)
@@ -288,23 +241,3 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version != (1, 0):
         raise ValueError(f"version {version[0]}.{version[1]}")
     return np.lib.format.read_array_header_1_0(file)
-
-
-def deviation(log_variance: np.ndarray) -> np.ndarray:
-    """The posterior's standard deviation, of the shape and type of `log_variance`."""
-    found: np.ndarray = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
-    return found
-
-
-def final_latent(array: np.ndarray, manifest: Manifest, flipped: bool, seed: int, position: int) -> np.ndarray:
-    """The (C, H, W) float32 latent that the model trains on: mirrored if asked, sampled from its posterior, scaled and
-    shifted.
-    """
-    if manifest.kind == "pixels":
-        values = (array[:, :, ::-1] if flipped else array).astype(np.float32)
-    else:
-        mean, log_variance = np.split(array[int(flipped)].astype(np.float32), 2)
-        values = mean + deviation(log_variance) * generator_for(seed, position, "posterior").standard_normal(
-            mean.shape, dtype=np.float32
-        )
-    return values * np.float32(manifest.scale) + np.float32(manifest.shift)

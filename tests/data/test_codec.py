@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
+from diffmoe_ep.data.codec import Caption, StoredCondition, decode, encode
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
-from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.data.sample import Batch, Caption, Condition, decode, encode, final_latent
 
 PIXELS = Manifest("tiny", "pixels", (3, 4, 5), "uint8", 1 / 8, -1.0, 10, (), "made up")
 FLOATS = replace(PIXELS, dtype="float32", scale=2.0, shift=0.5)
@@ -86,42 +84,6 @@ def test_encode_refuses_what_the_manifest_does_not_announce() -> None:
         encode(array_for(FLOATS), 1, PIXELS)
     with pytest.raises(ValueError, match="label 10"):
         encode(array_for(PIXELS), 10, PIXELS)
-
-
-def test_pixels_are_mirrored_and_scaled() -> None:
-    array = array_for(PIXELS)
-    plain = final_latent(array, PIXELS, False, seed=0, position=0)
-    assert plain.dtype == np.float32
-    np.testing.assert_array_equal(plain, array.astype(np.float32) / 8 - 1)
-    np.testing.assert_array_equal(final_latent(array, PIXELS, True, 0, 0), plain[:, :, ::-1])
-
-
-@pytest.mark.parametrize("flipped", [False, True])
-def test_moments_are_sampled_with_the_position_s_noise_and_scaled(flipped: bool) -> None:
-    array = array_for(MOMENTS)
-    mean, log_variance = array[int(flipped), :2].astype(np.float64), array[int(flipped), 2:].astype(np.float64)
-    noise = generator_for(9, 41, "posterior").standard_normal((2, 4, 4), dtype=np.float32)
-    expected = (mean + np.sqrt(np.exp(log_variance)) * noise) * 0.18215
-    found = final_latent(array, MOMENTS, flipped, seed=9, position=41)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert not np.array_equal(found, final_latent(array, MOMENTS, flipped, seed=9, position=42))
-    shifted = final_latent(array, replace(MOMENTS, shift=0.25), flipped, seed=9, position=41)
-    np.testing.assert_allclose(shifted, expected + 0.25, rtol=1e-5, atol=1e-6)
-
-
-def test_extreme_log_variances_stay_finite() -> None:
-    array = np.full(MOMENTS.stored_shape, 60000, dtype=np.float16)
-    assert np.isfinite(final_latent(array, MOMENTS, False, 0, 0)).all()
-
-
-def test_batch_moves_and_counts() -> None:
-    batch = Batch(
-        torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.tensor([1, 2]), torch.tensor([8, 9])
-    )
-    moved = batch.to("meta", non_blocking=True)
-    assert len(batch) == len(moved) == 2
-    assert {getattr(moved, name).device.type for name in ("latent", "noise", "u", "condition", "position")} == {"meta"}
 
 
 TEXT = replace(
@@ -218,7 +180,7 @@ def test_other_captions_are_refused(change: dict[str, bytes], message: str) -> N
         ((Caption("a", 1.0, (np.full((5, 4), np.inf, np.float16), np.zeros((1, 2), np.float16))),), "expected finite"),
     ],
 )
-def test_captions_that_cannot_be_stored(condition: Condition, message: str) -> None:
+def test_captions_that_cannot_be_stored(condition: StoredCondition, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encode(array_for(TEXT), condition, TEXT)
     with pytest.raises(ValueError, match="10 classes, got label"):
