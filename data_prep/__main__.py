@@ -92,7 +92,15 @@ def prepare_journeydb(options: argparse.Namespace) -> None:
 def prepare_tiny_t5(options: argparse.Namespace) -> None:
     """Write a text encoder for the captions of the digits."""
     _demand_no_dataset(options.out)
-    made = tiny_t5.make(options.out, options.steps, options.seed, options.width, options.layers)
+    with tqdm(desc="tiny T5", total=options.steps, unit="step", delay=2.0, leave=False) as bar:
+
+        def show(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        made = tiny_t5.make_tiny_t5(
+            options.out, options.steps, options.seed, options.width, options.layers, progress=show
+        )
     learnt = f"trained for {options.steps} steps on captions of the digits" if options.steps else "random, not trained"
     print(f"{options.out}: a T5 encoder of bytes, {learnt} ({'written' if made else 'already there'})")
 

@@ -32,7 +32,7 @@ FENCES = {
     "deepspeed": ("diffmoe_ep/train/engine.py", "diffmoe_ep/model/parallelize.py", "diffmoe_ep/bench/"),
     "webdataset": ("diffmoe_ep/data/", "data_prep/", "diffmoe_ep/bench/"),
     "diffusers": ("diffmoe_ep/encoders/",),
-    "transformers": ("diffmoe_ep/encoders/", "data_prep/tiny_encoder.py"),
+    "transformers": ("diffmoe_ep/encoders/", "data_prep/tiny_t5.py"),
     "yaml": ("diffmoe_ep/config/",),
     "os.environ": ("diffmoe_ep/parallel/mesh.py", "data_prep/__main__.py"),  # who a process is among others
     "os.getenv": ("diffmoe_ep/parallel/mesh.py",),

@@ -10,7 +10,7 @@ import torch
 from data_prep import tiny_t5
 from data_prep.__main__ import main
 from data_prep.digits_captions import compose
-from data_prep.tiny_encoder import UNTOLD
+from data_prep.tiny_t5 import UNTOLD, make_tiny_t5
 from diffmoe_ep.encoders.text import load_text_encoder
 from pictures import content
 
@@ -101,10 +101,7 @@ def test_it_learns(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    from data_prep.tiny_encoder import make_tiny_t5
-
-    sizes = {"questions": tiny_t5.QUESTIONS, "answers": tiny_t5.ANSWERS, "width": 32, "layers": 1}
-    make_tiny_t5(tmp_path / "t5", tiny_t5.lesson, steps=40, progress=losses.append, **sizes)
+    make_tiny_t5(tmp_path / "t5", steps=40, width=32, layers=1, progress=losses.append)
     assert torch.equal(torch.rand(1), expected)
     assert losses[0] > 2.2  # ln 11 is 2.4
     assert max(losses[-6:]) < 1.2
