@@ -161,7 +161,8 @@ def compare(config: Config, cluster: Cluster, mesh: Mesh, rounds: int = ROUNDS) 
     layout = Layout(1, 1, config.parallel.zero_stage, config.compute.recompute)
     model = config.model
     return Comparison(
-        name=f"{model.family}, hidden {model.hidden_size}, {model.num_blocks} blocks, {config.train.global_batch} samples",
+        name=f"{model.family}, hidden {model.hidden_size}, {model.num_blocks} blocks, "
+        f"{config.train.global_batch} samples",
         measurement=probe.measurement(),
         estimate=estimate(config, layout, alone.measured(probe.measurement())),
         seconds=min(taken),

@@ -104,7 +104,8 @@ class LayerBench:
         compiled = "; dense and ours compiled" if self.compiled else ""
         ranks = f"{self.ranks} ranks, each with its share of the experts; " if self.ranks > 1 else ""
         return [
-            f"one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; {self.compute}{compiled}",
+            "one MoE layer, forward and backward, as a multiple of one dense FFN on the same tokens; "
+            f"{self.compute}{compiled}",
             self.device,
             *table(rows),
             f"{ranks}{conditions(self.turns, *self.load)}",

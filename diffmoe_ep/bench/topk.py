@@ -180,7 +180,8 @@ def measure(mesh: Mesh, work: Work, repetitions: int = 20) -> Measured | None:
     """
     if work.experts % mesh.size:
         raise ConfigError(
-            f"{work.experts} experts do not divide over {mesh.size} ranks, so that nothing can be dispatched; give a multiple"
+            f"{work.experts} experts do not divide over {mesh.size} ranks, so that nothing can be dispatched; "
+            "give a multiple"
         )
     scores, logits = _drawn(work, mesh)
     k = tokens_per_expert(work.tokens * mesh.size, work.capacity, work.experts)

@@ -1,6 +1,6 @@
 """What a cluster is able to do, and what was measured on it: the figures behind every prediction of time and fit.
 
-Rates are what a program achieves, not what a brochure says, except `peak_tflops`, which only utilisation (MFU) is
+Rates are what a program achieves, not what a brochure says, except `peak_tflops`, which only utilization (MFU) is
 measured by. GB and TB are decimal (1e9, 1e12); links count one direction for one rank.
 """
 
@@ -85,7 +85,8 @@ class Cluster:
     def title(self) -> str:
         """The cluster in words."""
         nodes = f"{self.nodes} nodes of " if self.nodes > 1 else ""
-        return f"{nodes}{self.ranks_per_node} x {self.device}, {self.memory_gb:g} GB each ({self.reserve_gb:g} GB not ours)"
+        memory = f"{self.memory_gb:g} GB each ({self.reserve_gb:g} GB not ours)"
+        return f"{nodes}{self.ranks_per_node} x {self.device}, {memory}"
 
 
 def load_cluster(path: str | Path, measurement: str | Path | None = None) -> Cluster:

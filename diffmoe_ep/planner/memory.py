@@ -1,4 +1,4 @@
-"""Bytes that one rank holds in a training step, by part and by moment, from a config and a layout alone.
+"""Bytes that one rank holds in a training step, by part and by phase, from a config and a layout alone.
 
 Legend: P parameters of a rank, S tokens of its micro-step, D hidden size, F width of an expert, N experts, R rows that
 its experts get, A (token, expert) pairs of its tokens, T tokens of a sample, M places of a caption, H heads, c bytes of
@@ -6,9 +6,9 @@ the compute type (4, or 2 under bf16).
 
 Weights are float32 at every stage and are the master weights; bf16 is a compute type, by autocast. ZeRO 1 and 2 keep
 the weights whole on every rank (as views of flat groups) and hold beside them a float32 copy of this rank's part, which
-the optimiser moves, and that part's moments. So ZeRO saves moments, and at stage 2 gradients; it adds the part's copy.
+the optimizer moves, and that part's moments. So ZeRO saves moments, and at stage 2 gradients; it adds the part's copy.
 
-A step's memory peaks at one of four moments, and what is held at each is listed in `_moments`. Not counted: the data
+A step's memory peaks in one of four phases, and what is held in each is listed in `_phases`. Not counted: the data
 loader's batches, what libraries take for themselves (a cluster file's reserve_gb), fragmentation.
 """
 
@@ -31,25 +31,27 @@ from diffmoe_ep.planner.layout import Layout, share
 from diffmoe_ep.planner.operations import FLOAT, Load, Operations, operations, saved
 from diffmoe_ep.planner.weights import Weight, partitions, weights
 
-PARTS = ("weights", "master copy", "moments", "EMA", "gradients", "reduced gradients", "gradient buckets", "activations", "bf16 copies",
-         "dispatch buffers", "workspace")  # fmt: skip
+PARTS = (
+    "weights", "master copy", "moments", "EMA", "gradients", "reduced gradients", "gradient buckets", "activations",
+    "bf16 copies", "dispatch buffers", "workspace",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank in a step."""
 
-    moments: dict[str, dict[str, int]]  # moment -> part -> bytes; a part that is not named holds nothing then
+    phases: dict[str, dict[str, int]]  # phase -> part -> bytes; a part that is not named holds nothing then
 
     @cached_property
-    def moment(self) -> str:
+    def phase(self) -> str:
         """When most is held."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @cached_property
     def peak(self) -> dict[str, int]:
         """What each part holds then."""
-        return {part: self.moments[self.moment].get(part, 0) for part in PARTS}
+        return {part: self.phases[self.phase].get(part, 0) for part in PARTS}
 
     @cached_property
     def total(self) -> int:
@@ -69,7 +71,7 @@ def memory(config: Config, layout: Layout, kind: Literal["cuda", "cpu"] = "cuda"
     part = share(config, layout)
     rows, pairs = (part.most_rows, part.most_pairs) if most else (part.rows, part.pairs)
     forward = forward_of(config, layout, kind, rows, pairs)
-    return Memory(_moments(config, layout, forward, rows, pairs, kernel_of(config, layout, kind)))
+    return Memory(_phases(config, layout, forward, rows, pairs, kernel_of(config, layout, kind)))
 
 
 def forward_of(config: Config, layout: Layout, kind: Literal["cuda", "cpu"], rows: int, pairs: int) -> Operations:
@@ -79,7 +81,7 @@ def forward_of(config: Config, layout: Layout, kind: Literal["cuda", "cpu"], row
     return operations(model, Load(samples, pairs, rows, model.num_experts // layout.expert, bf16, kind, kernel))
 
 
-def kept(forward: Operations, recompute: Recompute) -> int:
+def saved_activations(forward: Operations, recompute: Recompute) -> int:
     """Bytes of activations that are held when the forward of one micro-step has ended."""
     outside, attention = saved(forward.before) + saved(forward.after), saved(forward.attention)
     dense, moe = saved(forward.dense), saved(forward.moe)
@@ -90,7 +92,7 @@ def kept(forward: Operations, recompute: Recompute) -> int:
     return outside + sum(attention + (moe if is_moe else dense) for is_moe in forward.blocks)
 
 
-def again(forward: Operations, recompute: Recompute) -> int:
+def recomputed(forward: Operations, recompute: Recompute) -> int:
     """Bytes that the largest of the blocks holds while its backward runs on what was computed again."""
     ffn = max(saved(forward.moe if is_moe else forward.dense) for is_moe in forward.blocks)
     return {"none": 0, "ffn": ffn, "block": saved(forward.attention) + ffn}[recompute]
@@ -106,13 +108,13 @@ def kernel_of(config: Config, layout: Layout, kind: str) -> Kernel:
     return choose_kernel(kind, dtype, even, model.hidden_size, expert_width(model))
 
 
-def _moments(
+def _phases(
     config: Config, layout: Layout, forward: Operations, rows: int, pairs: int, kernel: Kernel
 ) -> dict[str, dict[str, int]]:
     held, compute = weights(config.model, layout.expert), _width(config)
     groups, total = partitions(held, layout), sum(weight.numel for weight in held)
     flat = bool(layout.zero)
-    mine = sum(group.part for group in groups) if flat else total  # elements whose optimiser state is here
+    mine = sum(group.part for group in groups) if flat else total  # elements whose optimizer state is here
     touched = sum(group.touched for group in groups)
     optimizer = config.train.optimizer
     state = 2 if optimizer.kind == "adamw" else int(optimizer.momentum > 0)
@@ -125,31 +127,36 @@ def _moments(
     reduced = FLOAT * touched  # reduced gradients of the parameters that this rank's part touches
     largest = max(weight.numel for weight in held)
     buckets = FLOAT * _buckets(held, layout, reduce_bucket(config))
-    before = (
-        (reduced if layout.zero == 2 else FLOAT * total) if config.train.grad_accumulation > 1 else 0
-    )  # of earlier micro-steps
+    # gradients of earlier micro-steps
     before_name = "reduced gradients" if layout.zero == 2 else "gradients"
+    before = 0
+    if config.train.grad_accumulation > 1:
+        before = reduced if layout.zero == 2 else FLOAT * total
     all_copies = sum(copies(config, "none", held, kernel))
     kept_copies, copies_of_again = copies(config, layout.recompute, held, kernel)
     hidden, width = config.model.hidden_size, expert_width(config.model)
     buffers = (rows + pairs) * hidden * compute if layout.expert > 1 else 0
     widest = max(rows * width, share(config, layout).tokens * 4 * hidden)
     workspace = 2 * widest * compute + FLOAT * largest  # gradients on their way through an FFN, and one weight's
-    activations = kept(forward, layout.recompute)
     backward = {
         before_name: before,
-        "activations": activations + again(forward, layout.recompute),
+        "activations": saved_activations(forward, layout.recompute) + recomputed(forward, layout.recompute),
         "bf16 copies": kept_copies + copies_of_again,
         "dispatch buffers": buffers,
         "workspace": workspace,
+    }
+    forward_end = {
+        before_name: before,
+        "activations": saved_activations(forward, layout.recompute),
+        "bf16 copies": all_copies,
+        "dispatch buffers": buffers,
     }
     if layout.zero == 2:  # reduced as they come
         backward |= {"reduced gradients": before + reduced, "gradient buckets": buckets}
     whole = {"gradients": FLOAT * total} if layout.zero < 2 else {}
     ready = {"reduced gradients": (before * (layout.zero == 2) + reduced) * flat}
     return {
-        "end of the forward": always
-        | {before_name: before, "activations": activations, "bf16 copies": all_copies, "dispatch buffers": buffers},
+        "end of the forward": always | forward_end,
         "start of the backward": always | backward,
         "reduction of gradients": always | whole | ready | {"gradient buckets": buckets},
         "optimizer's step": always | ({"reduced gradients": reduced + FLOAT * mine} if flat else whole),

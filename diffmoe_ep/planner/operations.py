@@ -23,7 +23,9 @@ from diffmoe_ep.moe.kernels.saved import saved_elements
 FLOAT = 4  # bytes
 LONG = 8
 
-Module = Literal["FFN", "experts", "shared experts", "attention", "cross-attention", "adaLN", "router", "predictor", "other"]  # fmt: skip
+Module = Literal[
+    "FFN", "experts", "shared experts", "attention", "cross-attention", "adaLN", "router", "predictor", "other"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ class _Maker:
 
     @property
     def order(self) -> int:
-        """Bytes of the order of received rows by expert and its inverse, where several ranks send to several experts."""
+        """Bytes of the order of received rows by expert and its inverse, if several ranks send to several experts."""
         return 2 * int(self.load.rows) * LONG if 1 < self.load.experts < self.model.num_experts else 0
 
     @property

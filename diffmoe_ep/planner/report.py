@@ -42,8 +42,9 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """The estimate as plain data: bytes and seconds."""
         return {
-            **asdict(self.layout), "fits": self.verdict, "bytes": self.memory.total, "bytes_most": self.most.total, "room": self.room,
-            "peak": {"moment": self.memory.moment, **self.memory.peak}, "moments": self.memory.moments,
+            **asdict(self.layout), "fits": self.verdict, "bytes": self.memory.total,
+            "bytes_most": self.most.total, "room": self.room,
+            "peak": {"phase": self.memory.phase, **self.memory.peak}, "phases": self.memory.phases,
             "seconds": self.step.seconds, "seconds_overlapped": self.step.overlapped, "parts": self.step.parts,
             "mfu": self.step.mfu, "mfu_overlapped": self.step.mfu * self.step.seconds / self.step.overlapped,
             "samples_per_second": self.step.rate(), "samples_per_day": self.step.rate() * DAY,
@@ -92,7 +93,8 @@ class ClusterPlan:
         """The plan as plain data: bytes, seconds."""
         best, own = self.best, self.own
         return {
-            "cluster": asdict(self.cluster), "samples": self.samples, "parameters": count(self.config.model).total, "reason": self.reason,
+            "cluster": asdict(self.cluster), "samples": self.samples, "parameters": count(self.config.model).total,
+            "reason": self.reason,
             "config": None if own is None else own.as_dict() | {"days": self.days(own)},
             "best": None if best is None else best.as_dict() | {"days": self.days(best)},
             "layouts": [estimate.as_dict() | {"days": self.days(estimate)} for estimate in self.estimates],
@@ -103,7 +105,8 @@ def flows(moved: Traffic) -> dict[str, Flow]:
     """A rank's traffic by purpose."""
     return {
         "selection of a layer": moved.selection, "rows of a layer, one way": moved.dispatch,
-        "dense gradients": moved.dense_gradients, "expert gradients": moved.expert_gradients, "weights after the step": moved.gather,
+        "dense gradients": moved.dense_gradients, "expert gradients": moved.expert_gradients,
+        "weights after the step": moved.gather,
     }  # fmt: skip
 
 
@@ -114,7 +117,8 @@ def lines(plan: ClusterPlan) -> list[str]:
     which = "config's" if shown is own else "best" if shown is best else "smallest"
     return [
         *_head(plan), "", *_layouts(plan), "",
-        f"The {which} layout: {shown.layout.name}", "", *_details(shown), "", *_traffic(plan, shown), "", *_verdict(plan),
+        f"The {which} layout: {shown.layout.name}", "", *_details(shown), "", *_traffic(plan, shown), "",
+        *_verdict(plan),
     ]  # fmt: skip
 
 
@@ -189,7 +193,7 @@ def _details(one: Estimate) -> list[str]:
     times = [("time of a step", "time", "share")]
     times += [(name, duration(taken), f"{taken / step.seconds:.1%}") for name, taken in step.parts.items() if taken]
     times.append(("total", duration(step.seconds), f"{step.mfu:.1%} MFU"))
-    return [*beside(table(memory), table(times)), f"peak: {one.memory.moment}"]
+    return [*beside(table(memory), table(times)), f"peak: {one.memory.phase}"]
 
 
 def _traffic(plan: ClusterPlan, one: Estimate) -> list[str]:
@@ -249,5 +253,5 @@ def _verdict(plan: ClusterPlan) -> list[str]:
 def _excess(one: Estimate) -> str:
     return (
         f"a rank needs {size(one.memory.total)}, {size(one.over)} more than there is; most of it is "
-        f"{one.memory.largest}, {size(one.memory.peak[one.memory.largest])}, at the {one.memory.moment}"
+        f"{one.memory.largest}, {size(one.memory.peak[one.memory.largest])}, at the {one.memory.phase}"
     )

@@ -169,8 +169,8 @@ def check_layer(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
 
 def _model(experts: int) -> ModelConfig:
     return ModelConfig(
-        input_size=8, in_channels=1, out_channels=1, patch=2, hidden_size=HIDDEN, num_heads=2, num_blocks=1, num_classes=2, num_experts=experts,
-        interleave=False,
+        input_size=8, in_channels=1, out_channels=1, patch=2, hidden_size=HIDDEN, num_heads=2, num_blocks=1,
+        num_classes=2, num_experts=experts, interleave=False,
     )  # fmt: skip
 
 

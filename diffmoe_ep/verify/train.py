@@ -88,12 +88,17 @@ def config_of(kind: str, mesh: Mesh, expert: int, zero: int, timeout_minutes: fl
         "folder": "verify writes nothing",
         "data": {"workers": 0, "flip": False},
         "model": {
-            "input_size": SHAPE[1], "in_channels": 1, "out_channels": 1, "hidden_size": 32, "num_blocks": 4, "num_heads": 2, "num_classes": CLASSES,
-            "num_experts": num_experts(mesh.size),
+            "input_size": SHAPE[1], "in_channels": 1, "out_channels": 1, "hidden_size": 32, "num_blocks": 4,
+            "num_heads": 2, "num_classes": CLASSES, "num_experts": num_experts(mesh.size),
         },
         "pool": {"span": pools},
-        "train": {"steps": STEPS, "global_batch": BATCH * mesh.size, "grad_accumulation": ACCUMULATION[kind], "precision": "float32"},
-        "parallel": {"expert_parallel": expert, "zero_stage": zero, "timeout_minutes": max(1, math.ceil(timeout_minutes))},
+        "train": {
+            "steps": STEPS, "global_batch": BATCH * mesh.size, "grad_accumulation": ACCUMULATION[kind],
+            "precision": "float32",
+        },
+        "parallel": {
+            "expert_parallel": expert, "zero_stage": zero, "timeout_minutes": max(1, math.ceil(timeout_minutes)),
+        },
     }  # fmt: skip
     return from_tree(tree, KINDS[kind])
 

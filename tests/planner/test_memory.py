@@ -100,7 +100,7 @@ def test_every_part_is_what_the_tensors_hold(
     config = small(tmp_path, family, precision, expert, zero)
     found = run(world, held, config, timeout=240)
     mean, most = (memory(config, layout(config, world), "cpu", which) for which in (False, True))
-    backward, reduction = mean.moments["start of the backward"], mean.moments["reduction of gradients"]
+    backward, reduction = mean.phases["start of the backward"], mean.phases["reduction of gradients"]
     predicted = {part: backward.get(part, 0) for part in PARTS if part != "workspace"}
     predicted |= {part: reduction.get(part, 0) for part in ("gradients", "reduced gradients", "gradient buckets")}
     by_rank = {part: [one.get(part, 0) for one in found] for part in predicted}
@@ -108,7 +108,7 @@ def test_every_part_is_what_the_tensors_hold(
         told = f"{part}: predicted {bytes_:,}, found {by_rank[part]}"
         if part in ("activations", "dispatch buffers"):  # by the rows
             assert within(bytes_, sum(by_rank[part]) / world), told
-            assert max(by_rank[part]) <= 1.001 * most.moments["start of the backward"][part], told
+            assert max(by_rank[part]) <= 1.001 * most.phases["start of the backward"][part], told
         else:
             assert within(bytes_, max(by_rank[part])), told
     total = sum(sum(one.values()) for one in found) / world
@@ -124,7 +124,7 @@ def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision:
     """The allocator's own account of a forward, with activations kept and computed again."""
     config = small(tmp_path, family, precision, 1, 0, recompute=recompute)
     (found,) = run(1, forward_allocates, config, timeout=240)
-    kept = memory(config, layout(config, 1), "cpu").moments["end of the forward"]["activations"]
+    kept = memory(config, layout(config, 1), "cpu").phases["end of the forward"]["activations"]
     kept += copies(
         config, config.compute.recompute, weights(config.model, 1), kernel_of(config, layout(config, 1), "cpu")
     )[0]
@@ -138,7 +138,7 @@ def test_what_each_kernel_keeps(tmp_path: Path, kernel: Any, family: str, precis
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, kernel=kernel))
     (found,) = run(1, forward_allocates, config, timeout=240)
     given = layout(config, 1)
-    kept = memory(config, given, "cpu").moments["end of the forward"]["activations"]
+    kept = memory(config, given, "cpu").phases["end of the forward"]["activations"]
     kept += copies(config, "none", weights(config.model, 1), kernel)[0]
     assert within(kept, found), f"predicted {kept:,}, found {found:,}"
 
@@ -191,7 +191,7 @@ def test_rows_that_experts_can_get(
 def test_recomputation_saves_activations_and_zero_saves_moments() -> None:
     config = from_tree({"model": {"size": "L"}, "train": {"global_batch": 64}})
     kept, ffn, block = (memory(config, Layout(8, 8, 1, kind)) for kind in ("none", "ffn", "block"))
-    activations = [one.moments["end of the forward"]["activations"] for one in (kept, ffn, block)]
+    activations = [one.phases["end of the forward"]["activations"] for one in (kept, ffn, block)]
     assert activations[0] > 1.5 * activations[1] > 3 * activations[2]
     without, stage = (memory(config, Layout(8, 1, zero, "none")) for zero in (0, 1))
     assert within(stage.peak["moments"] * 8, without.peak["moments"], 0.001)
