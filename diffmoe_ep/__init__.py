@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffmoe_ep.checkpoint.load import load_model
 
-__all__ = ["load_model"]
+__all__ = ["__version__", "load_model"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -135,7 +135,7 @@ install() {
     say "installing what DeepSpeed is built with"
     pip ninja numpy packaging setuptools wheel
     say "installing DeepSpeed, Megatron-core and the rest"
-    pip --no-build-isolation --editable "$root[prep,sample,eval,encode,fast,log,dev]"
+    pip --no-build-isolation --editable "${root}[prep,sample,eval,encode,fast,log,dev]"
     say "importing all of it once"
     import_once
     rm "$venv/unfinished"

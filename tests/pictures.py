@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def picture(seed: int, width: int = 20, height: int = 16, kind: str = "PNG") -> 
     return file.getvalue()
 
 
-def tar(path: Path, files: Mapping[str, bytes], mode: str = "w") -> Path:
+def tar(path: Path, files: Mapping[str, bytes], mode: Literal["w", "w:gz"] = "w") -> Path:
     """A tar of these files, in this order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as archive:

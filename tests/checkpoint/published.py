@@ -265,7 +265,7 @@ def compare_count(model: DiT, w: State, heads: int, mutation: str = "") -> None:
     )
     channels = model.config.in_channels
     for threshold in ("raw", "dynamic"):
-        model.eval().set_inference(InferenceRule("count", threshold))  # type: ignore[arg-type]
+        model.eval().set_inference(InferenceRule("count", threshold))
         with torch.no_grad():
             output = model(given["latent"], given["u"], given["y"])
         close(output.prediction[:, :channels], -prediction[:, :channels])

@@ -3,6 +3,7 @@ independent.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ class Mixture:
 GAUSSIAN = Mixture((0.7,), (1.0,), 0.5)
 
 
-def chain_oracle(mixture: Mixture, schedule: Schedule, v: float = -1.0):
+def chain_oracle(mixture: Mixture, schedule: Schedule, v: float = -1.0) -> Callable[[Tensor, float], Tensor]:
     """The ideal [eps; v] of a DDPM for the trained chain's numbers; between two of them by the log of noise over
     data.
     """

@@ -13,7 +13,7 @@ def save_vae(folder: Path, seed: int = 0, **more: object) -> Path:
     torch.manual_seed(seed)
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(**{**sizes, **kinds, "sample_size": 16, **more}).save_pretrained(folder)  # type: ignore[arg-type]
+    AutoencoderKL(**{**sizes, **kinds, "sample_size": 16, **more}).save_pretrained(folder)
     return folder
 
 

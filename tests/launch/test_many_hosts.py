@@ -226,15 +226,6 @@ def test_a_training_wants_a_config_and_help_starts_nothing(script: str) -> None:
     assert "--print" in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
-@pytest.mark.parametrize("script", ["deepspeed.sh", "environment.sh", "slurm.sbatch"])
-def test_scripts_are_clean(script: str) -> None:
-    done = subprocess.run(
-        ["shellcheck", "-x", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stdout
-
-
 # -- slurm.sbatch ------------------------------------------------------------------------------------------------------
 
 SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n'

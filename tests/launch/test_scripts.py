@@ -3,6 +3,7 @@ to do.
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -145,16 +146,60 @@ def test_quickstart_stops_at_the_first_failure(tmp_path: Path, module: str, call
     assert "where to look" not in done.stdout
 
 
-def test_all_checks_run_and_pass_arguments_to_pytest(tmp_path: Path) -> None:
-    done, asked = start("test.sh", tmp_path, "-x", "tests/moe")
+LINT = ["ruff check .", "ruff format --check .", "mypy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pytest_arguments"),
+    [
+        (("-x", "tests/moe"), "-q -x tests/moe"),
+        (("--fast",), "-q -m not slow"),
+        (("--fast", "tests/moe"), "-q -m not slow tests/moe"),
+        (("--lint",), None),
+    ],
+)
+def test_all_checks_run_and_pass_arguments_to_pytest(
+    tmp_path: Path, arguments: tuple[str, ...], pytest_arguments: str | None
+) -> None:
+    done, asked = start("test.sh", tmp_path, *arguments, TEST_PROCESSES="1")
     assert done.returncode == 0
-    assert [arguments for *_, arguments in asked] == ["ruff check .", "mypy", "pytest -q -x tests/moe"]
+    tests = [f"pytest {pytest_arguments}"] if pytest_arguments else []
+    assert [arguments for *_, arguments in asked] == LINT + tests
     assert {folder for folder, *_ in asked} == {str(ROOT)}
     assert done.stdout.endswith("all passed\n")
+
+
+def test_processes_share_the_tests_file_by_file(tmp_path: Path) -> None:
+    _, asked = start("test.sh", tmp_path, "tests/moe", TEST_PROCESSES="3")
+    assert asked[-1][3] == "pytest -q -n 3 --dist loadfile tests/moe"
 
 
 @pytest.mark.parametrize("fail", ["ruff", "mypy", "pytest", "ruff pytest"])
 def test_all_checks_run_whichever_fails(tmp_path: Path, fail: str) -> None:
     done, asked = start("test.sh", tmp_path, fail=fail)
-    assert (done.returncode, len(asked)) == (1, 3)
-    assert done.stdout.endswith(f"\nfailed: {fail}\n")
+    assert (done.returncode, len(asked)) == (1, 4)
+    assert done.stdout.endswith(f"\nfailed: {fail.replace('ruff', 'ruff format')}\n")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_ci_installs_what_skipped_tests_need_and_goes_on_without(tmp_path: Path, broken: bool) -> None:
+    """A machine that has pdsh and ip alone, on which apt works or does not."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "dirname", "timeout", "nproc", "awk", "sort", "head"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    apt = f'echo "$@" >>{tmp_path}/apt; exit {100 * broken}'
+    for name, does in {"id": "echo 0", "ip": "", "pdsh": "", "apt-get": apt}.items():
+        (programs / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
+        (programs / name).chmod(0o755)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.replace("/usr/bin/env bash", str(shutil.which("bash"))))
+    stand_in.chmod(0o755)
+    settings = {"PATH": str(programs), "DIFFMOE_PYTHON": str(stand_in), "ASKED": str(tmp_path / "asked"), "FAIL": ""}
+    done = subprocess.run([ROOT / ".ci/run"], env=settings, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "apt").read_text().splitlines()
+    assert calls[0].endswith(" update")
+    assert broken or calls[1].endswith(" openssh-server openssh-client shellcheck")
+    assert ("they could not be installed" in done.stdout) == broken
+    assert len((tmp_path / "asked").read_text().splitlines()) == 4
