@@ -5,7 +5,7 @@
 # Sets up its environment first (launch/setup.sh).
 #
 #   ./launch/gpu_check.sh                                     with configs/cluster/h200x1.yaml
-#   CLUSTER=configs/cluster/mine.yaml ./launch/gpu_check.sh   on another card
+#   CLUSTER=mine.yaml ./launch/gpu_check.sh                    on another card
 
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"

@@ -119,13 +119,13 @@ def _expert_gradients_times_replicas() -> Any:
 
 
 def _thresholds_twice() -> Any:
-    original = CapacityPredictor.move
+    original = CapacityPredictor.update
 
-    def move(self: CapacityPredictor, quantile: torch.Tensor) -> None:
+    def update(self: CapacityPredictor, quantile: torch.Tensor) -> None:
         original(self, quantile)
         original(self, quantile)
 
-    return mock.patch.object(CapacityPredictor, "move", move)
+    return mock.patch.object(CapacityPredictor, "update", update)
 
 
 FAULTS: dict[str | None, Callable[[], Any]] = {
