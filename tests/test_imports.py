@@ -43,15 +43,12 @@ FENCES = {
 EXTRAS = (
     "boto3", "botocore", "isal", "matplotlib", "PIL", "safetensors", "scipy", "sklearn", "tensorboard", "torchdiffeq",
 )  # fmt: skip
-# Files that bear the name of another on purpose: they measure it, prove it, or are its command (as are those of cli/).
-# Any other name stands for one thing.
+# A name stands for one thing. Files of these rooms may bear the name of what they start, measure or prove; so may, by
+# the table, a file for the thing beside it.
+MIRRORING = ("diffmoe_ep/cli/", "diffmoe_ep/bench/", "diffmoe_ep/verify/")
 MIRRORS = {
-    "diffmoe_ep/bench/layer.py": "diffmoe_ep/moe/layer.py",
-    "diffmoe_ep/verify/layer.py": "diffmoe_ep/moe/layer.py",
-    "diffmoe_ep/verify/train.py": "diffmoe_ep/train/",
-    "diffmoe_ep/bench/stream.py": "diffmoe_ep/data/loader/stream.py",
-    "diffmoe_ep/evaluate/capacity/report.py": "diffmoe_ep/planner/report.py",  # what a subject's numbers are, to read
-    "diffmoe_ep/sampling/sample.py": "diffmoe_ep/data/sample.py",  # the verb, and the thing: both are the field's words
+    "diffmoe_ep/evaluate/capacity/report.py": "diffmoe_ep/planner/report.py",  # a subject's numbers, to read
+    "diffmoe_ep/sampling/sample.py": "diffmoe_ep/data/sample.py",  # the verb and the thing: both the field's words
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
 MOST_LINES = 600
@@ -115,7 +112,7 @@ def namesakes(files: Iterable[str]) -> Iterator[str]:
     bearers: dict[str, str] = {}
     for name in sorted(files):
         base = Path(name).name
-        if base.startswith("__") or name.startswith("diffmoe_ep/cli/") or name in MIRRORS:
+        if base.startswith("__") or name.startswith(MIRRORING) or name in MIRRORS:
             continue
         if base in bearers:
             yield f"{name}: {bearers[base]} has that name; find another, or say in MIRRORS what it is to it"
