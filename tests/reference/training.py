@@ -165,10 +165,11 @@ def train(
             ((diffusion + predictor) / recipe.grad_accumulation).backward()
             losses.append((diffusion.item(), predictor.item()))
             layers.append(said)
-        total = math.sqrt(sum(tensor.grad.square().sum().item() for tensor in w.values()))
+        gradients = {name: tensor.grad for name, tensor in w.items() if tensor.grad is not None}
+        total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
         clip, lr = min(1.0, recipe.max_grad_norm / (total + 1e-6)), learning_rate(config, step)
         for name, tensor in w.items():
-            gradient, (beta1, beta2) = tensor.grad * clip, opt.betas
+            gradient, (beta1, beta2) = gradients[name] * clip, opt.betas
             rate = lr * (opt.expert_lr_scale if ".experts." in name else 1)
             rate *= opt.router_lr_scale if ".router." in name else 1
             first[name] = beta1 * first[name] + (1 - beta1) * gradient
