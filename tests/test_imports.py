@@ -48,7 +48,6 @@ EXTRAS = (
 MIRRORING = ("diffmoe_ep/cli/", "diffmoe_ep/bench/", "diffmoe_ep/verify/")
 MIRRORS = {
     "diffmoe_ep/evaluate/capacity/report.py": "diffmoe_ep/planner/report.py",  # a subject's numbers, to read
-    "diffmoe_ep/sampling/sample.py": "diffmoe_ep/data/sample.py",  # the verb and the thing: both the field's words
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
 MOST_LINES = 600
