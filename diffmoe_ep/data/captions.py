@@ -13,7 +13,7 @@ from diffmoe_ep.config.schema import TextConfig
 from diffmoe_ep.data.codec import Caption
 from diffmoe_ep.data.condition import CaptionFeatures, padded
 from diffmoe_ep.data.manifest import Manifest, TextEncoderInfo
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 
 
 @dataclass(frozen=True)

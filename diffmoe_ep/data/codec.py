@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ep.data.manifest import NPY_ERRORS, TEXT_DTYPE, Manifest, TextEncoderInfo
-from diffmoe_ep.data.store import Content
+from diffmoe_ep.data.sources import Content
 
 LARGEST_WEIGHT = 1e100  # of a caption, so that sums stay finite
 

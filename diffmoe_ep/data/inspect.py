@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.codec import StoredCondition
 from diffmoe_ep.data.latent import final_latent, oriented
 from diffmoe_ep.data.manifest import DataError, Manifest
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.rng import generator_for
 from diffmoe_ep.data.shards import Dataset
 

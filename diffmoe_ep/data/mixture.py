@@ -15,7 +15,7 @@ from diffmoe_ep.data.order import Lanes, Order
 from diffmoe_ep.data.remote.fetch import Access
 from diffmoe_ep.data.rng import generator_for, permutation
 from diffmoe_ep.data.shards import Dataset
-from diffmoe_ep.data.store import SampleStore
+from diffmoe_ep.data.sources import SampleStore
 
 BLOCK = 1024  # positions of a lane in which each dataset has its due number; part of every mixed run's identity
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from diffmoe_ep.data.manifest import MANIFEST_NAME, NPY_ERRORS, REMEDY, DataError, Manifest, Shard, read_manifest
 from diffmoe_ep.data.remote.fetch import Access, RemoteFolder, Unavailable, is_remote, shown
-from diffmoe_ep.data.store import Content
+from diffmoe_ep.data.sources import Content
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
 MOST_BETWEEN = 1 << 14  # bytes between a sample's members that are rather read along than passed over

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.evaluate.features import Features, pixel_features
 from diffmoe_ep.evaluate.scores import classifier_accuracy, frechet_distance, nearest_distance

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec
+from diffmoe_ep.data.checked import read_chosen
 from diffmoe_ep.data.condition import CaptionFeatures, padded
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.read import read_chosen
 from diffmoe_ep.encoders.text import SOURCES, TextEncoder, load_text_encoder
 
 SHOWN = 60  # characters of a prompt in a message

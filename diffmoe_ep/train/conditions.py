@@ -11,7 +11,7 @@ from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.condition import Condition, padded
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.encoders.text import TextEncoder
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.prompts import Prompts, first_captions, load_encoder

@@ -7,7 +7,7 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.sampling.sample import check_pictures, check_sampling
 
 

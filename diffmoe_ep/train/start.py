@@ -22,7 +22,7 @@ from diffmoe_ep.checkpoint.same_run import check_starts
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.info import DataInfo
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.parallel.mesh import Mesh

@@ -23,7 +23,7 @@ from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader import quarantine
 from diffmoe_ep.data.loader.stream import Stream
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize

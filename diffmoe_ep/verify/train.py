@@ -20,7 +20,7 @@ from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.loader.stream import Stream
 from diffmoe_ep.data.manifest import Manifest
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.store import Content
+from diffmoe_ep.data.sources import Content
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize

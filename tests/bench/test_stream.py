@@ -10,8 +10,8 @@ import pytest
 from diffmoe_ep.bench import stream as bench_stream
 from diffmoe_ep.cli import data
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.order import Order
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.index import MemberSpec, index_folder
 from diffmoe_ep.data.integrity import check_folder
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 
 MOMENTS = MemberSpec(kind="moments", scale=0.5, name="theirs", licence="theirs")

@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.digits import heldout_mask
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.latent import final_latent
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 
 datasets = pytest.importorskip("sklearn.datasets")

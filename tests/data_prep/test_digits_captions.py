@@ -12,9 +12,9 @@ import pytest
 from data_prep import digits
 from data_prep.__main__ import main
 from data_prep.digits_captions import COLUMNS, COUNTS, ROWS, most_legible, source
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.latent import final_latent
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import content
 

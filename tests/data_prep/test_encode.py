@@ -10,8 +10,8 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.image import square
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.latent import final_latent
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.encoders.text import load_text_encoder
 from diffmoe_ep.encoders.vae import load_vae

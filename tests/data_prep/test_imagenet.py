@@ -8,8 +8,8 @@ from data_prep import imagenet
 from data_prep.__main__ import main
 from data_prep.files import keys
 from data_prep.image import square
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import picture, tar
 

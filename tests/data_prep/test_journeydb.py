@@ -9,9 +9,9 @@ import pytest
 
 from data_prep import journeydb
 from data_prep.__main__ import main
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.codec import Caption
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import content, picture, tar
 

@@ -20,8 +20,8 @@ from data_prep import imagenet, prepare, text_image
 from data_prep.__main__ import main
 from data_prep.encode import Encoding
 from data_prep.prepare import Preparation, Report
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.manifest import DataError
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import content, picture, tar
 

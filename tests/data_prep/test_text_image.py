@@ -11,8 +11,8 @@ from data_prep import text_image
 from data_prep.__main__ import main
 from data_prep.image import square
 from data_prep.source import BadSample
+from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.codec import Caption
-from diffmoe_ep.data.read import read_sample
 from diffmoe_ep.data.shards import Dataset
 from pictures import picture, tar
 

@@ -14,9 +14,9 @@ import torch
 
 from data_prep.write import write_dataset
 from diffmoe_ep.config import Config, from_tree
+from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.sample import encode
-from diffmoe_ep.data.shards import Dataset
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
@@ -104,7 +104,7 @@ def trace(rank: int, given: Config, steps: int, fault: str | None = None) -> dic
     logged, thresholds = [], []
     with mock.patch.object(training, "initialize", begin), FAULTS[fault]():
         mesh = training.start_mesh(given)
-        trainer = training.Trainer(given, mesh, Dataset.open(given.data.folder))
+        trainer = training.Trainer(given, mesh, Mixture.open(given.data))
         clock = training.Clock(0)
         for _ in range(steps):
             logged.append(trainer.measure(trainer.train_step(clock)))

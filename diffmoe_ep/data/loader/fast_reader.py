@@ -12,7 +12,7 @@ from diffmoe_ep.data.latent import oriented
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.remote.fetch import Unavailable
 from diffmoe_ep.data.shards import Dataset, fastest_crc32
-from diffmoe_ep.data.store import SampleStore
+from diffmoe_ep.data.sources import SampleStore
 
 
 class FastReader:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffmoe_ep.data.captions import CaptionSpec
+from diffmoe_ep.data.checked import named, read_chosen, read_labelled
 from diffmoe_ep.data.codec import Caption, check_finite
 from diffmoe_ep.data.latent import oriented
 from diffmoe_ep.data.loader.fast_reader import FastReader
 from diffmoe_ep.data.loader.quarantine import Fault
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.mixture import MixedOrder, Place
-from diffmoe_ep.data.read import named, read_chosen, read_labelled
 from diffmoe_ep.data.remote.fetch import LONGEST_PAUSE, Unavailable
-from diffmoe_ep.data.store import SampleStore
+from diffmoe_ep.data.sources import SampleStore
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from diffmoe_ep.data.loader.quarantine import Fault
 from diffmoe_ep.data.loader.resampled import PlainTars, ResampledSteps
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.mixture import Mixture
-from diffmoe_ep.data.store import BatchSource
+from diffmoe_ep.data.sources import BatchSource
 
 PackedResult = tuple[Packed, tuple[Fault, ...]] | DataError
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from data_prep.write import write_dataset
+from diffmoe_ep.data.checked import read_labelled
 from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.latent import oriented
 from diffmoe_ep.data.loader.fast_reader import FastReader
 from diffmoe_ep.data.manifest import Manifest
-from diffmoe_ep.data.read import read_labelled
 from diffmoe_ep.data.remote.fetch import Unavailable
 from diffmoe_ep.data.shards import Dataset, fastest_crc32
 

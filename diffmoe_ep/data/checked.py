@@ -5,7 +5,7 @@ import numpy as np
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.codec import Caption, StoredCondition, decode, decode_array, decode_caption, decode_label
 from diffmoe_ep.data.manifest import REMEDY, DataError
-from diffmoe_ep.data.store import SampleStore
+from diffmoe_ep.data.sources import SampleStore
 
 
 def read_sample(store: SampleStore, shard: int, sample: int) -> tuple[np.ndarray, StoredCondition]:
