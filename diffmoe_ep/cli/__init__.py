@@ -1,12 +1,48 @@
 """The command `diffmoe`. Each verb reads a config or a checkpoint, and says in one line what is wrong with it."""
 
 import argparse
+import difflib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
-from diffmoe_ep.cli import bench, capacity, convert, data, evaluate, sample, train
-from diffmoe_ep.config import UserError
+from diffmoe_ep.cli import bench, capacity, compare, convert, data, evaluate, keys, plan, sample, train, verify
+from diffmoe_ep.cli.options import Verb, build, declare
+from diffmoe_ep.config import ConfigError, UserError
+from diffmoe_ep.config import keys as all_keys
+from diffmoe_ep.config.names import answer
+
+FILES = (train, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
+VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
+GROUPS = {
+    "capacity": "where a trained model spends its compute",
+    "data": "index, check and look at datasets",
+    "bench": "measure, as ratios within one run",
+}
+ELSEWHERE = {  # what verbs are called in other programs
+    "sample": "generate generation infer inference draw images",
+    "evaluate": "eval score scores fid metrics test",
+    "train": "finetune fine-tune sft pretrain fit resume run start launch",
+    "plan": "count params parameters flops cost memory estimate",
+    "keys": "config configs help options settings",
+    "data": "dataset datasets",
+    "bench": "benchmark measure profile",
+    "compare": "diff table report",
+    "import": "load from-pt",
+    "export": "convert save to-pt",
+}
+ABOUT = "DiffMoE diffusion transformers with expert parallelism: a run on N GPUs is the same run as on one."
+AFTER = """\
+examples:
+  diffmoe train configs/digits.yaml train.steps=200 folder=runs/digits
+  diffmoe sample runs/digits --out samples sample.guidance=2
+  diffmoe plan configs/imagenet/diffmoe_b_e16_flow.yaml --cluster configs/cluster/h800x8.yaml
+  deepspeed --num_gpus 8 --module diffmoe_ep train configs/digits.yaml parallel.expert_parallel=8
+
+settings are key=value; `diffmoe keys` lists all, `diffmoe keys lr` what has to do with a word."""
 
 
 def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
@@ -15,24 +51,110 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
 
     Launchers end all ranks once one has stopped, so ranks that leave the message to rank 0 stay for `patience` seconds.
     """
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if not all("=" in word and not word.startswith("-") and hasattr(options, "overrides") for word in rest):
-        parser.error(
-            f"unrecognised arguments: {' '.join(rest)}; settings are given as key=value, options are listed by --help"
-        )
-    if rest:  # overrides that stand behind an option, which argparse leaves over
-        options.overrides = [*options.overrides, *rest]
     try:
-        options.run(options)
+        verb, options = parse(sys.argv[1:] if arguments is None else arguments)
+        verb.run(options)
     except UserError as error:
-        _tell(error, patience)
+        _show(error, patience)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _tell(error: UserError, patience: float) -> None:
+def parse(arguments: Sequence[str]) -> tuple[Verb, object]:
+    """The verb that is called and its options; ConfigError for a verb or an option that does not exist. Other mistakes
+    and --help end the program, as argparse does.
+    """
+    parser = argparse.ArgumentParser(prog="diffmoe", description=ABOUT, epilog=AFTER, formatter_class=_wide_and_raw)
+    # older DeepSpeed launchers pass it
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    below: dict[tuple[str, ...], Any] = {(): parser.add_subparsers(required=True, metavar="VERB", title="verbs")}
+    parsers: dict[tuple[str, ...], argparse.ArgumentParser] = {}
+    for verb in VERBS:
+        text = " ".join((verb.options.__doc__ or "").split())
+        lead = text[0].lower() + text[1:].partition(". ")[0].rstrip(".")
+        path, name = verb.words[:-1], verb.words[-1]
+        if path not in below:
+            group = below[()].add_parser(
+                path[0], help=GROUPS[path[0]], description=f"{_sentence(GROUPS[path[0]])}.", formatter_class=_wide
+            )
+            below[path] = group.add_subparsers(required=True, metavar="WHAT", title="verbs")
+        made = below[path].add_parser(name, help=lead, description=text, allow_abbrev=False, formatter_class=_wide)
+        declare(made, verb.options)
+        made.set_defaults(verb=verb)
+        parsers[verb.words] = made
+    _check_verbs(arguments)
+    for words, made in parsers.items():
+        if _words(arguments)[: len(words)] == words:
+            _check_flags(arguments, made, words)
+    parsed, rest = parser.parse_known_args(arguments)
+    chosen: Verb = parsed.verb
+    takes = any(entry.name == "overrides" for entry in fields(chosen.options))
+    if not all("=" in word and not word.startswith("-") and takes for word in rest):
+        raise ConfigError(f"{' '.join(rest)} cannot be understood here; see diffmoe {' '.join(chosen.words)} --help")
+    if rest:  # settings that stand behind an option, which argparse leaves over
+        parsed.overrides = [*(parsed.overrides or ()), *rest]
+    return chosen, build(chosen.options, parsed)
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(
+        prog, max_help_position=30, width=min(110, shutil.get_terminal_size((110, 24)).columns)
+    )
+
+
+def _wide_and_raw(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110)
+
+
+def _words(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What is called: the first two words that are no flags."""
+    return tuple(word for word in arguments if not word.startswith("-"))[:2]
+
+
+def _check_verbs(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a verb that does not exist, with the one that is meant."""
+    words = _words(arguments)
+    places: list[tuple[tuple[str, ...], str]] = [((), word) for word in words[:1]]
+    if words and words[0] in GROUPS and words[1:] and "-h" not in arguments and "--help" not in arguments:
+        places.append((words[:1], words[1]))
+    for path, word in places:
+        known = list(dict.fromkeys(verb.words[len(path)] for verb in VERBS if verb.words[: len(path)] == path))
+        if word in known:
+            continue
+        meant = [verb for verb, names in ELSEWHERE.items() if word.lower() in names.split() and not path]
+        guess = next(iter(meant or difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
+        hint = f"did you mean {guess}?" if guess else f"the verbs are {', '.join(known)}"
+        raise ConfigError(f"diffmoe {' '.join((*path, word))}: there is no verb {word}; {hint}")
+
+
+def _check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser, words: tuple[str, ...]) -> None:
+    """Raise ConfigError for an option that a verb does not have, with the one, or the setting, that is meant."""
+    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    for word in arguments:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag in ("--", "--local_rank", "--local-rank", *known):
+            continue
+        raise ConfigError(f"diffmoe {' '.join(words)} has no option {flag}; {_meant(flag, known, parser)}")
+
+
+def _meant(flag: str, known: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    name, every = flag[2:], [key.name for key in all_keys()]
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {near[0]}?"
+    if any(action.dest == "overrides" for action in parser._actions):
+        key = name.replace("-", "_")
+        said = f"{key}=..." if key in every else answer(key, (), every).partition(key)[2].lstrip(":; ")
+        return f"settings are given as key=value: {said}"
+    return f"it has {', '.join(known)}"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _show(error: UserError, patience: float) -> None:
     """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or
     one agreed upon.
     """
@@ -45,16 +167,3 @@ def _tell(error: UserError, patience: float) -> None:
         print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(patience)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="diffmoe", description="DiffMoE diffusion transformers with expert parallelism."
-    )
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # older DeepSpeed launchers pass it
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb in (train, data, sample, evaluate, capacity, convert, bench):
-        verb.add(verbs)
-    return parser

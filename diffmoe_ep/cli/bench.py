@@ -1,125 +1,116 @@
-"""Verbs that compare, measure and verify: compare, bench, verify."""
+"""Verbs that measure, as ratios within one run: bench select, layer, step, train, experts, stream."""
 
 import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffmoe_ep.cli.data import add_bench
-from diffmoe_ep.config import SIZES, ConfigError, from_tree, load
+from diffmoe_ep.cli.options import Verb, option, overrides, positional, required
+from diffmoe_ep.cli.results import show
+from diffmoe_ep.config import ConfigError, from_tree, load
 
 if TYPE_CHECKING:
     import torch
 
     from diffmoe_ep.parallel.mesh import Mesh
 
-
-def add(verbs: Any) -> None:
-    """Declare compare, bench and verify."""
-    side = verbs.add_parser("compare", help="lay runs side by side: parameters, loss, scores and capacity, over seeds")
-    side.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="run folders; those that differ by their seed alone are one row",
-    )
-    side.add_argument(
-        "--composition", action="store_true", help="how well text-to-image runs follow their prompts, a row each"
-    )
-    side.set_defaults(run=_compare)
-
-    benches = verbs.add_parser("bench", help="measure, as ratios within one run").add_subparsers(
-        required=True, metavar="WHAT"
-    )
-    select = benches.add_parser(
-        "select", help="the exact top-k over ranks by each algorithm, and what it would cost on up to 4096 ranks"
-    )
-    select.add_argument("--tokens", type=int, default=1024, help="tokens of each rank (default 1024)")
-    select.add_argument("--experts", type=int, default=16, help="experts (default 16)")
-    select.add_argument("--hidden", type=int, default=384, help="width D of a dispatched row (default 384)")
-    select.add_argument("--capacity", type=float, default=1.0, help="capacity factor C (default 1)")
-    select.add_argument("--no-predictor", action="store_true", help="without a capacity predictor's columns")
-    select.add_argument(
-        "--compute",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="type of a dispatched row (default float32)",
-    )
-    select.add_argument("--repetitions", type=int, default=20, help="interleaved repetitions (default 20)")
-    select.add_argument("--per-node", type=int, default=8, help="ranks of a machine, for the cost model (default 8)")
-    select.set_defaults(run=_bench_select)
-    layer = benches.add_parser(
-        "layer", help="our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone"
-    )
-    layer.add_argument(
-        "--sizes",
-        type=_cases,
-        default=None,
-        metavar="D:tokens:N,...",
-        help="for example 384:8192:16 (default: S, B and L)",
-    )
-    layer.add_argument(
-        "--compile",
-        action="store_true",
-        help="with torch.compile, as compute.compile does: the dense FFN and our layer",
-    )
-    step = benches.add_parser("step", help="a training step of a model with experts beside its dense twin")
-    step.add_argument("--size", choices=tuple(SIZES), default="S", help="the paper's size (default S)")
-    step.add_argument("--experts", type=int, default=16, help="experts (default 16)")
-    step.add_argument("--batch", type=int, default=4, help="samples of a step, 256 tokens each (default 4)")
-    step.add_argument(
-        "--cluster",
-        default=None,
-        metavar="FILE",
-        help="also the planner's prediction beside a measured step, for example configs/cluster/cpu2.yaml",
-    )
-    model = benches.add_parser(
-        "train", help="training steps of a config's model on this device beside the plan's time and memory"
-    )
-    model.add_argument(
-        "config", help="YAML file; its samples are made up, the same at every step, so that the loss must fall"
-    )
-    model.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example train.global_batch=8 train.optimizer.lr=1e-3"
-    )
-    model.add_argument("--cluster", required=True, metavar="FILE", help="for example configs/cluster/h200x1.yaml")
-    model.add_argument("--turns", type=int, default=10, help="timed steps (default 10)")
-    model.set_defaults(run=_bench_train)
-    many = benches.add_parser("experts", help="the cost of a token in our layer for 2 to 64 experts")
-    many.add_argument("--hidden", type=int, default=384, help="width D (default 384)")
-    many.add_argument(
-        "--rows", type=int, default=512, help="rows of every expert; 0: the number of tokens stays (default 512)"
-    )
-    many.add_argument("--tokens", type=int, default=8192, help="tokens with --rows 0 (default 8192)")
-    for verb, function in ((layer, _bench_layer), (step, _bench_step), (many, _bench_experts)):
-        verb.add_argument("--turns", type=int, default=20, help="interleaved turns (default 20)")
-        verb.add_argument(
-            "--compute", choices=("float32", "bfloat16"), default="float32", help="compute type (default float32)"
-        )
-        verb.set_defaults(run=function)
-    add_bench(benches)
-    for verb in (side, select, layer, step, many, model):
-        verb.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers to FILE")
-
-    verify = verbs.add_parser(
-        "verify", help="check on these ranks and this back end that many ranks compute what one computes"
-    )
-    verify.add_argument(
-        "--device", choices=("cpu", "cuda"), default=None, help="where to compute (default: GPUs where there are some)"
-    )
-    verify.add_argument("--timeout-minutes", type=float, default=10.0, help="longest wait for a peer (default 10)")
-    verify.set_defaults(run=_verify)
+Compute = Literal["float32", "bfloat16"]
 
 
-def _compare(options: argparse.Namespace) -> None:
-    from diffmoe_ep.evaluate.compare import compare
-    from diffmoe_ep.evaluate.digits.compare_composition import compare_composition
+def _cases(text: str) -> list[tuple[int, ...]]:
+    """D:tokens:N,... as numbers."""
+    parts = [part.split(":") for part in text.split(",")]
+    if not all(len(part) == 3 and all(number.isdigit() and int(number) for number in part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 384:8192:16,1024:4096:16")
+    return [tuple(map(int, part)) for part in parts]
 
-    _told(options.json, runs=compare_composition(options.runs) if options.composition else compare(options.runs))
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """The exact top-k over ranks by each algorithm, and what it would cost on up to 4096 ranks."""
+
+    tokens: int = option(1024, "tokens of each rank")
+    experts: int = option(16, "experts")
+    hidden: int = option(384, "width D of a dispatched row")
+    capacity: float = option(1.0, "capacity factor C")
+    no_predictor: bool = option(False, "without a capacity predictor's columns")
+    compute: Compute = option("float32", "type of a dispatched row")
+    repetitions: int = option(20, "interleaved repetitions")
+    per_node: int = option(8, "ranks of a machine, for the cost model")
+    json: Path | None = option(None, "also write the numbers to FILE", "FILE")
 
 
-def _bench_select(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """A measurement in turns."""
+
+    turns: int = option(20, "interleaved turns")
+    compute: Compute = option("float32", "compute type")
+    json: Path | None = option(None, "also write the numbers to FILE", "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Turns):
+    """Our layer beside a dense FFN, DeepSpeed's layer, a plain loop, and the matmuls alone."""
+
+    sizes: tuple[tuple[int, ...], ...] | None = option(
+        None, "for example 384:8192:16 (default: S, B and L)", "D:tokens:N,...", _cases
+    )
+    compile: bool = option(False, "with torch.compile, as compute.compile does: the dense FFN and our layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Turns):
+    """A training step of a model with experts beside its dense twin."""
+
+    size: Literal["S", "B", "L", "XL", "XXL", "XXXL"] = option("S", "the paper's size")
+    experts: int = option(16, "experts")
+    batch: int = option(4, "samples of a step, 256 tokens each")
+    cluster: Path | None = option(
+        None,
+        "also the planner's prediction beside a measured step, for example configs/cluster/cpu2.yaml",
+        "FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Training steps of a config's model on this device beside the plan's time and memory. Its samples are made up, the
+    same at every step, so that the loss must fall.
+    """
+
+    config: Path = positional("YAML file")
+    overrides: tuple[str, ...] = overrides("train.global_batch=8 train.optimizer.lr=1e-3")
+    cluster: Path = required("for example configs/cluster/h200x1.yaml", "FILE")
+    turns: int = option(10, "timed steps")
+    json: Path | None = option(None, "also write the numbers to FILE", "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Turns):
+    """The cost of a token in our layer for 2 to 64 experts."""
+
+    hidden: int = option(384, "width D")
+    rows: int = option(512, "rows of every expert; 0: the number of tokens stays")
+    tokens: int = option(8192, "tokens with --rows 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Samples per second of one process, against reading the bytes and plain webdataset."""
+
+    folder: Path | None = positional("dataset with labels (default: a synthetic one is written to --out)", None)
+    out: Path = option(Path("bench_stream"), "folder for the synthetic set")
+    synthetic: int = option(16384, "its samples of 32 KiB (0.6 GB by default: 16384)", "N")
+    samples: int | None = option(None, "samples of a turn (default: all, at most 512)")
+    turns: int = option(40, "turns, of which the fastest counts")
+    workers: int = option(2, "worker processes of the training loop")
+    step_seconds: float = option(0.5, "length of its steps of 64 samples")
+    steps: int = option(20, "its steps")
+    json: Path | None = option(None, "also write the numbers to FILE", "FILE")
+
+
+def _run_select(options: Select) -> None:
     from diffmoe_ep.bench.topk import Work, measure, predict
     from diffmoe_ep.parallel.mesh import destroy_mesh, init_mesh
 
@@ -132,11 +123,11 @@ def _bench_select(options: argparse.Namespace) -> None:
     mesh = init_mesh(1, 1, 10)
     measured = measure(mesh, work, options.repetitions)
     if measured is not None:
-        _told(options.json, measured=measured, predicted=predict(work, per_node=options.per_node))
+        show(options.json, measured=measured, predicted=predict(work, per_node=options.per_node))
     destroy_mesh()
 
 
-def _bench_layer(options: argparse.Namespace) -> None:
+def _run_layer(options: Layer) -> None:
     from diffmoe_ep.bench.layer import CASES, Case, bench_layer
 
     mesh = _bench_mesh(options)
@@ -146,7 +137,7 @@ def _bench_layer(options: argparse.Namespace) -> None:
     )
 
 
-def _bench_step(options: argparse.Namespace) -> None:
+def _run_step(options: Step) -> None:
     from diffmoe_ep.bench.step import bench_step
 
     mesh = _bench_mesh(options, alone=True)
@@ -166,7 +157,7 @@ def _bench_step(options: argparse.Namespace) -> None:
     _measured(mesh, options, **found)
 
 
-def _bench_train(options: argparse.Namespace) -> None:
+def _run_train(options: Train) -> None:
     from diffmoe_ep.bench.calibrate import compare
     from diffmoe_ep.planner.cluster import load_cluster
 
@@ -175,7 +166,7 @@ def _bench_train(options: argparse.Namespace) -> None:
     _measured(mesh, options, measured=compare(config, cluster, mesh, options.turns))
 
 
-def _bench_experts(options: argparse.Namespace) -> None:
+def _run_experts(options: Experts) -> None:
     from diffmoe_ep.bench.experts import bench_experts
 
     mesh = _bench_mesh(options, alone=True)
@@ -190,7 +181,7 @@ def _bench_experts(options: argparse.Namespace) -> None:
     _measured(mesh, options, measured=found)
 
 
-def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
+def _bench_mesh(options: Turns | Train, alone: bool = False) -> "Mesh":
     """Join the launched ranks, which share the experts and one pool."""
     from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 
@@ -202,42 +193,44 @@ def _bench_mesh(options: argparse.Namespace, alone: bool = False) -> "Mesh":
     return init_mesh(world, world, 10)
 
 
-def _measured(mesh: "Mesh", options: argparse.Namespace, **found: Any) -> None:
+def _measured(mesh: "Mesh", options: Turns | Train, **found: Any) -> None:
     from diffmoe_ep.parallel.mesh import destroy_mesh
 
     if mesh.is_first:
-        _told(options.json, **found)
+        show(options.json, **found)
     destroy_mesh()
 
 
-def _compute(options: argparse.Namespace) -> "torch.dtype":
+def _compute(options: Turns) -> "torch.dtype":
     import torch
 
     return torch.bfloat16 if options.compute == "bfloat16" else torch.float32
 
 
-def _cases(text: str) -> list[tuple[int, ...]]:
-    """D:tokens:N,... as numbers."""
-    parts = [part.split(":") for part in text.split(",")]
-    if not all(len(part) == 3 and all(number.isdigit() and int(number) for number in part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 384:8192:16,1024:4096:16")
-    return [tuple(map(int, part)) for part in parts]
+def _run_stream(options: Stream) -> None:
+    from diffmoe_ep.bench.stream import bench, write_json, write_synthetic
+    from diffmoe_ep.parallel.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as a rank on CPUs; else all of them mostly wait for pages that the system clears
+    for name in ("synthetic", "turns", "workers", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    folder = options.folder
+    if folder is None:
+        folder = options.out
+        write_synthetic(folder, options.synthetic, (4, 32, 32), shard_size=1024)
+    found = bench(folder, options.turns, options.samples, options.workers, options.step_seconds, options.steps)
+    print("\n".join(found.lines()))
+    if options.json is not None:
+        write_json(found, options.json)
+        print(f"written to {options.json}")
 
 
-def _verify(options: argparse.Namespace) -> None:
-    from diffmoe_ep.verify.verify import run
-
-    run(options)
-
-
-def _told(file: Path | None, **found: Any) -> None:
-    """Print results, and write them as JSON if asked."""
-    print("\n\n".join("\n".join(part.lines()) for part in found.values()))
-    if file is not None:
-        content = (
-            {name: part.as_dict() for name, part in found.items()}
-            if len(found) > 1
-            else next(iter(found.values())).as_dict()
-        )
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"written to {file}")
+VERBS = (
+    Verb(("bench", "select"), Select, _run_select),
+    Verb(("bench", "layer"), Layer, _run_layer),
+    Verb(("bench", "step"), Step, _run_step),
+    Verb(("bench", "train"), Train, _run_train),
+    Verb(("bench", "experts"), Experts, _run_experts),
+    Verb(("bench", "stream"), Stream, _run_stream),
+)

@@ -1,50 +1,42 @@
 """Verbs that carry models between forms: import, export."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
+from diffmoe_ep.cli.options import Verb, option, positional, required
 from diffmoe_ep.config import ConfigError, override
 
 
-def add(verbs: Any) -> None:
-    """Declare import and export."""
-    bring = verbs.add_parser("import", help="read a checkpoint of the published reference implementation")
-    bring.add_argument("--reference", required=True, type=Path, metavar="FILE.pt", help="its checkpoint")
-    bring.add_argument("--out", required=True, type=Path, help="new folder, which load_model reads")
-    bring.add_argument("--heads", type=int, default=None, help="attention heads, which a checkpoint does not tell")
-    bring.add_argument(
-        "--input-size", type=int, default=None, help="height of the latent, if the checkpoint has no positions"
-    )
-    bring.add_argument("--weights", choices=("ema", "model"), default="ema", help="which set to load (default ema)")
-    bring.add_argument(
-        "--objective", choices=("flow", "ddpm"), default="flow", help="what it was trained to predict (default flow)"
-    )
-    bring.add_argument(
-        "--one-set", action="store_true", help="do not keep the other set for the way back (half the disk)"
-    )
-    bring.set_defaults(run=_import)
-    give = verbs.add_parser(
-        "export",
-        help="write a trained model as safetensors, or as a checkpoint of the published reference implementation",
-    )
-    give.add_argument(
-        "path", type=Path, help="run folder, checkpoint, or folder with model.safetensors and config.json"
-    )
-    give.add_argument("--out", type=Path, default=None, help="new folder for model.safetensors and config.json")
-    give.add_argument("--to-reference", type=Path, default=None, metavar="FILE.pt", help="new reference checkpoint")
-    give.add_argument(
-        "--weights", choices=("ema", "model"), default=None, help="which set of a run to write (default ema)"
-    )
-    give.set_defaults(run=_export)
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Read a checkpoint of the published reference implementation."""
+
+    published: Path = required("its checkpoint", "FILE.pt")
+    out: Path = required("new folder, which load_model reads")
+    heads: int | None = option(None, "attention heads, which a checkpoint does not tell")
+    input_size: int | None = option(None, "height of the latent, if the checkpoint has no positions")
+    weights: Literal["ema", "model"] = option("ema", "which set to load")
+    objective: Literal["flow", "ddpm"] = option("flow", "what it was trained to predict")
+    one_set: bool = option(False, "do not keep the other set for the way back (half the disk)")
 
 
-def _import(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a trained model as safetensors, or as a checkpoint of the published reference implementation."""
+
+    path: Path = positional("run folder, checkpoint, or folder with model.safetensors and config.json")
+    out: Path | None = option(None, "new folder for model.safetensors and config.json")
+    to_published: Path | None = option(None, "new checkpoint of the published implementation", "FILE.pt")
+    weights: Literal["ema", "model"] | None = option(None, "which set of a run to write (default ema)")
+
+
+def _import(options: Import) -> None:
     from diffmoe_ep.checkpoint.reference import import_reference
 
     out = import_reference(
-        options.reference,
+        options.published,
         options.out,
         heads=options.heads,
         input_size=options.input_size,
@@ -55,15 +47,15 @@ def _import(options: argparse.Namespace) -> None:
     print(f"written to {out}: load_model({str(out)!r}) reads it")
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: Export) -> None:
     from diffmoe_ep.checkpoint.exported import is_exported, save_exported
     from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
     from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.store import resolve
     from diffmoe_ep.train.start import ancestry_of
 
-    if options.out is None and options.to_reference is None:
-        raise ConfigError("nothing to write: give --out FOLDER (safetensors), --to-reference FILE.pt, or both")
+    if options.out is None and options.to_published is None:
+        raise ConfigError("nothing to write: give --out FOLDER (safetensors), --to-published FILE.pt, or both")
     with TemporaryDirectory(prefix="diffmoe-") as aside:
         folder = options.path
         if not is_exported(folder):
@@ -82,6 +74,9 @@ def _export(options: argparse.Namespace) -> None:
             raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")
         elif options.weights not in (None, held := config_of(folder).sample.weights):
             raise ConfigError(f"{folder} holds one set of weights, {held}; leave --weights away")
-        if options.to_reference is not None:
-            export_reference(folder, options.to_reference)
-    print("written to " + " and ".join(str(path) for path in (options.out, options.to_reference) if path is not None))
+        if options.to_published is not None:
+            export_reference(folder, options.to_published)
+    print("written to " + " and ".join(str(path) for path in (options.out, options.to_published) if path is not None))
+
+
+VERBS = (Verb(("import",), Import, _import), Verb(("export",), Export, _export))

@@ -1,39 +1,31 @@
 """The verb that scores samples of a trained model: evaluate."""
 
-import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from diffmoe_ep.cli.sample import Source, add_source, draw_all, images, out_folder, protocol, source_of, write_json
+from diffmoe_ep.cli.options import Verb, option, required
+from diffmoe_ep.cli.source import Source, SourceOptions, draw_all, images, out_folder, protocol, source_of, write_json
 from diffmoe_ep.config import ConfigError
 
 
-def add(verbs: Any) -> None:
-    """Declare evaluate."""
-    evaluate = verbs.add_parser("evaluate", help="score samples of a run or checkpoint against real images")
-    evaluate.add_argument(
-        "--composition",
-        action="store_true",
-        help="of a model of digits_captions: single object, two objects, counting, position",
-    )
-    evaluate.add_argument("--reference", required=True, type=Path, help="dataset folder of the training images")
-    evaluate.add_argument("--heldout", required=True, type=Path, help="dataset folder of held-out images")
-    evaluate.add_argument(
-        "--out", type=Path, default=None, help="folder for scores.json (or composition.json) and grid.png"
-    )
-    evaluate.set_defaults(run=_evaluate)
-    add_source(evaluate, "500; 400 for --composition")
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions):
+    """Score samples of a run or checkpoint against real images."""
+
+    reference: Path = required("dataset folder of the training images", "FOLDER")
+    heldout: Path = required("dataset folder of held-out images", "FOLDER")
+    out: Path | None = option(None, "folder for scores.json (or composition.json) and grid.png")
+    samples: int | None = option(None, "number of samples (default 500; 400 for --composition)")
+    composition: bool = option(False, "of a model of digits_captions: single object, two objects, counting, position")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: Options) -> None:
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of, write_grid
 
-    if options.samples is None:
-        options.samples = 400 if options.composition else 500
-    source = source_of(options)
+    samples = options.samples if options.samples is not None else 400 if options.composition else 500
+    source = source_of(options, samples)
     takes_text = source.config.model.condition == "text"
     if takes_text != options.composition:
         raise ConfigError(
@@ -43,11 +35,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     check_pixels(source.data_info)
     if options.composition:
-        return _compose(options, source)
+        return _compose(options, source, samples)
     train, heldout = load_images(options.reference), load_images(options.heldout)
-    check_real(options.samples, source.data_info.shape, {"--reference": train, "--heldout": heldout})
+    check_real(samples, source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
-    drawn = draw_all(source, classes_in_turn(options.samples, list(range(source.config.model.num_classes))))
+    drawn = draw_all(source, classes_in_turn(samples, list(range(source.config.model.num_classes))))
     if drawn is not None:
         scores = score(pixels_of(drawn, source.data_info), drawn.labels, train, heldout, drawn.capacity)
         print("\n".join(scores.lines()))
@@ -59,17 +51,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     return None
 
 
-def _compose(options: argparse.Namespace, source: Source) -> None:
+def _compose(options: Options, source: Source, samples: int) -> None:
     """Score how well prompts are followed."""
     from diffmoe_ep.evaluate.digits.composition import TASKS, check_canvases, composition, prompts
     from diffmoe_ep.evaluate.digits.detect import load_canvases
     from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.sample import pixels_of, write_grid
 
-    each, rest = divmod(options.samples, len(TASKS))
+    each, rest = divmod(samples, len(TASKS))
     if rest or each < 2:
         raise ConfigError(
-            f"--samples is {options.samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}"
+            f"--samples is {samples}; composition needs a multiple of {len(TASKS)}, at least {2 * len(TASKS)}"
         )
     train, heldout = load_canvases(options.reference), load_canvases(options.heldout)
     check_canvases(source.data_info.shape, {"--reference": train, "--heldout": heldout})
@@ -94,3 +86,6 @@ def _compose(options: argparse.Namespace, source: Source) -> None:
             write_grid(part, source.data_info, out / "grid.png", right=[found.verdicts[number] for number in shown])
             print(f"written to {out}: composition.json, grid.png")
     destroy_mesh()
+
+
+VERBS = (Verb(("evaluate",), Options, _evaluate),)

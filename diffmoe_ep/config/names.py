@@ -231,3 +231,8 @@ def today(tree: dict[str, Any]) -> dict[str, Any]:
                 place = place.setdefault(part, {})
             place[name] = value
     return result
+
+
+def meant_by(name: str) -> str | None:
+    """The key that another program's name for it means; None: not known."""
+    return _BY_NAME.get(name.lower().replace("-", "_"))

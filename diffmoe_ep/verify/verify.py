@@ -10,7 +10,6 @@
 Each check compares with something that knows of no ranks: a sort, a few lines of tensor algebra, a plain training loop.
 """
 
-import argparse
 import logging
 import sys
 import time
@@ -138,8 +137,8 @@ def _checks(
         yield Check(f"3 {name}, {pools}", "a plain loop in one process", difference, tolerance)
 
 
-def run(options: argparse.Namespace) -> None:
-    """The verb, with options device and timeout_minutes: print the checks on the first rank; exit code 1 on every rank
+def run(device: str | None, timeout_minutes: float) -> None:
+    """The verb: print the checks on the first rank; exit code 1 on every rank
     if one failed.
     """
     first = launched_rank() == 0
@@ -150,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
 
     if first:
         print(HEAD, flush=True)
-    verdict = verify(options.device, options.timeout_minutes, show)
+    verdict = verify(device, timeout_minutes, show)
     if first:
         print("\n".join(verdict.lines()), flush=True)
     destroy_mesh()

@@ -108,7 +108,7 @@ def test_prompts_do_not_depend_on_the_ranks(text: Path, tmp_path: Path, settings
     """Law 7 for prompts: the first rank encodes, all see the same bits; and grid and prompts.json lie beside the
     samples.
     """
-    asked = (*PROMPTS, "--per-prompt", "3", "--seed", "40", *settings)
+    asked = (*PROMPTS, "--per-prompt", "3", "seed=40", *settings)
     single, said = drawn(1, text / "run", tmp_path / "1", *asked)
     assert single.shape == (9, 1, 24, 24) and np.isfinite(single).all()
     assert "diffmoe: an empty prompt is drawn as the null caption" in said
@@ -124,11 +124,11 @@ def test_prompts_do_not_depend_on_the_ranks(text: Path, tmp_path: Path, settings
 
 
 def test_an_image_can_be_drawn_again_by_its_prompt_and_seed(text: Path, tmp_path: Path) -> None:
-    together, _ = drawn(1, text / "run", tmp_path / "all", *PROMPTS, "--per-prompt", "2", "--seed", "7")
-    alone, _ = drawn(1, text / "run", tmp_path / "one", *PROMPTS[2:4], "--seed", "10")
+    together, _ = drawn(1, text / "run", tmp_path / "all", *PROMPTS, "--per-prompt", "2", "seed=7")
+    alone, _ = drawn(1, text / "run", tmp_path / "one", *PROMPTS[2:4], "seed=10")
     assert np.abs(alone[0] - together[3]).max() < 1e-4  # its chunk has another size: to rounding
     assert np.abs(together[2] - together[3]).max() > 0.1
-    swapped, _ = drawn(1, text / "run", tmp_path / "swapped", "--prompt", "three 0s", "--seed", "10")
+    swapped, _ = drawn(1, text / "run", tmp_path / "swapped", "--prompt", "three 0s", "seed=10")
     assert np.abs(swapped[0] - together[3]).max() > 1e-3  # words matter
 
 
@@ -318,14 +318,14 @@ def test_capacity_is_reported_and_searched(flow: Path, digits: Path, tmp_path: P
 
 def test_out_to_the_reference_and_back(flow: Path, tmp_path: Path) -> None:
     code, _, err = call(
-        0, "export", str(flow), "--out", str(tmp_path / "single"), "--to-reference", str(tmp_path / "reference.pt")
+        0, "export", str(flow), "--out", str(tmp_path / "single"), "--to-published", str(tmp_path / "reference.pt")
     )
     assert code == 0, err
-    code, _, err = call(0, "import", "--reference", str(tmp_path / "reference.pt"), "--out", str(tmp_path / "back"))
+    code, _, err = call(0, "import", "--published", str(tmp_path / "reference.pt"), "--out", str(tmp_path / "back"))
     assert code == 2
     assert "--heads" in err
     code, _, err = call(
-        0, "import", "--reference", str(tmp_path / "reference.pt"), "--out", str(tmp_path / "back"), "--heads", "2"
+        0, "import", "--published", str(tmp_path / "reference.pt"), "--out", str(tmp_path / "back"), "--heads", "2"
     )
     assert code == 0, err
     x, t, y = torch.randn(6, 1, 8, 8), torch.linspace(0.05, 0.95, 6), torch.tensor([0, 1, 2, 3, 4, 10])
@@ -353,7 +353,7 @@ def test_a_single_folder_is_drawn_from_like_its_run(flow: Path, tmp_path: Path) 
     )
     assert code == 2
     assert "holds one set of weights, ema, not model" in err
-    code, _, err = call(0, "export", str(single), "--to-reference", str(tmp_path / "file.pt"), "--weights", "model")
+    code, _, err = call(0, "export", str(single), "--to-published", str(tmp_path / "file.pt"), "--weights", "model")
     assert code == 2
     assert "leave --weights away" in err
 
@@ -361,9 +361,9 @@ def test_a_single_folder_is_drawn_from_like_its_run(flow: Path, tmp_path: Path) 
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_import_is_sampled_as_the_reference_samples(flow: Path, tmp_path: Path, world: int) -> None:
     out = tmp_path / "imported"
-    assert call(0, "export", str(flow), "--to-reference", str(tmp_path / "file.pt"))[0] == 0
+    assert call(0, "export", str(flow), "--to-published", str(tmp_path / "file.pt"))[0] == 0
     assert (
-        call(0, "import", "--reference", str(tmp_path / "file.pt"), "--out", str(out), "--heads", "2", "--one-set")[0]
+        call(0, "import", "--published", str(tmp_path / "file.pt"), "--out", str(out), "--heads", "2", "--one-set")[0]
         == 0
     )
     assert config_of(out).sample.selection == "count"
