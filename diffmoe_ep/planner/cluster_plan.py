@@ -1,8 +1,8 @@
 """What a config needs and how fast it trains on a cluster, in every layout of ranks: memory, traffic, time, and the
 best that fits.
 
-Nothing is built or started: the figures follow from the config, the layout and the cluster file (`cost_shape`,
-`cost_memory`, `cost_traffic`, `cost_time`). Memory is exact to a few percent; time is a prediction from rates, as good
+Nothing is built or started: the figures follow from the config, the layout and the cluster file (`layout`,
+`memory`, `traffic`, `time`). Memory is exact to a few percent; time is a prediction from rates, as good
 as they are.
 """
 
@@ -19,7 +19,7 @@ from diffmoe_ep.planner.traffic import traffic
 
 
 def plan_cluster(config: Config, cluster: Cluster, samples: int | None = None) -> ClusterPlan:
-    """Plan a config on a cluster. samples: for how many the days are told (None: the config's steps times its batch).
+    """Plan a config on a cluster. samples: for how many days are counted (None: the config's steps times its batch).
 
     Raises ConfigError if no layout is possible at all: the batch does not divide over the ranks, or the pools do not
     fit them.

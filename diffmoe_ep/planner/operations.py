@@ -5,7 +5,7 @@ Legend: B samples, S tokens of them (T of each), M places of a caption, D hidden
 of the compute type.
 
 An operation is what the code starts today, fused or not; when a block's code changes, its line here changes with it.
-What the experts' kernels save is asked of `moe.kernels`.
+What the experts' kernels save, `moe.kernels.saved` says.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,9 @@ class Load:
     kernel: Kernel = "batched"  # of the experts; not auto
 
     @property
-    def width(self) -> int:
-        """Bytes of the compute type."""
-        return 2 if self.bf16 else FLOAT
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Operations:
     moe: tuple[Operation, ...]  # and where it is MoE
     after: tuple[Operation, ...]
     blocks: tuple[bool, ...]  # whether each block is MoE
-    input: int  # bytes of the tokens that a block or half gets: what is kept of one that is computed again
-    choice: int  # and bytes of an MoE layer's choice, which is kept too
+    input: int  # bytes of the tokens that a block or half gets: what is saved of one that is computed again
+    choice: int  # and bytes of an MoE layer's choice, which is saved too
 
     def counted(self) -> list[tuple[int, tuple[Operation, ...]]]:
         """Each list with how many times it runs in a forward."""
@@ -96,23 +96,24 @@ class _Maker:
     """The lists, in the order of the code: `embed`, `block` and `attention`, `moe.layer`, and the head."""
 
     def __init__(self, model: ModelConfig, load: Load) -> None:
-        self.model, self.load, self.width = model, load, load.width
+        self.model, self.load, self.width = model, load, load.dtype.itemsize
         self.hidden, self.samples = model.hidden_size, load.samples
         self.tokens = load.samples * num_tokens(model)  # S
-        self.caption = load.samples * model.text_length if model.condition == "text" else 0  # B M
+        self.places = load.samples * model.text_length if model.condition == "text" else 0  # B M
+        self.pairs, self.rows = int(load.pairs), int(load.rows)  # for what is saved
         self.whole = self.tokens * self.hidden * self.width  # bytes of (S, D) in the compute type
 
     # -- kinds of operations -------------------------------------------------------------------------------------------
 
     def linear(
-        self, name: str, module: Module, rows: float, ins: int, outs: int, copies: int = 1, saved: int = 0
+        self, module: Module, name: str, rows: float, ins: int, outs: int, weights: int = 1, saved: int = 0
     ) -> Operation:
-        """A matmul of rows with `copies` weights, rows in all."""
-        moved = self.width * (rows * (ins + outs) + copies * ins * outs)
+        """A matmul of rows, in all, with each its own of `weights` weights."""
+        moved = self.width * (rows * (ins + outs) + weights * ins * outs)
         return Operation(name, module, 2 * rows * ins * outs, moved, 1, saved=saved)
 
     def passes(
-        self, name: str, module: Module, number: int, rows: float | None = None, columns: int | None = None,
+        self, module: Module, name: str, number: int, rows: float | None = None, columns: int | None = None,
         calls: int = 1, width: int | None = None, saved: int = 0,
     ) -> Operation:  # fmt: skip
         """Elementwise: `number` readings and writings of (rows, columns), by default of (S, D) in the compute type."""
@@ -120,149 +121,150 @@ class _Maker:
         return Operation(name, module, moved=number * rows * columns * (width or self.width), calls=calls, saved=saved)
 
     def ffn(
-        self, module: Module, rows: float, wide: int, between: int, copies: int = 1, saved: int = 0
+        self, module: Module, rows: float, wide: int, inner: int, weights: int = 1, saved: int = 0
     ) -> list[Operation]:
-        """Two linear maps with GELU between them. saved: bytes of the input; between: bytes kept about GELU."""
+        """Two linear maps with GELU between them; bytes saved of the input, and about GELU (inner)."""
         return [
-            self.linear("fc1", module, rows, self.hidden, wide, copies, saved),
-            Operation("GELU", module, moved=2 * rows * wide * self.width, calls=1, gelu=rows * wide, saved=between),
-            self.linear("fc2", module, rows, wide, self.hidden, copies),
+            self.linear(module, "fc1", rows, self.hidden, wide, weights, saved),
+            Operation("GELU", module, moved=2 * rows * wide * self.width, calls=1, gelu=rows * wide, saved=inner),
+            self.linear(module, "fc2", rows, wide, self.hidden, weights),
         ]
 
     def norm(self, module: Module) -> Operation:
-        """LayerNorm keeps its input and two numbers of each token; CUDA's autocast normalises in float32."""
+        """LayerNorm saves its input and two numbers of each token; CUDA's autocast normalizes in float32."""
         width = FLOAT if self.load.device == "cuda" else self.width
-        return self.passes("norm", module, 2, saved=(self.tokens * self.hidden + 2 * self.tokens) * width)
+        return self.passes(module, "norm", 2, saved=(self.tokens * self.hidden + 2 * self.tokens) * width)
 
     def modulated(self, module: Module) -> list[Operation]:
-        """Norm, scale and shift; kept are 1 + scale, the normed tokens and the modulated ones."""
-        kept = self.samples * self.hidden * self.width + 2 * self.whole
-        return [self.norm(module), self.passes("modulate", module, 4, calls=3, saved=kept)]
+        """Norm, scale and shift; saved are 1 + scale, the normed tokens and the modulated ones."""
+        scales = self.samples * self.hidden * self.width
+        return [self.norm(module), self.passes(module, "modulate", 4, calls=3, saved=scales + 2 * self.whole)]
 
     def gated(self, module: Module) -> list[Operation]:
-        """Gate and residual; kept is what is gated."""
-        return [self.passes("gate", module, 2, saved=self.whole), self.passes("residual", module, 3)]
+        """Gate and residual; saved is what is gated."""
+        return [self.passes(module, "gate", 2, saved=self.whole), self.passes(module, "residual", 3)]
 
-    def mixing(self, module: Module, places: int, others: int, mask: int = 0) -> Operation:
-        """Attention of all tokens over `places` each, `others` keys in all; kept are query, key, value, the mixed
-        values and a log-sum-exp for each head.
+    def mixing(self, module: Module, keys: int, all_keys: int, mask: int = 0) -> Operation:
+        """Attention of every token over `keys` keys, `all_keys` over all samples; saved are query, key, value, the
+        mixed values, a log-sum-exp for each head, and the mask.
         """
-        flops = 4 * self.tokens * places * self.hidden
-        moved = self.width * (2 * self.tokens + 2 * others) * self.hidden
-        kept = 2 * self.whole + 2 * others * self.hidden * self.width + self.tokens * self.model.num_heads * FLOAT
-        return Operation("mix", module, flops, moved, 1, saved=kept + mask)
+        flops = 4 * self.tokens * keys * self.hidden
+        elements = (2 * self.tokens + 2 * all_keys) * self.hidden
+        sums = self.tokens * self.model.num_heads * FLOAT
+        return Operation("mix", module, flops, elements * self.width, 1, saved=elements * self.width + sums + mask)
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
     def before(self) -> tuple[Operation, ...]:
         """Patches, time, and label or caption."""
-        model, hidden, width, samples = self.model, self.hidden, self.width, self.samples
-        patch = model.in_channels * model.patch**2
+        model, hidden, width, samples, places = self.model, self.hidden, self.width, self.samples, self.places
+        patch, vectors = model.in_channels * model.patch**2, samples * hidden
         found = [
-            self.linear("patches", "other", self.tokens, patch, hidden, saved=self.tokens * patch * width),
-            self.linear("time fc1", "other", samples, 256, hidden, saved=samples * 256 * width),
-            self.passes("time SiLU", "other", 2, samples, saved=samples * hidden * width),
-            self.linear("time fc2", "other", samples, hidden, hidden, saved=samples * hidden * width),
-            self.passes(
-                "condition", "other", 3, samples, saved=samples * hidden * (FLOAT + width)
-            ),  # before and after SiLU
+            self.linear("other", "patches", self.tokens, patch, hidden, saved=self.tokens * patch * width),
+            self.linear("other", "time fc1", samples, 256, hidden, saved=samples * 256 * width),
+            self.passes("other", "time SiLU", 2, samples, saved=vectors * width),
+            self.linear("other", "time fc2", samples, hidden, hidden, saved=vectors * width),
+            self.passes("other", "condition", 3, samples, saved=vectors * (FLOAT + width)),  # before and after SiLU
         ]
         if model.condition == "class":
-            return (*found, self.passes("label", "other", 2, samples, saved=samples * LONG))
-        places, masks = self.caption, 2 * self.caption + samples
+            return (*found, self.passes("other", "label", 2, samples, saved=samples * LONG))
+        features, inner, masks = places * model.text_width, places * hidden, 2 * places + samples
         return (
             *found,
-            self.linear(
-                "caption fc1", "other", places, model.text_width, hidden, saved=places * model.text_width * width
-            ),
-            self.passes("caption GELU", "other", 2, places, saved=2 * places * hidden * width),
-            self.linear("caption fc2", "other", places, hidden, hidden, saved=places * hidden * width + masks),
+            self.linear("other", "caption fc1", places, model.text_width, hidden, saved=features * width),
+            self.passes("other", "caption GELU", 2, places, saved=2 * inner * width),  # before and after
+            self.linear("other", "caption fc2", places, hidden, hidden, saved=inner * width + masks),
         )
 
     def attention(self) -> tuple[Operation, ...]:
         """adaLN, attention, and where there are captions a look at them."""
-        hidden, tokens, samples = self.hidden, self.tokens, self.samples
+        hidden, tokens, samples, places = self.hidden, self.tokens, self.samples, self.places
         found = [
-            self.linear("modulation", "adaLN", samples, hidden, 6 * hidden, saved=samples * 6 * hidden * self.width),
+            self.linear("adaLN", "modulation", samples, hidden, 6 * hidden, saved=samples * 6 * hidden * self.width),
             *self.modulated("attention"),
-            self.linear("qkv", "attention", tokens, hidden, 3 * hidden),
+            self.linear("attention", "qkv", tokens, hidden, 3 * hidden),
             self.mixing("attention", num_tokens(self.model), tokens),
-            self.linear("projection", "attention", tokens, hidden, hidden),
+            self.linear("attention", "projection", tokens, hidden, hidden),
             *self.gated("attention"),
         ]
-        if not self.caption:
+        if not places:
             return tuple(found)
         return (
             *found,
             self.norm("cross-attention"),
-            self.linear("query", "cross-attention", tokens, hidden, hidden, saved=self.whole),
-            self.linear("key", "cross-attention", self.caption, hidden, hidden),
-            self.linear("value", "cross-attention", self.caption, hidden, hidden),
-            self.mixing("cross-attention", self.model.text_length, self.caption, mask=self.caption * self.width),
-            self.linear("projection", "cross-attention", tokens, hidden, hidden),
-            self.passes("residual", "cross-attention", 3),
+            self.linear("cross-attention", "query", tokens, hidden, hidden, saved=self.whole),
+            self.linear("cross-attention", "key", places, hidden, hidden),
+            self.linear("cross-attention", "value", places, hidden, hidden),
+            self.mixing("cross-attention", self.model.text_length, places, mask=places * self.width),
+            self.linear("cross-attention", "projection", tokens, hidden, hidden),
+            self.passes("cross-attention", "residual", 3),
         )
 
     def dense(self) -> tuple[Operation, ...]:
         """A dense feed-forward network."""
-        between = 2 * self.tokens * 4 * self.hidden * self.width  # before and after GELU
-        return (*self.modulated("FFN"), *self.ffn("FFN", self.tokens, 4 * self.hidden, between), *self.gated("FFN"))
+        inner = 2 * self.tokens * 4 * self.hidden * self.width  # before and after GELU
+        return (*self.modulated("FFN"), *self.ffn("FFN", self.tokens, 4 * self.hidden, inner), *self.gated("FFN"))
 
     def moe(self) -> tuple[Operation, ...]:
         """Router and predictor, dispatch, experts, combine."""
-        model, load, hidden, tokens = self.model, self.load, self.hidden, self.tokens
-        experts, wide = model.num_experts, expert_width(model)
-        router = [
-            self.passes("router input", "router", 3, width=FLOAT, saved=tokens * hidden * FLOAT if load.bf16 else 0),
-            Operation("router", "router", 2 * tokens * hidden * experts, calls=1),
-            self.passes(
-                "softmax, top-k", "router", 20, columns=experts, calls=12, width=FLOAT, saved=tokens * experts * FLOAT
-            ),
+        predictor = self.predictor() if has_predictor(self.model) else []
+        shared = self.shared_experts() if self.model.shared_experts else []
+        inside = [*self.router(), *predictor, *self.experts(), *shared]
+        return (*self.modulated("FFN"), *inside, *self.gated("FFN"))
+
+    def router(self) -> list[Operation]:
+        """Scores in float32, and the choice."""
+        tokens, experts = self.tokens, self.model.num_experts
+        wide, scores = tokens * self.hidden * FLOAT * self.load.bf16, tokens * experts * FLOAT
+        return [
+            self.passes("router", "input", 3, width=FLOAT, saved=wide),
+            Operation("scores", "router", 2 * tokens * self.hidden * experts, calls=1),
+            self.passes("router", "softmax, top-k", 20, columns=experts, calls=12, width=FLOAT, saved=scores),
         ]
-        predictor = [
-            self.linear("predictor fc1", "predictor", tokens, hidden, hidden),
-            self.passes("SiLU", "predictor", 2, saved=2 * self.whole),  # before and after
-            self.linear(
-                "predictor fc2", "predictor", tokens, hidden, experts
-            ),  # kept: logits, and the choice as target
-            self.passes(
-                "loss", "predictor", 8, columns=experts, calls=6, width=FLOAT, saved=2 * tokens * experts * FLOAT
-            ),
+
+    def predictor(self) -> list[Operation]:
+        """The capacity predictor and its loss, which saves logits and targets."""
+        tokens, experts = self.tokens, self.model.num_experts
+        logits = tokens * experts * FLOAT
+        return [
+            self.linear("predictor", "fc1", tokens, self.hidden, self.hidden),
+            self.passes("predictor", "SiLU", 2, saved=2 * self.whole),  # before and after
+            self.linear("predictor", "fc2", tokens, self.hidden, experts),
+            self.passes("predictor", "loss", 8, columns=experts, calls=6, width=FLOAT, saved=2 * logits),
         ]
-        kept = saved_elements(
-            load.kernel, int(load.rows), wide, load.experts, load.device, torch.bfloat16 if load.bf16 else torch.float32
-        )
-        routed = [
-            self.passes(
-                "permute", "experts", 2, load.pairs, saved=self.indices + int(load.pairs) * FLOAT
-            ),  # and the weights
-            self.passes("rows by expert", "experts", 2, load.rows, calls=8, saved=self.order),
-            *self.ffn(
-                "experts", load.rows, wide, kept * self.width, load.experts, int(load.rows) * hidden * self.width
-            ),
-            self.passes("weigh", "experts", 4, load.pairs, width=FLOAT, saved=int(load.pairs) * hidden * self.width),
-            self.passes("unpermute", "experts", 3, load.pairs, calls=2, width=FLOAT),
+
+    def experts(self) -> list[Operation]:
+        """Rows to the experts, their networks, and the weighted sum of the answers."""
+        load, wide = self.load, expert_width(self.model)
+        inner = saved_elements(load.kernel, self.rows, wide, load.experts, load.device, load.dtype) * self.width
+        received, answers = self.rows * self.hidden * self.width, self.pairs * self.hidden * self.width
+        which = self.indices + self.pairs * FLOAT  # and their weights
+        return [
+            self.passes("experts", "permute", 2, load.pairs, saved=which),
+            self.passes("experts", "rows by expert", 2, load.rows, calls=8, saved=self.order),
+            *self.ffn("experts", load.rows, wide, inner, load.experts, received),
+            self.passes("experts", "weigh", 4, load.pairs, width=FLOAT, saved=answers),
+            self.passes("experts", "unpermute", 3, load.pairs, calls=2, width=FLOAT),
         ]
-        shared: list[Operation] = []
-        if model.shared_experts:
-            of_shared = model.shared_experts * wide
-            shared = self.ffn("shared experts", tokens, of_shared, 2 * tokens * of_shared * self.width)
-        found = [*router, *(predictor if has_predictor(model) else []), *routed, *shared]
-        return (*self.modulated("FFN"), *found, *self.gated("FFN"))
+
+    def shared_experts(self) -> list[Operation]:
+        """The experts that every token passes, as one network."""
+        wide = self.model.shared_experts * expert_width(self.model)
+        return self.ffn("shared experts", self.tokens, wide, 2 * self.tokens * wide * self.width)
 
     @property
     def indices(self) -> int:
         """Bytes that say which pairs there are."""
-        return int(self.load.pairs) * 3 * LONG + self.tokens * LONG
+        return self.pairs * 3 * LONG + self.tokens * LONG
 
     @property
     def order(self) -> int:
         """Bytes of the order of received rows by expert and its inverse, if several ranks send to several experts."""
-        return 2 * int(self.load.rows) * LONG if 1 < self.load.experts < self.model.num_experts else 0
+        return 2 * self.rows * LONG if 1 < self.load.experts < self.model.num_experts else 0
 
     @property
     def choice(self) -> int:
-        """Bytes that an MoE layer keeps of its choice when it is computed again."""
+        """Bytes that an MoE layer saves of its choice when it is computed again."""
         return self.tokens * self.model.num_experts + self.indices + self.order  # a byte for each token and expert
 
     def after(self) -> tuple[Operation, ...]:
@@ -270,10 +272,8 @@ class _Maker:
         model, hidden, samples = self.model, self.hidden, self.samples
         pixels = samples * model.in_channels * model.input_size**2
         return (
-            self.linear(
-                "head modulation", "other", samples, hidden, 2 * hidden, saved=samples * 2 * hidden * self.width
-            ),
+            self.linear("other", "modulation", samples, hidden, 2 * hidden, saved=samples * 2 * hidden * self.width),
             *self.modulated("other"),
-            self.linear("head", "other", self.tokens, hidden, model.patch**2 * model.out_channels),
+            self.linear("other", "head", self.tokens, hidden, model.patch**2 * model.out_channels),
             Operation("loss", "other", saved=pixels * FLOAT),  # the difference that it squares
         )

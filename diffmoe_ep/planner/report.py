@@ -128,8 +128,8 @@ def _head(plan: ClusterPlan) -> list[str]:
     steps = f" in {accumulation} micro-steps" if accumulation > 1 else ""
     found = [
         f"cluster  {plan.cluster.title()}",
-        f"model    {config.model.family}, {count(config.model).total / 1e6:,.1f}M parameters, {config.train.precision}, "
-        f"{num_tokens(config.model)} tokens a sample",
+        f"model    {config.model.family}, {count(config.model).total / 1e6:,.1f}M parameters, "
+        f"{config.train.precision}, {num_tokens(config.model)} tokens a sample",
         f"step     {config.train.global_batch} samples{steps}; a rank has {part.samples} of the "
         f"{config.train.micro_step_samples} samples of a micro-step, {part.tokens:,} tokens",
     ]

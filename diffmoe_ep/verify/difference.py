@@ -20,25 +20,25 @@ class Difference:
 
 
 def compare(
-    name: str, found: Tensor, wanted: Tensor, *, first: int | None = None, relative: bool = False
+    name: str, found: Tensor, expected: Tensor, *, first: int | None = None, relative: bool = False
 ) -> Difference:
     """The element that differs most. first: dimension 0 counts experts from this number; relative: to the largest
-    element wanted.
+    element expected.
     """
-    found, wanted = found.detach().cpu(), wanted.detach().cpu()
-    if found.shape != wanted.shape:
-        return Difference(math.inf, f"{name} has shape {tuple(found.shape)}, not {tuple(wanted.shape)}")
+    found, expected = found.detach().cpu(), expected.detach().cpu()
+    if found.shape != expected.shape:
+        return Difference(math.inf, f"{name} has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
     if not found.numel():
         return Difference(0.0)
-    apart = (found.double() - wanted.double()).abs().nan_to_num(math.inf, math.inf)
-    apart[found == wanted] = 0.0  # infinities of one sign are equal
+    apart = (found.double() - expected.double()).abs().nan_to_num(math.inf, math.inf)
+    apart[found == expected] = 0.0  # infinities of one sign are equal
     if relative:
-        apart = apart / wanted.double().abs().max().clamp(min=1e-300)
+        apart = apart / expected.double().abs().max().clamp(min=1e-300)
     place = int(apart.argmax())
     index = [int(number) for number in torch.unravel_index(torch.tensor(place), found.shape)]
     expert = f", expert {first + index.pop(0)}" if first is not None else ""
     at = f"[{', '.join(map(str, index))}]" if index else ""
-    values = f"{found.flatten()[place].item():.17g}, not {wanted.flatten()[place].item():.17g}"
+    values = f"{found.flatten()[place].item():.17g}, not {expected.flatten()[place].item():.17g}"
     return Difference(float(apart.max()), f"{name}{expert}{' ' * bool(expert and at)}{at} is {values}")
 
 

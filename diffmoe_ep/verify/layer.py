@@ -134,7 +134,7 @@ def check_layer(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
         for seed, parameter in enumerate(layer.parameters()):
             parameter.data = draw(10 + seed, *parameter.shape) * 0.4
         weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-        wanted = plain_layer(weights, x, span, tokens_per_expert(span * TOKENS, capacity, experts), probe)
+        expected = plain_layer(weights, x, span, tokens_per_expert(span * TOKENS, capacity, experts), probe)
         shard_experts(model, mesh, overlap=parts)
         if span > SAMPLES:
             widen_pools(model, mesh)
@@ -149,13 +149,13 @@ def check_layer(mesh: Mesh) -> Iterator[tuple[str, Difference]]:
         name = f"pools of {span} samples{', rows in 2 parts' * (parts > 1)}: "
         mean = all_sum(torch.cat([report.quantile.detach(), report.loss.detach()[None]]), mesh.world) / mesh.size
         found["layer outputs"] += [
-            compare(f"{name}token of this rank, column", output.flatten(0, 1), wanted.output[mine]),
-            compare(f"{name}mean k-th prediction of expert", mean[:-1], wanted.quantile),
-            compare(f"{name}predictor's loss", mean[-1], wanted.loss),
+            compare(f"{name}token of this rank, column", output.flatten(0, 1), expected.output[mine]),
+            compare(f"{name}mean k-th prediction of expert", mean[:-1], expected.quantile),
+            compare(f"{name}predictor's loss", mean[-1], expected.loss),
         ]
         first, last = layer.experts.first, layer.experts.first + experts // mesh.expert.size
         for parameter_name, gradient in gradients.items():
-            label, full = f"{name}gradient of {parameter_name}", wanted.gradients[parameter_name]
+            label, full = f"{name}gradient of {parameter_name}", expected.gradients[parameter_name]
             if parameter_name == "input":
                 found["layer gradients"].append(compare(label, gradient, full[mine]))
             elif parameter_name.startswith("experts."):
@@ -201,11 +201,11 @@ def check_dispatch(mesh: Mesh) -> Difference:
         weight.requires_grad_()
         route = dispatcher.route(Assignment(chosen, weight))
         mixed = dispatcher.combine(dispatcher.dispatch(tokens, route), route, weight)
-        wanted = tokens * (weight * chosen).sum(1, keepdim=True)
+        expected = tokens * (weight * chosen).sum(1, keepdim=True)
         name = f"{pattern}, {how}: "
-        found.append(compare(f"{name}token of this rank, column", mixed, wanted))
+        found.append(compare(f"{name}token of this rank, column", mixed, expected))
         given = torch.autograd.grad(mixed.square().sum(), [tokens, weight])
-        plain = torch.autograd.grad(wanted.square().sum(), [tokens, weight])
+        plain = torch.autograd.grad(expected.square().sum(), [tokens, weight])
         found.append(compare(f"{name}gradient of token, column", given[0], plain[0]))
         found.append(compare(f"{name}gradient of the gate of token, expert", given[1], plain[1]))
     return over_ranks(largest(found), mesh)
@@ -224,8 +224,8 @@ def check_kernels(mesh: Mesh) -> Iterator[tuple[str, Difference, float]]:
             output = module(rows, counts)
             names = ["rows", *(name for name, _ in module.named_parameters())]
             gradients = torch.autograd.grad((output * probe).sum(), [rows, *module.parameters()])
-            wanted, plain = _one_by_one(module, rows, counts, probe)
-            found.append(compare(f"rows {counts}: output at row, column", output, wanted, relative=True))
+            expected, plain = _one_by_one(module, rows, counts, probe)
+            found.append(compare(f"rows {counts}: output at row, column", output, expected, relative=True))
             for name, one, other in zip(names, gradients, plain, strict=True):
                 first = None if name == "rows" else 0
                 found.append(

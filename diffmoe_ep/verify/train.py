@@ -2,7 +2,7 @@
 samples.
 
 The trainer is the one that trains; only its data are drawn here. The plain loop knows neither DeepSpeed nor ranks: one
-model, autograd, torch's own optimiser, and the global norm as the norm of all gradients.
+model, autograd, torch's own optimizer, and the global norm as the norm of all gradients.
 """
 
 import math
@@ -104,7 +104,7 @@ def config_of(kind: str, mesh: Mesh, expert: int, zero: int, timeout_minutes: fl
 
 
 @torch.no_grad()
-def wake(model: DiT) -> DiT:
+def randomize_zero_weights(model: DiT) -> DiT:
     """Give what starts at zero, and the routers, weights at which everything shows; the same whatever part of the model
     this is.
     """
@@ -123,7 +123,7 @@ def train_alone(mesh: Mesh) -> dict[str, Trace]:
 
 
 def _plain_loop(config: Config, device: torch.device) -> Trace:
-    model = wake(initialize(DiT(config.model, config.pool), config.seed)).to(device)
+    model = randomize_zero_weights(initialize(DiT(config.model, config.pool), config.seed)).to(device)
     named = dict(model.named_parameters())
     settings, objective = config.train.optimizer, objective_of(config.train.objective)
     optimizer: torch.optim.Optimizer
@@ -180,8 +180,8 @@ def _stream(config: Config) -> Stream:
 def train_over_ranks(config: Config, mesh: Mesh) -> Trace:
     """The same by the trainer, on all ranks of the mesh; what this rank saw of it."""
     trainer = Trainer(config, mesh, Mixture([RandomImages()]))
-    wake(trainer.model)
-    trainer.engine.moments()  # makes the optimiser's state, which the next line sets to the start
+    randomize_zero_weights(trainer.model)
+    trainer.engine.moments()  # makes the optimizer's state, which the next line sets to the start
     trainer.engine.continue_from(0)  # brings the flat copies of the weights up to date
     named = trainer.engine.named
     moved = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -200,7 +200,7 @@ def train_over_ranks(config: Config, mesh: Mesh) -> Trace:
 def check_training(
     mesh: Mesh, alone: dict[str, Trace], timeout_minutes: float, stages: Sequence[int] = (0, 1, 2)
 ) -> Iterator[tuple[str, Difference, float]]:
-    """Every ZeRO stage on the mesh's layout, with both optimisers: name, difference to the plain loop, tolerance."""
+    """Every ZeRO stage on the mesh's layout, with both optimizers: name, difference to the plain loop, tolerance."""
     looser = 1.0 if mesh.device.type == "cpu" else 10.0  # a GPU's sums come in other orders for other shapes
     for zero in stages:
         found: dict[str, list[Difference]] = {
@@ -209,25 +209,25 @@ def check_training(
             "moves of experts": [],
             "moves of the rest": [],
         }
-        for kind, wanted in alone.items():
+        for kind, expected in alone.items():
             config = config_of(kind, mesh, mesh.expert.size, zero, timeout_minutes)
             trace = train_over_ranks(config, mesh)
-            found["losses"].append(compare(f"{kind}: loss of step", trace.losses, wanted.losses, relative=True))
+            found["losses"].append(compare(f"{kind}: loss of step", trace.losses, expected.losses, relative=True))
             found["norms and thresholds"] += [
-                compare(f"{kind}: gradient norm of step", trace.norms, wanted.norms, relative=True),
+                compare(f"{kind}: gradient norm of step", trace.norms, expected.norms, relative=True),
                 compare(
-                    f"{kind}: threshold of step, layer, expert", trace.thresholds, wanted.thresholds, relative=True
+                    f"{kind}: threshold of step, layer, expert", trace.thresholds, expected.thresholds, relative=True
                 ),
             ]
             if kind == "sgd":
-                found["moves of experts"] += _moves(trace, wanted, mesh, experts=True)
-                found["moves of the rest"] += _moves(trace, wanted, mesh, experts=False)
+                found["moves of experts"] += _moves(trace, expected, mesh, experts=True)
+                found["moves of the rest"] += _moves(trace, expected, mesh, experts=False)
         for (name, differences), tolerance in zip(found.items(), (1e-6, 1e-5, 1e-3, 1e-3), strict=True):
             label = f"{name}, EP {mesh.expert.size}, ZeRO {zero}"
             yield label, over_ranks(largest(differences), mesh), tolerance * looser
 
 
-def _moves(trace: Trace, wanted: Trace, mesh: Mesh, experts: bool) -> Iterator[Difference]:
+def _moves(trace: Trace, expected: Trace, mesh: Mesh, experts: bool) -> Iterator[Difference]:
     """How far the first step moved each expert's, or each other, tensor, along the way that it should: off by 1 -
     factor.
 
@@ -237,7 +237,7 @@ def _moves(trace: Trace, wanted: Trace, mesh: Mesh, experts: bool) -> Iterator[D
     for name, moved in trace.moved.items():
         if is_expert(name) != experts:
             continue
-        whole = wanted.moved[name]
+        whole = expected.moved[name]
         pieces = [(name, moved, whole)]
         if experts:
             first = mesh.expert.rank * len(moved)

@@ -151,7 +151,7 @@ def test_sound_ranks_pass(world: int) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("fault", "world", "layout", "failing", "told"),
+    ("fault", "world", "layout", "failing", "message"),
     [
         ("narrow pools", 2, Layout(1, 2), "1 choice", "pools of 4 samples"),
         ("late ties", 1, Layout(1, 1), "1 choice", "with ties"),
@@ -170,11 +170,11 @@ def test_sound_ranks_pass(world: int) -> None:
         ("thresholds twice", 1, Layout(1, 1), "3 norms and thresholds", "threshold of step, layer, expert["),
     ],
 )
-def test_planted_faults_are_named(fault: str, world: int, layout: Layout, failing: str, told: str) -> None:
+def test_planted_faults_are_named(fault: str, world: int, layout: Layout, failing: str, message: str) -> None:
     rows = run(world, on_ranks, fault, [layout], (1,), timeout=300)[0]
     failed = {name: where for name, passed, where in rows if not passed}
     assert any(name.startswith(failing) for name in failed), failed
-    assert all(told in where for name, where in failed.items() if name.startswith(failing)), failed
+    assert all(message in where for name, where in failed.items() if name.startswith(failing)), failed
     if fault == "thresholds twice":
         assert {name[:1] for name in failed} == {"3"}
 
@@ -193,17 +193,17 @@ def test_layouts_fit_the_ranks(world: int) -> None:
 
 
 def test_a_difference_names_its_place() -> None:
-    wanted = torch.zeros(2, 3)
-    found = wanted.clone()
+    expected = torch.zeros(2, 3)
+    found = expected.clone()
     found[1, 2] = 0.5
-    assert compare("w", found, wanted).where == "w[1, 2] is 0.5, not 0"
-    assert compare("w", found, wanted, first=4).where == "w, expert 5 [2] is 0.5, not 0"
-    assert compare("w", found, wanted).largest == 0.5
+    assert compare("w", found, expected).where == "w[1, 2] is 0.5, not 0"
+    assert compare("w", found, expected, first=4).where == "w, expert 5 [2] is 0.5, not 0"
+    assert compare("w", found, expected).largest == 0.5
     assert compare("w", found * 4, found * 2, relative=True).largest == 1.0
     found[0, 0] = math.nan
-    assert compare("w", found, wanted).largest == math.inf
-    assert compare("w", found[:1], wanted).where == "w has shape (1, 3), not (2, 3)"
-    assert compare("w", wanted[:0], wanted[:0]).largest == 0.0
+    assert compare("w", found, expected).largest == math.inf
+    assert compare("w", found[:1], expected).where == "w has shape (1, 3), not (2, 3)"
+    assert compare("w", expected[:0], expected[:0]).largest == 0.0
     infinite = torch.full((2,), math.inf)
     assert compare("w", infinite, infinite).largest == 0.0
     assert compare("w", infinite, -infinite).largest == math.inf
