@@ -197,13 +197,13 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _natural(text: str) -> int:
+def _non_negative(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text} is not a number, 0 or more")
     return int(text)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
         share = float(text)
     except ValueError:
@@ -244,9 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     sources = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], None], told: str, shard_size: int
+        name: str, run: Callable[[argparse.Namespace], None], help_text: str, shard_size: int
     ) -> argparse.ArgumentParser:
-        source = sources.add_parser(name, help=told, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        source = sources.add_parser(name, help=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         source.add_argument("--out", type=Path, required=True, help="folder to write; made if it does not exist")
         source.add_argument("--shard-size", type=_number, default=shard_size, help="samples of the source per shard")
         source.set_defaults(run=run)
@@ -270,7 +270,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--image-size", type=_number, default=24, help="side of the canvas, 24 or more")
     source.add_argument(
-        "--legible", type=_share, default=1.0, help="share of OUT/train's digits of each class: those easiest to read"
+        "--legible",
+        type=_fraction,
+        default=1.0,
+        help="share of OUT/train's digits of each class: those easiest to read",
     )
     source.add_argument(
         "--caption-weights",
@@ -286,9 +289,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("--out", type=Path, required=True, help="folder to write")
     encoder.add_argument(
-        "--steps", type=_natural, default=tiny_t5.STEPS, help="steps of 32 captions; 0: random (default %(default)s)"
+        "--steps",
+        type=_non_negative,
+        default=tiny_t5.STEPS,
+        help="steps of 32 captions; 0: random (default %(default)s)",
     )
-    encoder.add_argument("--seed", type=_natural, default=0, help="of weights and text (default %(default)s)")
+    encoder.add_argument("--seed", type=_non_negative, default=0, help="of weights and text (default %(default)s)")
     encoder.add_argument("--width", type=_width, default=64, help="of a token's features (default %(default)s)")
     encoder.add_argument("--layers", type=_number, default=3, help="(default %(default)s)")
     encoder.set_defaults(run=prepare_tiny_t5)
@@ -360,7 +366,7 @@ def _add_text(source: argparse.ArgumentParser) -> None:
 
 def _add_ranks(source: argparse.ArgumentParser) -> None:
     source.add_argument(
-        "--max-bad", type=_share, default=0.01, help="share of bad samples above which the preparation fails"
+        "--max-bad", type=_fraction, default=0.01, help="share of bad samples above which the preparation fails"
     )
     source.add_argument("--batch", type=_number, default=32, help="samples that are encoded together")
     source.add_argument("--readers", type=_number, default=8, help="threads of a process that decode images")
@@ -369,7 +375,7 @@ def _add_ranks(source: argparse.ArgumentParser) -> None:
     )
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     source.add_argument(
-        "--rank", type=_natural, default=rank, help="of this process (default: RANK, as torchrun sets it)"
+        "--rank", type=_non_negative, default=rank, help="of this process (default: RANK, as torchrun sets it)"
     )
     source.add_argument(
         "--world", type=_number, default=world, help="processes in all (default: WORLD_SIZE, as torchrun sets it)"

@@ -276,7 +276,7 @@ class Preparation:
 
 
 def _journal(path: Path) -> dict[str, Any] | None:
-    """A journal file's content; None if there is none, or it is damaged: then what it told of is made again."""
+    """A journal file's content; None if there is none, or it is damaged: then what it describes is made again."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

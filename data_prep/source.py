@@ -24,7 +24,7 @@ class Raw:
     key: str  # of the sample in the shards: letters, digits, '_', '-'
     image: (
         Callable[[], bytes] | np.ndarray | None
-    )  # reads the image file's bytes; or pixels (C, H, W) uint8; None: see problem
+    )  # reads the file's bytes; or pixels (C, H, W) uint8; None: see problem
     condition: StoredCondition | None  # label, or captions without features
     problem: str = ""  # why the sample cannot be used, if that shows already
 
@@ -37,9 +37,8 @@ class Source:
     read: Callable[[int], Iterator[Raw]]  # the samples of a unit, in order
     fingerprint: str  # sha256 over names and sizes of the source's files
     condition: Literal["class", "text"]  # what its samples are conditioned on
-    cut: bool = (
-        False  # a unit is an archive of any length and makes a shard of every --shard-size samples; else it makes one
-    )
+    # Whether a unit is an archive of any length and makes a shard of every --shard-size samples; else it makes one.
+    cut: bool = False
     num_samples: int | None = None  # over all units, where that is known
     class_names: tuple[str, ...] = ()  # one per class
     min_side: int = 1  # images with a shorter side are bad

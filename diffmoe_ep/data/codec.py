@@ -38,7 +38,7 @@ StoredCondition = int | tuple[Caption, ...]  # the label, or the captions, as th
 
 
 def encode(array: np.ndarray, condition: StoredCondition, manifest: Manifest) -> dict[str, bytes]:
-    """The fields of a sample that `decode` gives back; ValueError if array or condition are not what the manifest
+    """The fields of a sample that `decode` reads; ValueError if array or condition are not what the manifest
     announces.
     """
     if array.shape != manifest.stored_shape or array.dtype != np.dtype(manifest.dtype):

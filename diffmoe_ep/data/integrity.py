@@ -29,8 +29,8 @@ class Checked:
 def check_folder(folder: Path, progress: Callable[[int], object] | None = None) -> Checked:
     """Check all shards: sizes, checksums, indexes, tars, and of every sample its fields, shapes, values and label.
 
-    DataError if there is no manifest that can be read, for then nothing is known of the rest. `progress` is told
-    samples after each shard.
+    DataError if there is no manifest that can be read, for then nothing is known of the rest. `progress` is called with
+    the number of samples after each shard.
     """
     manifest = read_manifest(folder / MANIFEST_NAME)
     dataset = Dataset(folder, manifest)

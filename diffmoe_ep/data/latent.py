@@ -24,8 +24,7 @@ def final_latent(values: np.ndarray, manifest: Manifest, posterior: np.ndarray |
     if manifest.kind == "moments":
         assert posterior is not None
         mean, log_variance = np.split(floats, 2)
-        floats = (
-            mean + np.exp(0.5 * np.clip(log_variance, -30.0, 20.0)) * posterior
-        )  # the clip of latent-diffusion VAEs
+        deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
+        floats = mean + deviation * posterior
     latent: np.ndarray = floats * np.float32(manifest.scale) + np.float32(manifest.shift)
     return latent

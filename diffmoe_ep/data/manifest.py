@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class TextEncoderInfo:
-    """Features of the captions that one text encoder made, and what tells that encoder from another."""
+    """Features of the captions that one text encoder made, and what identifies it."""
 
     name: str  # of the encoder: t5 or clip; the member is text.NAME.npy
     width: int  # of a token's features
@@ -79,9 +79,7 @@ class Manifest:
     flips: int = 1  # 2: moments of the mirrored image are stored beside those of the image
     num_samples: int = 0  # over all shards
     shards: tuple[Shard, ...] = ()  # in storage order
-    condition: Literal["class", "text"] = (
-        "class"  # what a sample is conditioned on: its label (cls) or its captions (captions.json)
-    )
+    condition: Literal["class", "text"] = "class"  # what a sample has: a label (cls), or captions (captions.json)
     text: tuple[TextEncoderInfo, ...] = ()  # stored features of the captions, by encoder
     image_size: int = 0  # side of the square images that were stored or encoded; 0: not known
     encoder: str = ""  # sha256 over config and weights of the VAE that made the moments; empty: not known, or pixels

@@ -36,7 +36,7 @@ class Mixture:
         """Open what the config names: `data.folder`, or all of `data.mixture`; DataError or ConfigError for what does
         not fit.
 
-        Where bad samples may be replaced, shards that are damaged already are tolerated, and told in `problems`.
+        Where bad samples may be replaced, shards that are damaged already are tolerated, and listed in `problems`.
         """
         access = Access(
             cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
@@ -125,7 +125,7 @@ class MixedOrder:
         self.orders = [Order(each, seed, block, number, self.lanes) for number, each in enumerate(sizes)]
         # A dataset's share of what the datasets before it leave over: so counts only grow, and they always sum up.
         self._shares = [weight / sum(weights[number:]) for number, weight in enumerate(weights)]
-        self._blocks: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> its block last asked for
+        self._blocks: dict[int, tuple[int, list[int], list[int]]] = {}  # lane -> its block last requested
 
     def locate(self, position: int) -> Place:
         """The stored sample at a position, 0 or above."""

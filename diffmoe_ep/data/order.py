@@ -72,8 +72,8 @@ class Order:
         self._dataset = dataset
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self.total = int(self._sizes.sum())
-        self._layout: _Epoch | None = None  # of the epoch last asked for
-        self._runs: dict[int, _Run] = {}  # lane -> its run last asked for: neighbours share it
+        self._layout: _Epoch | None = None  # of the epoch last requested
+        self._runs: dict[int, _Run] = {}  # lane -> its run last requested: neighbours share it
 
     def locate(self, position: int) -> tuple[int, int]:
         """(shard, sample in it) at a position, 0 or above."""
@@ -108,7 +108,7 @@ class Order:
             yield run.at(other)
 
     def block_name(self, position: int) -> tuple[int, int]:
-        """What tells a position's block from all others: its lane, and where in the lane it begins."""
+        """What identifies a position's block: its lane, and where in the lane it begins."""
         return self.lanes.split(position)[0], self._run(position)[0].first
 
     def shards_ahead(self, position: int) -> list[int]:
@@ -136,9 +136,8 @@ class Order:
         number = self.lanes.join(lane, place) // self.total
         epoch = self._epoch(number)
         low, high = int(epoch.sections[lane]), int(epoch.sections[lane + 1])
-        offset = low - self.lanes.before(
-            lane, number * self.total
-        )  # from a place in the lane to one in the shards laid end to end
+        # From a place in the lane to one in the shards laid end to end.
+        offset = low - self.lanes.before(lane, number * self.total)
         slot, first = epoch.slot(place + offset), epoch.slot(low)
         block = (slot - first) // self.block if self.block else 0
         begin = first + block * self.block if self.block else slot

@@ -327,9 +327,8 @@ class Dataset:
             for part, name in enumerate(MEMBER.names or ()):
                 members[:, place, part] = index[field][name]
         offsets, sizes = members[..., 0], members[..., 1]
-        outside = (
-            (offsets < 0) | (sizes < 0) | (offsets > described.bytes) | (sizes > described.bytes)
-        )  # not their sum: it may overflow
+        # Not their sum: it may overflow.
+        outside = (offsets < 0) | (sizes < 0) | (offsets > described.bytes) | (sizes > described.bytes)
         members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
         begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
         lengths[lengths > sizes.sum(1) + MOST_BETWEEN] = 0

@@ -1,4 +1,4 @@
-"""A pretrained model's folder: which files make it what it is, and the fingerprint that tells it from every other."""
+"""A pretrained model's folder: which files make it what it is, and the fingerprint that identifies it."""
 
 import hashlib
 import json

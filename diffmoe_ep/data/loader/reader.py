@@ -61,7 +61,7 @@ class Reader:
             return self._substitute(place, position, flipped, pick, error)
 
     def _patiently(self, place: Place, flipped: bool, pick: float, substitute: bool = False) -> RawSample:
-        """A stored sample; a shard that cannot be had is asked for again, since who passed over it would change the
+        """A stored sample; a shard that cannot be had is requested again, since who passed over it would change the
         order.
         """
         store = self._stores[place.dataset]
@@ -69,11 +69,11 @@ class Reader:
             try:
                 return self._once(place, flipped, pick, substitute)
             except Unavailable as error:
-                if attempt == self._retries or store.is_remote:  # a remote shard has been asked for again already
+                if attempt == self._retries or store.is_remote:  # a remote store has retried already
                     raise
                 pause = min(2**attempt, LONGEST_PAUSE)
-                told = f"{error}; asking again in {pause:g} s ({attempt + 1} of {self._retries})"
-                print(told, file=sys.stderr, flush=True)
+                message = f"{error}; asking again in {pause:g} s ({attempt + 1} of {self._retries})"
+                print(message, file=sys.stderr, flush=True)
             store.close()  # a descriptor may be stale
             time.sleep(pause)
         raise AssertionError  # the count has no end

@@ -42,7 +42,7 @@ class Stream:
     Micro-step m covers the positions m M .. (m + 1) M - 1, M = batch / accumulation; rank r has the r-th of `world`
     equal slices. What a batch holds is a function of seed and positions alone, so ranks, workers and restarts change
     nothing. A sample whose bytes are bad is replaced by another of its shuffle block, which its position decides; one
-    that cannot be had is asked for again. Of `PlainTars`, which nobody has indexed, all that is promised stands in
+    that cannot be had is requested again. Of `PlainTars`, which nobody has indexed, all that is promised stands in
     `resampled`.
     """
 
@@ -95,8 +95,7 @@ class Stream:
     def __next__(self) -> Batch:
         """The next micro-step's Batch.
 
-        DataError names shard and key of a sample that cannot be had or replaced, RuntimeError tells of a worker that
-        died.
+        DataError names shard and key of a sample that cannot be had or replaced; RuntimeError: a worker died.
         """
         if self._results is None:
             self._results = self._start()

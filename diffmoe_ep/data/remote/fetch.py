@@ -372,7 +372,7 @@ def _from_opener(url: str, size: int, access: Access) -> Iterator[bytes]:
             errno.ETIMEDOUT, f"the command did not end within {access.silence:g} seconds of its last byte"
         ) from error
     finally:
-        pipe.ignore_errors = True  # of the command, which has told what it had to
+        pipe.ignore_errors = True  # its exit code was looked at above
         pipe.proc.kill()
         pipe.close()
 
