@@ -23,7 +23,7 @@ def final_latent(values: np.ndarray, manifest: Manifest, posterior: np.ndarray |
     floats = torch.from_numpy(np.array(values)).float().numpy()  # torch converts float16 twenty times as fast as NumPy
     if manifest.kind == "moments":
         assert posterior is not None
-        mean, log_variance = np.split(floats, 2)
+        mean, log_variance = floats[: manifest.shape[0]], floats[manifest.shape[0] :]
         deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
         floats = mean + deviation * posterior
     latent: np.ndarray = floats * np.float32(manifest.scale) + np.float32(manifest.shift)

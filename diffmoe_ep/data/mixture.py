@@ -38,10 +38,7 @@ class Mixture:
 
         Where bad samples may be replaced, shards that are damaged already are tolerated, and listed in `problems`.
         """
-        access = Access(
-            cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
-        )
-        tolerant = data.max_bad_fraction > 0
+        access, tolerant = Access.of(data), data.max_bad_fraction > 0
         if not data.mixture:
             return cls([Dataset.open(data.folder, access, tolerant)])
         return cls(

@@ -16,13 +16,10 @@ def open_data(config: Config) -> BatchSource:
     data, plain = config.data, config.data.plain
     dataset: BatchSource
     if data.mode == "resampled":
-        access = Access(
-            cache=data.cache, cache_gb=data.cache_gb, allow_commands=data.allow_commands, retries=data.retries
-        )
         spec = MemberSpec(
             plain.kind, plain.label, plain.array, plain.scale, plain.shift, config.model.num_classes, name="plain"
         )
-        dataset = PlainTars.open(data.folder, spec, access, config.model.condition, plain.shuffle)
+        dataset = PlainTars.open(data.folder, spec, Access.of(data), config.model.condition, plain.shuffle)
     else:
         dataset = Mixture.open(data)
     check_data(config, dataset)

@@ -16,9 +16,7 @@ from diffmoe_ep.data.sources import SampleStore
 
 
 class FastReader:
-    """Reads what `read.read_labelled` reads, about three times as fast; skips whatever is unusual, which is looked at
-    there.
-    """
+    """Reads what `checked.read_labelled` reads, faster; skips whatever is unusual, which is looked at there."""
 
     def __init__(self, dataset: Dataset) -> None:
         """dataset: one that is supported."""

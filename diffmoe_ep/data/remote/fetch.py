@@ -28,7 +28,7 @@ from subprocess import TimeoutExpired
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, parse_manifest
 from diffmoe_ep.data.remote.cache import Cache, CacheFull, Damaged, Wanted
 
@@ -73,6 +73,11 @@ class Access:
     silence: float = 90.0
     slowest: float = 65536.0  # bytes per second below which an attempt has failed
     pause: float = 1.0  # seconds before the second attempt; doubled for each further one
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Access":
+        """As the config says."""
+        return cls(data.cache, data.cache_gb, data.allow_commands, data.retries)
 
 
 def is_remote(folder: str | Path) -> bool:
