@@ -25,7 +25,7 @@ from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.ema import Ema
 
 FACTS = Manifest("tiny", "moments", (2, 8, 8), "float16", 0.5, 0.25, 5, (), "made up", flips=2)
-SHARD_SIZE, NUM_SAMPLES = 20, 93
+SHARD_SIZE, NUM_SAMPLES = 8, 93
 
 
 def stored() -> tuple[np.ndarray, list[int]]:
