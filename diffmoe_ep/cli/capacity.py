@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ep.cli.options import Verb, option, required
-from diffmoe_ep.cli.source import SourceOptions, bar_for, drawer, encoded, load_source, numbers, out_folder, source_of
+from diffmoe_ep.cli.source import (
+    SourceOptions,
+    bar_for,
+    encoded,
+    load_source,
+    numbers,
+    out_folder,
+    sample_fn,
+    source_of,
+)
 
 if TYPE_CHECKING:
-    from diffmoe_ep.sampling.sample import Drawn
+    from diffmoe_ep.sampling.sample import Samples
 
 
 def _thresholds(text: str) -> list[Any]:
@@ -44,6 +53,7 @@ class Search(SourceOptions):
 
 def _report(options: Report) -> None:
     from diffmoe_ep.evaluate.capacity.report import check_report, report
+    from diffmoe_ep.evaluate.capacity.write import write
     from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.prompts import read_prompts
 
@@ -61,10 +71,11 @@ def _report(options: Report) -> None:
             bar.update(done - bar.n)
 
         found = report(
-            model, drawer(source, model, mesh), source.config.sample, source.data_info, mesh,
-            per_class=samples, seed=source.seed, out=out, classes=classes, prompts=prompts, progress=show,
+            model, sample_fn(source, model, mesh), source.config.sample, source.data_info, mesh,
+            per_class=samples, seed=source.seed, classes=classes, prompts=prompts, progress=show,
         )  # fmt: skip
     if found is not None:
+        write(found, out)
         print("\n".join(found.lines()))
         print(f"written to {out}")
     destroy_mesh()
@@ -74,7 +85,8 @@ def _search(options: Search) -> None:
     from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel.mesh import destroy_mesh
-    from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of
+    from diffmoe_ep.sampling.picture import check_pixels, pixels_of
+    from diffmoe_ep.sampling.sample import classes_in_turn
 
     train, heldout = load_images(options.reference), load_images(options.heldout)
     source = source_of(options, options.samples)
@@ -85,11 +97,11 @@ def _search(options: Search) -> None:
     model, mesh = load_source(source)
     labels = classes_in_turn(options.samples, list(range(source.config.model.num_classes)))
 
-    def scorer(drawn: "Drawn") -> float:
+    def scorer(drawn: "Samples") -> float:
         return score(pixels_of(drawn, source.data_info), drawn.labels, train, heldout, drawn.capacity).frechet
 
-    draw_with = with_threshold(drawer(source, model, mesh), labels, source.config.sample)
-    found = search(draw_with, list(options.thresholds), scorer, score="Fréchet distance")
+    sample_with = with_threshold(sample_fn(source, model, mesh), labels, source.config.sample)
+    found = search(sample_with, list(options.thresholds), scorer, score="Fréchet distance")
     if found is not None:
         print("\n".join(found.lines()))
         if out is not None:

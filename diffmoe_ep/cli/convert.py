@@ -52,7 +52,7 @@ def _export(options: Export) -> None:
     from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
     from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.store import resolve
-    from diffmoe_ep.train.start import ancestry_of
+    from diffmoe_ep.train.warm_start import ancestry_of
 
     if options.out is None and options.to_published is None:
         raise ConfigError("nothing to write: give --out FOLDER (safetensors), --to-published FILE.pt, or both")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffmoe_ep.cli.options import Verb, option, required
-from diffmoe_ep.cli.source import Source, SourceOptions, draw_all, images, out_folder, protocol, source_of, write_json
+from diffmoe_ep.cli.source import Source, SourceOptions, images, out_folder, protocol, sample_all, source_of, write_json
 from diffmoe_ep.config import ConfigError
 
 
@@ -22,7 +22,8 @@ class Options(SourceOptions):
 def _evaluate(options: Options) -> None:
     from diffmoe_ep.evaluate.pipeline import check_real, load_images, score
     from diffmoe_ep.parallel.mesh import destroy_mesh
-    from diffmoe_ep.sampling.sample import check_pixels, classes_in_turn, pixels_of, write_grid
+    from diffmoe_ep.sampling.picture import check_pixels, pixels_of, write_grid
+    from diffmoe_ep.sampling.sample import classes_in_turn
 
     samples = options.samples if options.samples is not None else 400 if options.composition else 500
     source = source_of(options, samples)
@@ -39,7 +40,7 @@ def _evaluate(options: Options) -> None:
     train, heldout = load_images(options.reference), load_images(options.heldout)
     check_real(samples, source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
-    drawn = draw_all(source, classes_in_turn(samples, list(range(source.config.model.num_classes))))
+    drawn = sample_all(source, classes_in_turn(samples, list(range(source.config.model.num_classes))))
     if drawn is not None:
         scores = score(pixels_of(drawn, source.data_info), drawn.labels, train, heldout, drawn.capacity)
         print("\n".join(scores.lines()))
@@ -56,7 +57,7 @@ def _compose(options: Options, source: Source, samples: int) -> None:
     from diffmoe_ep.evaluate.digits.composition import TASKS, check_canvases, composition, prompts
     from diffmoe_ep.evaluate.digits.detect import load_canvases
     from diffmoe_ep.parallel.mesh import destroy_mesh
-    from diffmoe_ep.sampling.sample import pixels_of, write_grid
+    from diffmoe_ep.sampling.picture import pixels_of, write_grid
 
     each, rest = divmod(samples, len(TASKS))
     if rest or each < 2:
@@ -67,7 +68,7 @@ def _compose(options: Options, source: Source, samples: int) -> None:
     check_canvases(source.data_info.shape, {"--reference": train, "--heldout": heldout})
     out = None if options.out is None else out_folder(options.out)
     asked = prompts(each)
-    drawn = draw_all(source, [prompt.text for prompt in asked])
+    drawn = sample_all(source, [prompt.text for prompt in asked])
     if drawn is not None:
         found = composition(pixels_of(drawn, source.data_info).numpy(), asked, train, heldout, drawn.capacity.average())
         print("\n".join(found.lines()))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ep.cli.options import Verb, option, required
-from diffmoe_ep.cli.source import SourceOptions, draw_all, images, numbers, out_folder, source_of, write_json
+from diffmoe_ep.cli.source import SourceOptions, images, numbers, out_folder, sample_all, source_of, write_json
 from diffmoe_ep.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _sample(options: Options) -> None:
     import numpy as np
 
     from diffmoe_ep.parallel.mesh import destroy_mesh
-    from diffmoe_ep.sampling.sample import check_pictures, pixels_of, write_grid
+    from diffmoe_ep.sampling.picture import check_pictures, pixels_of, write_grid
 
     words = _words(options)
     samples = len(words) or (100 if options.samples is None else options.samples)
@@ -82,7 +82,7 @@ def _sample(options: Options) -> None:
     out = out_folder(options.out)
     if pictures:
         check_pictures(source.data_info, config.sample.vae)
-    drawn = draw_all(source, asked, options.negative)
+    drawn = sample_all(source, asked, options.negative)
     if drawn is not None:
         written = ["samples.npz"]
         arrays: dict[str, Any] = {"latents": drawn.latents.numpy(), "labels": drawn.labels.numpy()}

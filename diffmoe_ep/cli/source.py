@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from diffmoe_ep.data.info import DataInfo
-    from diffmoe_ep.evaluate.capacity.report import Drawer
+    from diffmoe_ep.evaluate.capacity.sample_fn import SampleFn
     from diffmoe_ep.model.dit import DiT
     from diffmoe_ep.parallel.mesh import Mesh
     from diffmoe_ep.sampling.prompts import Prompts
-    from diffmoe_ep.sampling.sample import Drawn
+    from diffmoe_ep.sampling.sample import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +117,13 @@ def bar_for(mesh: "Mesh", title: str) -> "tqdm[Any]":
     return tqdm(unit="step", desc=title, disable=not (mesh.is_first and sys.stderr.isatty()))
 
 
-def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Drawn | None":
+def sample_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | None = None) -> "Samples | None":
     """Load the checkpoint and draw a sample for each label or prompt; the first rank gets them. Sample n of prompts has
     seed + n.
     """
     from diffmoe_ep.sampling.decode import load_decoder
     from diffmoe_ep.sampling.prompts import Prompts
-    from diffmoe_ep.sampling.sample import draw
+    from diffmoe_ep.sampling.sample import sample
 
     mesh = _mesh(source)
     conditions: Tensor | Prompts
@@ -146,7 +146,7 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
             bar.update(done - bar.n)
 
         objective = source.config.train.objective
-        return draw(
+        return sample(
             model,
             conditions,
             source.config.sample,
@@ -159,20 +159,22 @@ def draw_all(source: Source, asked: "Tensor | Sequence[str]", negative: str | No
         )
 
 
-def drawer(source: Source, model: "DiT", mesh: "Mesh") -> "Drawer":
-    """Draw with the loaded model and any sampling settings."""
+def sample_fn(source: Source, model: "DiT", mesh: "Mesh") -> "SampleFn":
+    """Returns a function that samples from the loaded model with any sampling settings."""
     from diffmoe_ep.sampling.decode import load_decoder
-    from diffmoe_ep.sampling.sample import draw
+    from diffmoe_ep.sampling.sample import sample
 
     decode = load_decoder(source.config.sample, source.data_info, mesh)
 
-    def drawer(
-        asked: "Tensor | Prompts", sample: SampleConfig, progress: Callable[[int, int], None] | None
-    ) -> "Drawn | None":
-        objective = source.config.train.objective
-        return draw(model, asked, sample, mesh, seed=source.seed, objective=objective, decode=decode, progress=progress)
+    def sample_with(
+        conditions: "Tensor | Prompts", config: SampleConfig, progress: Callable[[int, int], None] | None
+    ) -> "Samples | None":
+        return sample(
+            model, conditions, config, mesh, seed=source.seed, objective=source.config.train.objective, decode=decode,
+            progress=progress,
+        )  # fmt: skip
 
-    return drawer
+    return sample_with
 
 
 def out_folder(path: Path) -> Path:
@@ -192,7 +194,7 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of class numbers such as 0,1,2") from None
 
 
-def images(source: Source, drawn: "Drawn", negative: str | None) -> dict[str, Any]:
+def images(source: Source, drawn: "Samples", negative: str | None) -> dict[str, Any]:
     """What each image was asked for: with its prompt and seed alone it can be drawn again."""
     images = [{"prompt": text, "seed": source.seed + number} for number, text in enumerate(drawn.prompts)]
     return {**protocol(source), "negative": negative, "images": images}

@@ -14,7 +14,7 @@ from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.evaluate.features import Features, pixel_features
 from diffmoe_ep.evaluate.scores import classifier_accuracy, frechet_distance, nearest_distance
-from diffmoe_ep.sampling.generate import CapacityRecord
+from diffmoe_ep.sampling.capacity_record import CapacityRecord
 from diffmoe_ep.tables import table
 
 Images = tuple[Tensor, Tensor]  # uint8 (n, C, H, W), int64 labels (n,)

@@ -1,19 +1,20 @@
-"""Pictures to look at: a grid of samples, and the curves of a run."""
+"""From samples to pixels, and to a PNG that shows a grid of them."""
 
-import json
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.data.info import DataInfo
+from diffmoe_ep.sampling.sample import Samples
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from PIL import ImageFont
 
 CELL = 48  # pixels that a cell of the grid has about
@@ -22,7 +23,87 @@ LINES, LINE, FONT = 5, 13, 11  # of a caption: most lines, pixels from one to th
 GAP = 4  # pixels between cells
 GREY = 48  # of the separators, visible beside black cells
 RIGHT, WRONG = (60, 170, 90), (200, 60, 60)  # frames of pictures that were judged
+# the colors of all plots
 BLUE, ORANGE, GREEN, PURPLE, PALE = "#2563eb", "#ea7317", "#15935a", "#7c4dbd", "#9aa3af"
+
+
+def check_pictures(data_info: DataInfo, vae: str | None) -> None:
+    """Raise ConfigError, before anything is sampled, if these data cannot be shown as a grid here; vae: sample.vae."""
+    if find_spec("PIL") is None:
+        raise ConfigError("grids need Pillow: pip install 'diffmoe_ep[sample]', or set sample.grid_every=0")
+    if data_info.kind == "moments":
+        if vae is None:
+            raise ConfigError(
+                f"the data {data_info.name} are latents of a VAE; set sample.vae to its local folder to see pictures, "
+                "or sample.grid_every=0"
+            )
+        return
+    if data_info.kind != "pixels" or data_info.shape[0] not in (1, 3) or not 1 <= highest(data_info) <= 255:
+        raise ConfigError(
+            f"the data {data_info.name} (shape {data_info.shape}, scale {data_info.scale}, shift {data_info.shift}) "
+            "are no pictures of 1 or 3 channels with values up to 255; set sample.grid_every=0"
+        )
+
+
+def check_pixels(data_info: DataInfo) -> None:
+    """Raise ConfigError if samples cannot be compared with stored pixels."""
+    if data_info.kind != "pixels":
+        raise ConfigError(
+            f"the data {data_info.name} are latents of a VAE, and scores compare stored pixels; draw pictures with "
+            "diffmoe sample sample.vae=FOLDER and score its samples.npz by other means"
+        )
+    check_pictures(data_info, None)
+
+
+def highest(data_info: DataInfo) -> int:
+    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE
+    decodes.
+    """
+    if data_info.kind == "moments":
+        return 255
+    assert data_info.scale and data_info.shift is not None, "known of pixels"
+    return round((1 - data_info.shift) / data_info.scale)
+
+
+def pixels_of(samples: Samples, data_info: DataInfo) -> Tensor:
+    """The samples as pixels, stored ones or decoded ones: uint8 (n, C, H, W)."""
+    if samples.decoded is not None:
+        return samples.decoded
+    assert data_info.scale and data_info.shift is not None, "known of pixels"
+    return to_pixels(samples.latents, data_info.scale, data_info.shift, highest(data_info))
+
+
+def to_pixels(latents: Tensor, scale: float, shift: float, highest: int | None = None) -> Tensor:
+    """Undo `final = stored * scale + shift` for data of kind pixels: uint8 (n, C, H, W) in 0..highest.
+
+    highest is the largest stored value; without it, the one that the data's scaling puts at 1 (pixels trained in [-1,
+    1]: 16 for the digits, 255 for photographs).
+    """
+    top = round((1 - shift) / scale) if highest is None else highest
+    if not 1 <= top <= 255:
+        raise ValueError(
+            f"scale {scale} and shift {shift} put stored value {top} at 1: give the largest stored value, from 1 to 255"
+        )
+    return ((latents.double() - shift) / scale).round().clamp(0, top).to(torch.uint8)
+
+
+def write_grid(
+    samples: Samples,
+    data_info: DataInfo,
+    path: Path,
+    most: int = 200,
+    columns: int = 10,
+    right: Sequence[bool] | None = None,
+) -> None:
+    """Write the first `most` samples as a PNG, in rows of up to `columns`, prompts under their pictures.
+
+    right: whether each picture shows what its prompt says, seen from its frame.
+    """
+    pixels = pixels_of(samples, data_info)[:most]
+    grid(
+        pixels, path, columns=min(columns, len(pixels)), highest=highest(data_info),
+        captions=samples.prompts[:most] or None, right=None if right is None else right[:most],
+    )  # fmt: skip
 
 
 def grid(
@@ -56,7 +137,7 @@ def grid(
     rows = math.ceil(num_images / columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows")
-    if any(told is not None and len(told) != num_images for told in (captions, right)):
+    if any(given is not None and len(given) != num_images for given in (captions, right)):
         raise ValueError(f"a grid of {num_images} images needs a caption and a verdict for each, or none at all")
     enlarge = max(1, round((CAPTIONED if captions else CELL) / max(height, width))) if enlarge is None else enlarge
     cell_height, cell_width = height * enlarge, width * enlarge
@@ -120,121 +201,3 @@ def wrap(text: str, font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
             last = last[:-1]
         lines = [*lines[: LINES - 1], last + "…"]
     return lines
-
-
-def curves(metrics: Path | str, path: Path | str) -> None:
-    """Draw a run's metrics.jsonl over samples seen as one PNG: loss, capacity, learning rate, samples per second.
-
-    A step that was logged twice, before and after a resume, counts as it was last logged; lines cut short by a kill and
-    missing keys are passed over. Raises ConfigError without matplotlib.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-        from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
-    except ImportError as error:
-        raise ConfigError("curves need matplotlib, which is not installed: pip install 'diffmoe_ep[log]'") from error
-    records = _records(Path(metrics))
-    figure = Figure(figsize=(12, 7.5), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    FigureCanvasAgg(figure)
-    loss, capacity, rate, speed = figure.subplots(2, 2, sharex=True).flat
-    _draw_loss(loss, records)
-    _draw_capacity(capacity, records)
-    _draw(rate, records, "lr", PURPLE, "learning rate", smooth=False)
-    _draw(speed, records, "samples_per_second", GREEN, "samples/s")
-    for axes, title in ((loss, "Loss"), (capacity, "Capacity"), (rate, "Learning rate"), (speed, "Samples per second")):
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.grid(True, color="#e5e7eb", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9)
-        if axes.get_yscale() == "log":
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        if not axes.has_data():
-            axes.set_yticks([])
-            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color=PALE)
-    for axes in (rate, speed):
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("samples seen", fontsize=9)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.savefig(path, format="png")
-
-
-Record = dict[str, Any]  # one line of metrics.jsonl
-
-
-def _records(metrics: Path) -> list[Record]:
-    """The logged steps in order, each as it was last logged."""
-    records: dict[int, Record] = {}
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a line that a kill cut short
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
-
-
-def _series(records: list[Record], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Samples seen and values of the steps that logged the key: (m,) and (m,), or (m, layers) for lists."""
-    chosen = [record for record in records if record.get(key) is not None]
-    samples = np.array([record.get("samples", record["step"]) for record in chosen], dtype=np.float64)
-    return samples, np.array([record[key] for record in chosen], dtype=np.float64)
-
-
-def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred mean over a thirtieth of the points, (m,) or (m, layers).
-
-    At the start, where curves are steep, the window shrinks evenly; at the end it loses its right half only, to stay
-    calm.
-    """
-    half = max(1, len(values) // 60)
-    place = np.arange(len(values))
-    first, last = np.maximum(place - half, 0), np.minimum(place + np.minimum(place, half), len(values) - 1)
-    return np.stack([values[a : b + 1].mean(0) for a, b in zip(first, last, strict=True)])
-
-
-def _draw(axes: "Axes", records: list[Record], key: str, colour: str, label: str, smooth: bool = True) -> None:
-    """One curve: raw in a light tone under its smoothed self, or as it is."""
-    samples, values = _series(records, key)
-    if not len(values):
-        return
-    if smooth and len(values) > 10:
-        axes.plot(samples, values, color=colour, alpha=0.25, linewidth=0.8)
-        values = _smoothed(values)
-    axes.plot(samples, values, color=colour, linewidth=1.8, label=label, marker="o" if len(values) == 1 else None)
-
-
-def _draw_loss(axes: "Axes", records: list[Record]) -> None:
-    parts = [("diffusion_loss", BLUE, "diffusion"), ("predictor_loss", ORANGE, "capacity predictor")]
-    if not any(len(_series(records, key)[0]) for key, _, _ in parts):
-        parts = [("loss", BLUE, "loss")]
-    for key, colour, label in parts:
-        _draw(axes, records, key, colour, label)
-    values = np.concatenate([_series(records, key)[1] for key, _, _ in parts])
-    if len(values) and values.min() > 0 and values.max() > 4 * values.min():
-        axes.set_yscale("log")
-
-
-def _draw_capacity(axes: "Axes", records: list[Record]) -> None:
-    samples, layers = _series(records, "capacity_per_layer")
-    if layers.ndim == 2:
-        for number, values in enumerate(_smoothed(layers).T):
-            axes.plot(
-                samples, values, color=GREEN, alpha=0.45, linewidth=0.9, label="each MoE layer" if number == 0 else None
-            )
-    _draw(axes, records, "capacity", GREEN, "mean of layers")
-    if axes.has_data():
-        axes.axhline(1.0, color=PALE, linewidth=1.0, linestyle="--", label="dense model")
-    samples, thresholds = _series(records, "threshold")
-    if len(thresholds):
-        beside = axes.twinx()
-        beside.plot(samples, thresholds, color=ORANGE, linewidth=1.4)
-        beside.set_ylabel("threshold", color=ORANGE, fontsize=9)
-        beside.spines["top"].set_visible(False)
-        beside.tick_params(labelsize=9, labelcolor=ORANGE)

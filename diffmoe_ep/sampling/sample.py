@@ -1,9 +1,7 @@
-"""Draw samples with a loaded or training model, all ranks together: labels or prompts in, latents and capacity out."""
+"""Sample from a loaded or training model, all ranks together: labels or prompts in, latents and capacity out."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,67 +16,59 @@ from diffmoe_ep.config import (
     tokens_per_expert,
 )
 from diffmoe_ep.data.condition import Condition, padded
-from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.diffusion.objective import ObjectiveKind
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.collectives import all_sum, collect_objects
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.sampling.capacity_record import CapacityRecord
 from diffmoe_ep.sampling.decode import Decode
-from diffmoe_ep.sampling.generate import CapacityRecord, Generated, Model, Seed, generate, join, to_pixels
-from diffmoe_ep.sampling.picture import grid
+from diffmoe_ep.sampling.generate import CountActive, Generated, Model, Progress, SampleTask, Seed, generate, join
 from diffmoe_ep.sampling.prompts import Prompts
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The samples of all ranks; they come together on the first."""
+class Samples:
+    """The samples of all ranks; the first rank holds them."""
 
     latents: Tensor  # (n, C, H, W) float32
-    labels: Tensor  # (n,) the classes asked for; (0,) where prompts were
+    labels: Tensor  # (n,) their classes; (0,) where there are prompts
     capacity: CapacityRecord  # over all ranks
-    prompts: tuple[str, ...] = ()  # asked for
-    decoded: Tensor | None = None  # (n, 3, H, W) uint8, where latents are a VAE's and its decoder is at hand
+    prompts: tuple[str, ...] = ()  # one for each sample
+    decoded: Tensor | None = None  # (n, 3, H, W) uint8, where latents are a VAE's and its decoder was loaded
 
 
-def classes_in_turn(num: int, classes: list[int]) -> Tensor:
-    """Labels (num,) that go through the classes one after the other."""
-    return torch.tensor([classes[index % len(classes)] for index in range(num)], dtype=torch.int64)
-
-
-def draw(
+def sample(
     module: DiT,
     conditions: Tensor | Prompts,
-    sample: SampleConfig,
+    config: SampleConfig,
     mesh: Mesh,
     *,
     seed: Seed,
-    negative: Prompts | None = None,
     objective: ObjectiveKind = "flow",
+    negative: Prompts | None = None,
     weights: Model | None = None,
     decode: Decode | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Drawn | None:
-    """Draw one sample for each label or prompt; the first rank gets them all, the others None.
+    progress: Progress | None = None,
+) -> Samples | None:
+    """Sample once for each label or prompt; collective. The first rank returns all samples, the others None.
 
-    negative: a prompt that guidance leads away from, in place of the null caption. objective: what the model was
-    trained to predict. `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
-    decode: each rank decodes its own.
+    objective: what the model was trained to predict. negative: a prompt from which guidance leads away, in place of the
+    null caption. `weights` runs the module with other weights (the averaged ones); the module's mode is restored.
+    decode: each rank decodes its own samples.
     """
     was_training = module.training
     module.eval()
-    module.set_inference(InferenceRule(sample.selection, sample.threshold, sample.capacity))
+    module.set_inference(InferenceRule(config.selection, config.threshold, config.capacity))
     model = module.config
-    part = generate(
-        weights or module, conditions, seed=seed, steps=sample.steps, guidance=sample.guidance, chunk=sample.chunk,
-        objective=objective, sampler=sample.sampler, eta=sample.eta, rtol=sample.rtol, atol=sample.atol, busy=_busy(mesh),
-        guidance_interval=sample.guidance_interval, guidance_channels=sample.guidance_channels,
-        null=_null(model) if negative is None else negative[:1], shape=(model.in_channels, model.input_size, model.input_size),
-        rank=mesh.rank, world=mesh.size, device=mesh.device, progress=progress,
-    )  # fmt: skip
+    shape = (model.in_channels, model.input_size, model.input_size)
+    task = SampleTask(seed, objective, shape, null_condition(model) if negative is None else negative[:1])
+    generated = generate(
+        weights or module, conditions, config, task, mesh, progress=progress, count_active=_count_active(mesh)
+    )
     module.train(was_training)
     parts: list[tuple[Generated, Tensor | None]] | None = collect_objects(
-        (part, decode and decode(part.latents)), mesh.world
+        (generated, decode and decode(generated.latents)), mesh.world
     )
     if parts is None:
         return None
@@ -86,24 +76,29 @@ def draw(
     pictures = [pictures for _, pictures in parts if pictures is not None]
     decoded = torch.cat(pictures)[torch.cat([part.index for part, _ in parts]).argsort()] if pictures else None
     if isinstance(conditions, Prompts):
-        return Drawn(latents, torch.zeros(0, dtype=torch.int64), capacity, conditions.words, decoded)
-    return Drawn(latents, conditions, capacity, decoded=decoded)
+        return Samples(latents, torch.zeros(0, dtype=torch.int64), capacity, conditions.words, decoded)
+    return Samples(latents, conditions, capacity, decoded=decoded)
 
 
-def _null(model: ModelConfig) -> Condition:
+def null_condition(model: ModelConfig) -> Condition:
     """The null class, or the null caption."""
     if model.condition == "text":
         return padded([torch.zeros(0, model.text_width)], model.text_length, model.text_width)
     return torch.tensor([model.num_classes])
 
 
-def _busy(mesh: Mesh) -> Callable[[int], int] | None:
-    """How many ranks of this expert group still work, for a solver that chooses its own steps; its passes meet there
-    alone.
+def _count_active(mesh: Mesh) -> CountActive | None:
+    """How many ranks of this expert group still work, for a solver that chooses its own steps; forward passes wait for
+    each other there alone. None where no forward pass waits for another rank.
     """
     if mesh.expert.size == 1:
         return None
     return lambda working: int(all_sum(torch.tensor(working, device=mesh.device), mesh.expert))
+
+
+def classes_in_turn(num: int, classes: list[int]) -> Tensor:
+    """Labels (num,) that go through the classes one after the other."""
+    return torch.tensor([classes[index % len(classes)] for index in range(num)], dtype=torch.int64)
 
 
 def check_labels(classes: list[int], model: ModelConfig) -> None:
@@ -116,7 +111,7 @@ def check_labels(classes: list[int], model: ModelConfig) -> None:
 
 
 def check_sampling(config: Config, num: int) -> None:
-    """Raise ConfigError if `num` samples cannot be drawn: `topk` needs whole pools in each chunk, and dopri5 its
+    """Raise ConfigError if `num` samples cannot be sampled: `topk` needs whole pools in each chunk, and dopri5 its
     package.
     """
     sample, model = config.sample, config.model
@@ -129,74 +124,11 @@ def check_sampling(config: Config, num: int) -> None:
     for size in {min(num, sample.chunk), num % sample.chunk} - {0}:
         if pool != "all" and size % pool:
             raise ConfigError(
-                f"sample.selection is topk and pool.span is {pool}, which does not divide a chunk of {size} samples ({num} samples, "
-                f"sample.chunk {sample.chunk}); make both multiples of {pool}, or choose sample.selection=threshold or count"
+                f"sample.selection is topk and pool.span is {pool}, which does not divide a chunk of {size} samples "
+                f"({num} samples, sample.chunk {sample.chunk}); make both multiples of {pool}, or choose "
+                "sample.selection=threshold or count"
             )
         span = size if pool == "all" else pool
         tokens_per_expert(
             span * num_tokens(model), sample.capacity, model.num_experts, "sample.capacity", model.granularity
         )
-
-
-def check_pictures(data_info: DataInfo, vae: str | None) -> None:
-    """Raise ConfigError, before anything is drawn, if these data cannot be shown as a grid here; vae: sample.vae."""
-    if find_spec("PIL") is None:
-        raise ConfigError("grids need Pillow: pip install 'diffmoe_ep[sample]', or set sample.grid_every=0")
-    if data_info.kind == "moments":
-        if vae is None:
-            raise ConfigError(
-                f"the data {data_info.name} are latents of a VAE; set sample.vae to its local folder to see pictures, or sample.grid_every=0"
-            )
-        return
-    if data_info.kind != "pixels" or data_info.shape[0] not in (1, 3) or not 1 <= highest(data_info) <= 255:
-        raise ConfigError(
-            f"the data {data_info.name} (shape {data_info.shape}, scale {data_info.scale}, shift {data_info.shift}) are no pictures "
-            "of 1 or 3 channels with values up to 255; set sample.grid_every=0"
-        )
-
-
-def check_pixels(data_info: DataInfo) -> None:
-    """Raise ConfigError if samples cannot be compared with stored pixels."""
-    if data_info.kind != "pixels":
-        raise ConfigError(
-            f"the data {data_info.name} are latents of a VAE, and scores compare stored pixels; draw pictures with diffmoe sample "
-            "sample.vae=FOLDER and score its samples.npz by other means"
-        )
-    check_pictures(data_info, None)
-
-
-def highest(data_info: DataInfo) -> int:
-    """The stored value that the data's scaling puts at 1: 16 for the digits, 255 for photographs and what a VAE
-    decodes.
-    """
-    if data_info.kind == "moments":
-        return 255
-    assert data_info.scale and data_info.shift is not None, "known of pixels"
-    return round((1 - data_info.shift) / data_info.scale)
-
-
-def pixels_of(drawn: Drawn, data_info: DataInfo) -> Tensor:
-    """The samples as pixels, stored ones or decoded ones: uint8 (n, C, H, W)."""
-    if drawn.decoded is not None:
-        return drawn.decoded
-    assert data_info.scale and data_info.shift is not None, "known of pixels"
-    return to_pixels(drawn.latents, data_info.scale, data_info.shift, highest(data_info))
-
-
-def write_grid(
-    drawn: Drawn,
-    data_info: DataInfo,
-    path: Path,
-    most: int = 200,
-    columns: int = 10,
-    right: Sequence[bool] | None = None,
-) -> None:
-    """Write the first `most` samples as a PNG, in rows of up to `columns`, prompts under their pictures.
-
-    right: whether each picture shows what was asked for, seen from its frame.
-    """
-    pixels = pixels_of(drawn, data_info)[:most]
-    grid(
-        pixels, path, columns=min(columns, len(pixels)), highest=highest(data_info),
-        captions=drawn.prompts[:most] or None, right=None if right is None else right[:most],
-    )  # fmt: skip

@@ -25,7 +25,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after optimiser step `step` (from 1)."""
+        """Move towards the weights after optimizer step `step` (from 1)."""
         torch._foreach_lerp_(
             list(self.tensors.values()), [tensor.detach() for tensor in self.live.values()], 1 - self.decay(step)
         )

@@ -1,8 +1,8 @@
 """DeepSpeed's engine behind four verbs: forward, backward, step, and the state as fragments of logical tensors.
 
 Weights are float32 at every ZeRO stage (bf16 is a compute type, by autocast inside the model), so they are the master
-weights, gradients are reduced in float32, and the stages differ only in who holds the optimiser's state: everyone (0)
-or each replica its share (1, 2).
+weights, gradients are reduced in float32, and the stages differ only in who holds the optimizer's state: everyone (0)
+or each replica its shard (1, 2).
 """
 
 import json
@@ -28,18 +28,20 @@ from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 
 # What a user's own DeepSpeed file may set: how a step is communicated and watched, never what it computes.
-OPEN = ("zero_optimization", "tensorboard", "wandb", "comet", "csv_monitor", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
-        "flops_profiler", "dump_state")  # fmt: skip
-OPEN_ZERO = ("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "overlap_comm")
+USER_KEYS = (
+    "zero_optimization", "tensorboard", "wandb", "comet", "csv_monitor", "wall_clock_breakdown", "memory_breakdown",
+    "comms_logger", "flops_profiler", "dump_state",
+)  # fmt: skip
+USER_ZERO_KEYS = ("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "overlap_comm")
 
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """An interval of a parameter whose optimiser state this rank holds, and where that state lies."""
+    """An interval of a parameter whose optimizer state this rank holds, and where that state lies."""
 
     name: str  # the parameter's name
     start: int  # first element within this rank's own parameter
-    owner: Tensor  # the tensor that the optimiser knows: the parameter itself, or a flat partition
+    owner: Tensor  # the tensor that the optimizer knows: the parameter itself, or a flat partition
     at: int  # first element within the owner
     numel: int
 
@@ -49,30 +51,28 @@ class Engine:
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings(
-            "ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning
-        )  # DeepSpeed calls it
+        # DeepSpeed calls it
+        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         # On CPU, DeepSpeed would compile a shared-memory operator at first use (minutes, and a stale lock hangs every
         # later start).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.mesh = config, mesh
         self.module = mark_for_deepspeed(model.to(mesh.device), mesh)
-        self.named = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }  # the trained ones
+        # what is trained; frozen parameters are unknown to the optimizer
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not any(is_expert(name) for name in self.named):
-            _hide_layers(self.module)
+            _unmark_frozen_layers(self.module)
         self._clip = config.train.max_grad_norm or math.inf
         self._norm: Tensor | float = 0.0
         optimizer = _optimizer(self.named, config.train.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False
         )
-        self.basic = self.optimizer.optimizer if config.parallel.zero_stage else self.optimizer
+        self.inner_optimizer = self.optimizer.optimizer if config.parallel.zero_stage else self.optimizer
         if config.parallel.zero_stage == 0:
             # DeepSpeed's own clipping at stage 0 leaves the other ranks' experts out of the norm.
             self.engine.clip_fp32_gradients = self._clip_gradients
-        self._held = self._find_held()
+        self._shards = self._find_shards()
         self._check_every_parameter_is_optimized()
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -86,51 +86,43 @@ class Engine:
         """Add a micro-step's gradients; `loss` is the mean over this rank's samples, accumulation is divided here."""
         self.engine.backward(loss)
 
-    def step(self, rate: float) -> None:
-        """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at
-        `rate`.
-        """
-        for group in self.basic.param_groups:
-            group["lr"] = rate * group["factor"]
+    def step(self, lr: float) -> None:
+        """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at `lr`."""
+        for group in self.inner_optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
         self.engine.step()
         if self.config.parallel.zero_stage:
             self._norm = self.optimizer._global_grad_norm
 
-    def tell(self, values: dict[str, Any]) -> None:
-        """Hand measurements to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples
-        seen.
-        """
+    def log_to_monitor(self, metrics: dict[str, Any]) -> None:
+        """Write metrics to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples."""
         if self.mesh.is_first and self.engine.monitor.enabled:
-            events = [
-                (f"train/{name}", value, values["samples"])
-                for name, value in values.items()
-                if isinstance(value, float)
-            ]
-            self.engine.monitor.write_events(events)
+            samples = metrics["samples"]
+            scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            self.engine.monitor.write_events([(f"train/{name}", value, samples) for name, value in scalars.items()])
 
     @property
     def skipped(self) -> int:
-        """Steps that DeepSpeed passed over because their gradients were not finite."""
+        """Steps that DeepSpeed skipped because their gradients were not finite."""
         return int(self.engine.skipped_steps)
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradients over all parameters and ranks, before clipping; synchronises with
-        the device.
+        """Global norm of the last step's gradients over all parameters and ranks, before clipping; waits for the
+        device.
         """
         return float(self._norm)
 
     def _clip_gradients(self) -> None:
-        """The exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the expert
-        group.
+        """Clip by the exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the
+        expert group, so theirs alone are summed over it (collective).
         """
         dense = [p.grad for name, p in self.named.items() if p.grad is not None and not is_expert(name)]
         experts = [p.grad for name, p in self.named.items() if p.grad is not None and is_expert(name)]
         square = all_sum(_square(experts, self.mesh.device), self.mesh.expert) + _square(dense, self.mesh.device)
         self._norm = square.sqrt()
-        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(
-            min=1.0
-        )  # the same formula as DeepSpeed's at stages 1 and 2
+        # the same formula as DeepSpeed's at stages 1 and 2
+        scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)
         torch._foreach_mul_(dense + experts, scale.float())
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -141,23 +133,23 @@ class Engine:
         return (shape[0] * self.mesh.expert.size, *shape[1:]) if is_expert(name) else shape
 
     def moments(self) -> list[Fragment]:
-        """This rank's share of the optimiser's moments, in the parameters' logical shapes; views, so that loading
+        """This rank's shard of the optimizer's moments, in the parameters' logical shapes; views, so that loading
         writes into them.
         """
         fragments = []
-        for held in self._held:
-            first = self.named[held.name].numel() * self.mesh.expert.rank if is_expert(held.name) else 0
+        for shard in self._shards:
+            first = self.named[shard.name].numel() * self.mesh.expert.rank if is_expert(shard.name) else 0
             for key in _moments(self.config.train.optimizer):
-                state = self.basic.state[held.owner]
+                state = self.inner_optimizer.state[shard.owner]
                 if key not in state:
-                    self._start_state(held.owner)
-                data = self.basic.state[held.owner][key].view(-1)[held.at : held.at + held.numel]
-                fragment = Fragment(f"optimizer.{key}.{held.name}", self.shape(held.name), first + held.start, data)
+                    self._init_state(shard.owner)
+                data = self.inner_optimizer.state[shard.owner][key].view(-1)[shard.at : shard.at + shard.numel]
+                fragment = Fragment(f"optimizer.{key}.{shard.name}", self.shape(shard.name), first + shard.start, data)
                 fragments.append(fragment)
         return fragments
 
     def moments_to_save(self) -> list[Fragment]:
-        """The same without repetition: at stage 0 every replica holds all, so each gives one share."""
+        """The same without repetition: at stage 0 every replica holds all, so each writes one shard."""
         if self.config.parallel.zero_stage:
             return self.moments()
         return [self.shard_to_write(fragment, is_expert(fragment.name)) for fragment in self.moments()]
@@ -170,36 +162,36 @@ class Engine:
     def continue_from(self, step: int) -> None:
         """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""
         if self.config.parallel.zero_stage:
-            for held in self._held:  # the flat float32 copies follow the loaded weights
-                held.owner.data[held.at : held.at + held.numel].copy_(
-                    self.named[held.name].data.view(-1)[held.start : held.start + held.numel]
+            for shard in self._shards:  # the flat float32 copies follow the loaded weights
+                shard.owner.data[shard.at : shard.at + shard.numel].copy_(
+                    self.named[shard.name].data.view(-1)[shard.start : shard.start + shard.numel]
                 )
         if self.config.train.optimizer.kind == "adamw":
-            for owner in {id(held.owner): held.owner for held in self._held}.values():
-                self.basic.state[owner]["step"].fill_(step)
+            for owner in {id(shard.owner): shard.owner for shard in self._shards}.values():
+                self.inner_optimizer.state[owner]["step"].fill_(step)
         accumulation = self.config.train.grad_accumulation
         self.engine.global_steps, self.engine.micro_steps = step, step * accumulation
         self.engine.global_samples = step * self.config.train.global_batch
 
-    def _start_state(self, owner: Tensor) -> None:
-        """Make an optimiser's state as its own first step would, so that loading has something to write into."""
-        state = self.basic.state[owner]
+    def _init_state(self, owner: Tensor) -> None:
+        """Make an optimizer's state as its own first step would, so that loading has something to write into."""
+        state = self.inner_optimizer.state[owner]
         if self.config.train.optimizer.kind == "adamw":
             state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
         for key in _moments(self.config.train.optimizer):
             state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
 
-    def _find_held(self) -> list[OptimizerShard]:
+    def _find_shards(self) -> list[OptimizerShard]:
         if not self.config.parallel.zero_stage:
             return [OptimizerShard(name, 0, parameter, 0, parameter.numel()) for name, parameter in self.named.items()]
-        held = []
+        shards = []
         for name, parameter in self.named.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:  # None: other replicas hold all of it
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 owner = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                held.append(OptimizerShard(name, here.start, owner, there.start, there.numel))
-        return held
+                shards.append(OptimizerShard(name, here.start, owner, there.start, there.numel))
+        return shards
 
     def _check_every_parameter_is_optimized(self) -> None:
         """Every trainable element must be held by exactly one replica (all of them at stage 0); checked once, at the
@@ -207,8 +199,8 @@ class Engine:
         """
         numel = torch.zeros(len(self.named), dtype=torch.int64, device=self.mesh.device)
         order = {name: index for index, name in enumerate(self.named)}
-        for held in self._held:
-            numel[order[held.name]] += held.numel
+        for shard in self._shards:
+            numel[order[shard.name]] += shard.numel
         if self.config.parallel.zero_stage:
             over_world, over_replicas = all_sum(numel, self.mesh.world), all_sum(numel, self.mesh.replicas)
             numel = torch.stack(
@@ -217,7 +209,8 @@ class Engine:
         for (name, parameter), found in zip(self.named.items(), numel.tolist(), strict=True):
             if found != parameter.numel():
                 raise RuntimeError(
-                    f"the optimiser holds {found} of the {parameter.numel()} elements of {name}; this is a fault of the engine"
+                    f"the optimizer holds {found} of the {parameter.numel()} elements of {name}; "
+                    "this is a fault of the engine"
                 )
 
 
@@ -230,9 +223,8 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.grad_accumulation,
-        "gradient_clipping": config.train.max_grad_norm
-        if config.parallel.zero_stage
-        else (config.train.max_grad_norm or 1e30),  # at stage 0 it calls our norm
+        # at stage 0 DeepSpeed must always clip, since it calls our norm there
+        "gradient_clipping": config.train.max_grad_norm or (0.0 if config.parallel.zero_stage else 1e30),
         "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -243,7 +235,7 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
             "output_path": str(Path(config.folder) / "tensorboard"),
             "job_name": "run",
         }
-    return _merged(ours, _user_settings(config.parallel.deepspeed), config)
+    return _merge_settings(ours, _user_settings(config.parallel.deepspeed), config)
 
 
 def _user_settings(path: str | None) -> dict[str, Any]:
@@ -260,25 +252,26 @@ def _user_settings(path: str | None) -> dict[str, Any]:
     return user
 
 
-def _merged(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
+def _merge_settings(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
     where = f"parallel.deepspeed {config.parallel.deepspeed}"
     zero = user.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero_stage) != config.parallel.zero_stage:
         raise ConfigError(
-            f"{where} sets zero_optimization to {zero!r}, but parallel.zero_stage is {config.parallel.zero_stage}; set the stage with parallel.zero_stage"
+            f"{where} sets zero_optimization to {zero!r}, but parallel.zero_stage is {config.parallel.zero_stage}; "
+            "set the stage with parallel.zero_stage"
         )
-    closed = [key for key in user if key not in OPEN] + [
-        f"zero_optimization.{key}" for key in zero if key not in OPEN_ZERO
+    closed = [key for key in user if key not in USER_KEYS] + [
+        f"zero_optimization.{key}" for key in zero if key not in USER_ZERO_KEYS
     ]
     if closed:
         raise ConfigError(
             f"{where} sets {closed[0]}, which this config decides or checkpoints cannot follow; remove it there. "
-            f"Open are {', '.join(OPEN)}, and in zero_optimization {', '.join(OPEN_ZERO)}"
+            f"It may set {', '.join(USER_KEYS)}, and in zero_optimization {', '.join(USER_ZERO_KEYS)}"
         )
     return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
 
 
-def _hide_layers(model: DiT) -> None:
+def _unmark_frozen_layers(model: DiT) -> None:
     """Take the marks from the MoE layers where all experts are frozen: ZeRO asks of layers that it sees for experts to
     train.
 
@@ -291,27 +284,27 @@ def _hide_layers(model: DiT) -> None:
             mark.set_deepspeed_parallelism()  # type: ignore[operator]
 
 
-def rate_factor(name: str, config: OptimizerConfig) -> float:
-    """The multiple of the learning rate that a parameter is trained at, by its name."""
+def lr_scale(name: str, config: OptimizerConfig) -> float:
+    """The multiple of the learning rate at which a parameter is trained, by its name."""
     if is_expert(name):
         return config.expert_lr_scale
     return config.router_lr_scale if ".router." in name else 1.0
 
 
-def rates(config: OptimizerConfig, rate: float) -> dict[str, float]:
-    """What to tell of the rates at which experts and routers are trained, where these are not the common one."""
-    factors = {"lr_experts": config.expert_lr_scale, "lr_routers": config.router_lr_scale}
-    return {name: rate * factor for name, factor in factors.items() if factor != 1}
+def learning_rates(config: OptimizerConfig, lr: float) -> dict[str, float]:
+    """The metrics `lr_experts` and `lr_routers`, each where it is not the common learning rate."""
+    scales = {"lr_experts": config.expert_lr_scale, "lr_routers": config.router_lr_scale}
+    return {name: lr * scale for name, scale in scales.items() if scale != 1}
 
 
 def _optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    by_factor: dict[float, list[nn.Parameter]] = {}
+    by_scale: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        by_factor.setdefault(rate_factor(name, config), []).append(parameter)
+        by_scale.setdefault(lr_scale(name, config), []).append(parameter)
     groups = split_params_into_different_moe_groups_for_optimizer(
         [
-            {"params": parameters, "name": f"{factor} of the rate", "factor": factor}
-            for factor, parameters in by_factor.items()
+            {"params": parameters, "name": f"learning rate times {scale}", "lr_scale": scale}
+            for scale, parameters in by_scale.items()
         ]
     )
     groups = [group for group in groups if group["params"]]

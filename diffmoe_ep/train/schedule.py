@@ -5,8 +5,8 @@ import math
 from diffmoe_ep.config import TrainConfig
 
 
-def rate(train: TrainConfig, step: int) -> float:
-    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or falling to `final` times the peak at the
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then constant or falling to `final` times the peak at the
     last step.
     """
     peak, schedule = train.optimizer.lr, train.schedule

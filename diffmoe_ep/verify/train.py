@@ -26,8 +26,9 @@ from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import is_expert
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.train.log import Clock
-from diffmoe_ep.train.schedule import rate
+from diffmoe_ep.train.metrics import Clock
+from diffmoe_ep.train.schedule import learning_rate
+from diffmoe_ep.train.thresholds import predictors_of
 from diffmoe_ep.train.trainer import Trainer
 from diffmoe_ep.verify.difference import Difference, compare, largest, over_ranks
 from diffmoe_ep.verify.layer import num_experts
@@ -157,7 +158,7 @@ def _plain_loop(config: Config, device: torch.device) -> Trace:
             for gradient in gradients:
                 gradient *= config.train.max_grad_norm / float(norm)
         for group in optimizer.param_groups:
-            group["lr"] = rate(config.train, step)
+            group["lr"] = learning_rate(config.train, step)
         optimizer.step()
         if not step:
             moved = {name: (parameter.detach() - moved[name]).cpu() for name, parameter in named.items()}
@@ -192,7 +193,7 @@ def train_over_ranks(config: Config, mesh: Mesh) -> Trace:
             moved = {name: (parameter.detach() - moved[name]).cpu() for name, parameter in named.items()}
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
-        thresholds.append(torch.stack([predictor.threshold.clone() for predictor in trainer.predictors()]))
+        thresholds.append(torch.stack([predictor.threshold.clone() for predictor in predictors_of(trainer.model)]))
     trainer.stream.close()
     return Trace(torch.tensor(losses), torch.tensor(norms), torch.stack(thresholds).cpu(), moved)
 

@@ -9,7 +9,7 @@ from data_prep.write import write_dataset
 from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.evaluate.pipeline import load_images, score
-from diffmoe_ep.sampling.generate import CapacityRecord
+from diffmoe_ep.sampling.capacity_record import CapacityRecord
 
 FACTS = Manifest("dots", "pixels", (1, 4, 4), "uint8", 1 / 8, -1.0, 3, (), "made up")
 RECORD = CapacityRecord(torch.tensor([[[3.0, 1.0]], [[2.0, 1.0]]]).double(), torch.full((2, 1), 4.0).double())

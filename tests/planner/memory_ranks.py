@@ -155,7 +155,7 @@ def held(rank: int, config: Config) -> dict[str, int]:
     found["dispatch buffers"] = sum(exchanged) // max(1, len(exchanged))
     states = [
         value
-        for state in engine.basic.state.values()
+        for state in engine.inner_optimizer.state.values()
         for value in state.values()
         if torch.is_tensor(value) and value.numel() > 1
     ]

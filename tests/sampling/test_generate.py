@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import ConfigError, SampleConfig
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.data.rng import generator_for
-from diffmoe_ep.sampling.generate import CapacityRecord, generate, join, start_noise, to_pixels
+from diffmoe_ep.parallel.collectives import Group
+from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.sampling.capacity_record import CapacityRecord
+from diffmoe_ep.sampling.generate import SampleTask, generate, join, start_noise
+from diffmoe_ep.sampling.picture import to_pixels
 
 SHAPE, STEPS, LAYERS, EXPERTS, TOKENS = (2, 4, 4), 3, 2, 5, 4
 CONDITIONS = torch.arange(11) % 3
@@ -70,28 +74,10 @@ def _parts(
     guidance: float = 1.5,
     chunk: int = 3,
     model=None,
-    conditions=CONDITIONS,
-    steps: int = STEPS,
-    null=NULL,
-    seed=7,
     **options,
 ):
-    return [
-        generate(
-            model or ToyModel(ddpm=options.get("objective") == "ddpm"),
-            conditions,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            chunk=chunk,
-            null=null,
-            shape=SHAPE,
-            rank=rank,
-            world=world,
-            **options,
-        )
-        for rank in range(world)
-    ]
+    model = model or ToyModel(ddpm=options.get("objective") == "ddpm")
+    return [_parts_of(rank, world, model=model, guidance=guidance, chunk=chunk, **options) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 7])
@@ -308,9 +294,14 @@ def test_ranks_without_samples_make_the_same_calls_under_every_sampler(options):
     assert len(set(calls)) == 1
 
 
-def _parts_of(rank: int, world: int, *, model, conditions=CONDITIONS, **options):
-    given = {"seed": 7, "steps": STEPS, "guidance": 1.5, "chunk": 3, "null": NULL, "shape": SHAPE}
-    return generate(model, conditions, rank=rank, world=world, **given, **options)
+def _parts_of(
+    rank: int, world: int, *, model, conditions=CONDITIONS, objective="flow", null=NULL, seed=7, progress=None,
+    count_active=None, **options,
+):  # fmt: skip
+    config = SampleConfig(**({"steps": STEPS, "guidance": 1.5, "chunk": 3} | options))
+    task = SampleTask(seed, objective, SHAPE, null)
+    mesh = Mesh(world=Group(world, rank))
+    return generate(model, conditions, config, task, mesh, progress=progress, count_active=count_active)
 
 
 def test_ancestral_samples_agree_with_a_plain_loop_with_keyed_noise_and_one_pool_for_both_halves():
@@ -445,7 +436,7 @@ def test_adaptive_ranks_whose_passes_wait_for_each_other_all_finish(monkeypatch,
     monkeypatch.setitem(sys.modules, "torchdiffeq", SimpleNamespace(odeint=_uneven_odeint))
     options = objective | options | {"sampler": "dopri5"}
     expected, alone = join(_parts(1, **options))
-    asked, passed = Meeting(world), Meeting(world)
+    active, passed = Meeting(world), Meeting(world)
     models = [ToyModel(ddpm=objective is DDPM) for _ in range(world)]
 
     def work(rank: int):
@@ -453,7 +444,7 @@ def test_adaptive_ranks_whose_passes_wait_for_each_other_all_finish(monkeypatch,
             assert passed.sum(rank, len(x)) > 0  # as experts on other ranks would; some rank has samples
             return models[rank](x, t, condition)
 
-        return _parts_of(rank, world, model=model, busy=lambda working: asked.sum(rank, working), **options)
+        return _parts_of(rank, world, model=model, count_active=lambda working: active.sum(rank, working), **options)
 
     with ThreadPoolExecutor(world) as pool:
         parts = list(pool.map(work, range(world)))

@@ -20,6 +20,7 @@ from diffmoe_ep.moe.pool import Pools
 from diffmoe_ep.parallel.collectives import ALONE
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.engine import Engine
+from diffmoe_ep.train.thresholds import predictors_of
 
 STEPS = 20
 
@@ -85,7 +86,7 @@ def trace(rank: int, given: Config, fault: str | None = None) -> dict[str, Any]:
             values = trainer.measure(trainer.train_step(clock))
             told["loss"].append(values["loss"])
             told["grad_norm"].append(values["grad_norm"])
-            if predictors := trainer.predictors():
+            if predictors := predictors_of(trainer.model):
                 told["thresholds"].append(torch.stack([predictor.threshold.clone() for predictor in predictors]))
         ema = {name: tensor.clone() for name, tensor in trainer.ema.tensors.items()}
         trainer.stream.close()

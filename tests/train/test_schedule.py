@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from diffmoe_ep.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from diffmoe_ep.train.schedule import rate
+from diffmoe_ep.train.schedule import learning_rate
 
 
 def rates(kind: Any, **others: Any) -> list[float]:
     train = replace(
         TrainConfig(), steps=100, optimizer=OptimizerConfig(lr=2.0), schedule=ScheduleConfig(kind=kind, **others)
     )
-    return [rate(train, step) for step in range(100)]
+    return [learning_rate(train, step) for step in range(100)]
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

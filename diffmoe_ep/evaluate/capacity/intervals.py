@@ -9,9 +9,20 @@ from typing import Literal
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_experts, has_predictor
-from diffmoe_ep.evaluate.capacity import plots
-from diffmoe_ep.evaluate.capacity.report import Drawer, write_csv
-from diffmoe_ep.sampling.sample import Drawn
+from diffmoe_ep.evaluate.capacity.sample_fn import SampleFn
+from diffmoe_ep.evaluate.capacity.strokes import (
+    HARD,
+    add_legend,
+    finish,
+    is_number,
+    is_wide,
+    new_figure,
+    plain_numbers,
+    save_figure,
+)
+from diffmoe_ep.evaluate.capacity.write import write_csv
+from diffmoe_ep.sampling.picture import BLUE, ORANGE, PALE
+from diffmoe_ep.sampling.sample import Samples
 from diffmoe_ep.tables import table
 
 Threshold = float | Literal["dynamic", "raw"]
@@ -19,7 +30,7 @@ Threshold = float | Literal["dynamic", "raw"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One threshold and what it gives (a row of the paper's Table 10)."""
+    """One threshold and its result (a row of the paper's Table 10)."""
 
     threshold: Threshold  # a constant for all experts; or dynamic or raw, for comparison
     capacity: float  # C_infer^avg
@@ -30,10 +41,9 @@ class Candidate:
 class Search:
     """The outcome of an interval search (Eq. 16)."""
 
-    candidates: tuple[Candidate, ...]  # in the order asked for
-    best: (
-        Candidate | None
-    )  # the constant with the best score among those with C_infer^avg <= limit; None: there is none
+    candidates: tuple[Candidate, ...]  # in the order of the request
+    # the constant with the best score among those with C_infer^avg <= limit; None: there is none
+    best: Candidate | None
     score: str  # what the score is
     lower_is_better: bool
     limit: float  # largest capacity that may win
@@ -72,18 +82,20 @@ class Search:
         constants = [one for one in self.candidates if not isinstance(one.threshold, str)]
         if any(one.capacity <= self.limit for one in constants):
             return f"no constant with C_infer^avg <= {self.limit:g} has a finite score: nothing to choose"
-        return f"none of these constants has C_infer^avg <= {self.limit:g}: try thresholds above {max(one.threshold for one in constants):g}"
+        largest = max(one.threshold for one in constants)
+        return f"none of these constants has C_infer^avg <= {self.limit:g}: try thresholds above {largest:g}"
 
 
 def check_search(model: ModelConfig, sample: SampleConfig, thresholds: Sequence[Threshold]) -> None:
-    """Raise ConfigError, before anything is drawn, unless these thresholds can be tried on this model."""
+    """Raise ConfigError, before anything is sampled, unless these thresholds can be tried on this model."""
     if not has_experts(model):
         raise ConfigError(
             "model.family is dense: without experts there is no threshold to search; name a run of family diffmoe"
         )
     if not has_predictor(model):
         raise ConfigError(
-            f"model.family {model.family} has no capacity predictor here, so no threshold chooses its tokens; name a run of family diffmoe"
+            f"model.family {model.family} has no capacity predictor here, so no threshold chooses its tokens; "
+            "name a run of family diffmoe"
             + (", or one of ec trained with model.predictor=true" if model.family == "ec" else "")
         )
     if sample.selection == "topk":
@@ -100,21 +112,21 @@ def check_search(model: ModelConfig, sample: SampleConfig, thresholds: Sequence[
             )
 
 
-def with_threshold(draw: Drawer, labels: Tensor, sample: SampleConfig) -> Callable[[Threshold], Drawn | None]:
-    """What `search` draws with: the same samples, of classes labels (n,), at whatever threshold."""
-    return lambda threshold: draw(labels, replace(sample, threshold=threshold), None)
+def with_threshold(sample_fn: SampleFn, labels: Tensor, config: SampleConfig) -> Callable[[Threshold], Samples | None]:
+    """What `search` samples with: the same samples, of classes labels (n,), at whatever threshold."""
+    return lambda threshold: sample_fn(labels, replace(config, threshold=threshold), None)
 
 
 def search(
-    draw_with: Callable[[Threshold], Drawn | None],
+    sample_with: Callable[[Threshold], Samples | None],
     thresholds: Sequence[Threshold],
-    scorer: Callable[[Drawn], float],
+    scorer: Callable[[Samples], float],
     *,
     score: str = "score",
     lower_is_better: bool = True,
     limit: float = 1.0,
 ) -> Search | None:
-    """Draw and score with each threshold and pick the best constant with C_infer^avg <= limit; None on all ranks but
+    """Sample and score with each threshold and pick the best constant with C_infer^avg <= limit; None on all ranks but
     the first.
 
     Of equal scores the one with the smaller capacity wins; a score that is no finite number never does.
@@ -122,11 +134,11 @@ def search(
     found: list[Candidate] = []
     first = True
     for threshold in thresholds:
-        drawn = draw_with(threshold)
-        if drawn is None:
+        samples = sample_with(threshold)
+        if samples is None:
             first = False
             continue
-        found.append(Candidate(threshold, drawn.capacity.average(), float(scorer(drawn))))
+        found.append(Candidate(threshold, samples.capacity.average(), float(scorer(samples))))
     if not first:
         return None
     fit = [
@@ -139,13 +151,68 @@ def search(
 
 
 def write_search(found: Search, out: Path) -> list[str]:
-    """Write thresholds.csv and thresholds.png (Figure 7); gives their names."""
+    """Write thresholds.csv and thresholds.png (Figure 7); returns their names."""
     rows = [(_name(one.threshold), one.capacity, one.score, int(one is found.best)) for one in found.candidates]
     write_csv(out / "thresholds.csv", ("threshold", "capacity", found.score.replace(" ", "_"), "best"), rows)
     points = [(_name(one.threshold), one.capacity, one.score) for one in found.candidates]
     best = None if found.best is None else _name(found.best.threshold)
-    plots.thresholds(out / "thresholds.png", points, score=found.score, best=best, limit=found.limit)
+    plot_thresholds(out / "thresholds.png", points, score=found.score, best=best, limit=found.limit)
     return ["thresholds.csv", "thresholds.png"]
+
+
+def plot_thresholds(
+    path: Path, points: Sequence[tuple[str, float, float]], *, score: str, best: str | None, limit: float
+) -> None:
+    """The score over C of each threshold (its name, C, score): constants in blue, others in red, the best circled
+    (Figure 7).
+    """
+    figure = new_figure(8, 4.8)
+    axes = figure.subplots()
+    constants = sorted((capacity, value, name) for name, capacity, value in points if is_number(name))
+    others = [(capacity, value, name) for name, capacity, value in points if not is_number(name)]
+    axes.plot(
+        [one[0] for one in constants],
+        [one[1] for one in constants],
+        color=BLUE,
+        linewidth=1.4,
+        marker="o",
+        label="constant",
+    )
+    if others:
+        axes.plot(
+            [one[0] for one in others],
+            [one[1] for one in others],
+            "o",
+            color=HARD,
+            markersize=9,
+            label=", ".join(one[2] for one in others),
+        )
+    for number, (capacity, value, name) in enumerate(constants):
+        if math.isfinite(value):
+            up = 9 if number % 2 == 0 else -16
+            axes.annotate(name, (capacity, value), (0, up), textcoords="offset points", ha="center", fontsize=8)
+        if name == best:
+            axes.plot(
+                [capacity],
+                [value],
+                "o",
+                markersize=15,
+                markerfacecolor="none",
+                markeredgecolor=ORANGE,
+                markeredgewidth=2,
+                label=f"best: {name}",
+            )
+    axes.axvline(limit, color=PALE, linewidth=1.2, linestyle="--", label=f"C = {limit:g}")
+    if is_wide([one[0] for one in constants]):
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+    if is_wide([one[1] for one in constants]):
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+    axes.margins(0.08, 0.15)
+    finish(axes, "Interval search over thresholds", "C_infer^avg", score)
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def _name(threshold: Threshold) -> str:

@@ -12,12 +12,14 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
 from diffmoe_ep.evaluate.capacity.report import check_report, report
+from diffmoe_ep.evaluate.capacity.write import write
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh
-from diffmoe_ep.sampling.generate import CapacityRecord, start_noise
-from diffmoe_ep.sampling.sample import Drawn, draw
+from diffmoe_ep.sampling.capacity_record import CapacityRecord
+from diffmoe_ep.sampling.generate import start_noise
+from diffmoe_ep.sampling.sample import Samples, sample
 from ranks import run
 from train.runs import busy
 
@@ -42,12 +44,12 @@ def build(model: ModelConfig = MODEL) -> DiT:
     return made
 
 
-def drawer(module: DiT):
-    return lambda labels, sample, progress: draw(module, labels, sample, Mesh(), seed=SEED, progress=progress)
+def sample_fn(module: DiT):
+    return lambda labels, config, progress: sample(module, labels, config, Mesh(), seed=SEED, progress=progress)
 
 
-def made(module: DiT, sample: SampleConfig = SAMPLE, **more):
-    return report(module, drawer(module), sample, INFO, Mesh(), per_class=PER_CLASS, seed=SEED, **more)
+def made(module: DiT, config: SampleConfig = SAMPLE, **more):
+    return report(module, sample_fn(module), config, INFO, Mesh(), per_class=PER_CLASS, seed=SEED, **more)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def module() -> DiT:
 def written(module, tmp_path_factory):
     """The report of the small model, and the folder that it was written to."""
     out = tmp_path_factory.mktemp("capacity")
-    return made(module, out=out / "deep" / "folder"), out / "deep" / "folder"
+    found = made(module)
+    write(found, out / "deep" / "folder")
+    return found, out / "deep" / "folder"
 
 
 @torch.no_grad()
@@ -244,7 +248,8 @@ def test_the_summary_is_aligned_and_the_dictionary_is_json(written):
 
 def test_latents_of_a_vae_are_measured_but_not_shown(module, tmp_path):
     latents = replace(INFO, kind="moments", class_names=())
-    found = report(module, drawer(module), SAMPLE, latents, Mesh(), per_class=1, seed=SEED, out=tmp_path)
+    found = report(module, sample_fn(module), SAMPLE, latents, Mesh(), per_class=1, seed=SEED)
+    write(found, tmp_path)
     assert not (tmp_path / "hardest_easiest.png").exists()
     assert (tmp_path / "topk_against_predictor.png").exists()
     assert {one.name for one in found.classes} == {"0", "1", "2", "3"}
@@ -262,7 +267,8 @@ def test_count_takes_as_many_but_by_score(module):
 
 @pytest.mark.parametrize("family", ["tc", "ec"])
 def test_families_without_predictor_have_a_report_without_comparison(family, tmp_path):
-    found = made(build(replace(MODEL, family=family)), out=tmp_path)
+    found = made(build(replace(MODEL, family=family)))
+    write(found, tmp_path)
     assert found.topk is None
     assert found.record.average() == 1
     assert not (tmp_path / "topk_against_predictor.csv").exists()
@@ -290,8 +296,8 @@ def test_what_cannot_be_reported_is_refused_before_drawing(module):
 
 
 def test_steps_of_the_solver_s_own_are_refused(module):
-    def longer(labels, sample, progress):
-        return draw(module, labels, replace(sample, steps=4), Mesh(), seed=0)
+    def longer(labels, config, progress):
+        return sample(module, labels, replace(config, steps=4), Mesh(), seed=0)
 
     with pytest.raises(ConfigError, match=r"took 4 steps of its own where sample\.steps is 3"):
         report(module, longer, SAMPLE, INFO, Mesh(), per_class=1, seed=0)
@@ -306,7 +312,7 @@ def toy(capacities):
     def draw_with(threshold):
         processed = torch.full((1, 1, 2), 2 * capacities[threshold]).double()
         value = -1.0 if isinstance(threshold, str) else threshold
-        return Drawn(
+        return Samples(
             torch.full((1, 1, 1, 1), value), torch.zeros(1), CapacityRecord(processed, torch.full((1, 1), 4.0).double())
         )
 
@@ -367,7 +373,7 @@ def test_the_table_of_a_search(tmp_path):
 def test_a_real_search_spends_less_at_higher_thresholds(module):
     labels = torch.arange(4)
     found = search(
-        with_threshold(drawer(module), labels, SAMPLE),
+        with_threshold(sample_fn(module), labels, SAMPLE),
         [0.0, 0.5, 0.9, 1.0],
         lambda drawn: float(drawn.latents.square().mean()),
     )
@@ -409,7 +415,7 @@ def report_on_ranks(rank: int):
     """The same report with the experts over two ranks: what the first rank counts, None of the other."""
     mesh = init_mesh(2, 1, 1.0, device="cpu")
     module = shard_experts(build(), mesh)
-    sharded = lambda labels, sample, progress: draw(module, labels, sample, mesh, seed=SEED, progress=progress)  # noqa: E731
+    sharded = lambda labels, config, progress: sample(module, labels, config, mesh, seed=SEED, progress=progress)  # noqa: E731
     found = report(module, sharded, SAMPLE, INFO, mesh, per_class=PER_CLASS, seed=SEED)
     return None if found is None else (found.record, found.topk.counts, [one.label for one in found.classes])
 

@@ -10,10 +10,11 @@ import torch
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, SampleConfig
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity.report import report
+from diffmoe_ep.evaluate.capacity.write import write
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.prompts import Prompts
-from diffmoe_ep.sampling.sample import Drawn, draw
+from diffmoe_ep.sampling.sample import Samples, sample
 from train.runs import busy
 
 MODEL = ModelConfig(
@@ -56,20 +57,19 @@ def prompts() -> Prompts:
     return Prompts(WORDS, rows, MODEL.text_length, MODEL.text_width)
 
 
-def drawn(module: DiT, asked: Prompts | torch.Tensor, sample: SampleConfig = SAMPLE) -> Drawn:
-    found = draw(module, asked, sample, Mesh(), seed=SEED)
+def sampled(module: DiT, requested: Prompts | torch.Tensor, config: SampleConfig = SAMPLE) -> Samples:
+    found = sample(module, requested, config, Mesh(), seed=SEED)
     assert found is not None
     return found
 
 
 def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Prompts, tmp_path: Path) -> None:
-    found = report(
-        module, lambda asked, sample, _: drawn(module, asked, sample), SAMPLE, INFO, Mesh(), per_class=EACH, seed=SEED, prompts=prompts,
-        out=tmp_path,
-    )  # fmt: skip
+    sample_fn = lambda requested, config, _: sampled(module, requested, config)  # noqa: E731
+    found = report(module, sample_fn, SAMPLE, INFO, Mesh(), per_class=EACH, seed=SEED, prompts=prompts)
     assert found is not None
+    write(found, tmp_path)
     alone = {
-        words: drawn(module, prompts.taken([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)
+        words: sampled(module, prompts.taken([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)
     }
     assert len(set(alone.values())) == len(WORDS)  # prompts differ
     assert {one.name: one.capacity for one in found.classes} == pytest.approx(alone)
@@ -92,7 +92,7 @@ def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Pr
 
 
 def test_the_other_kind_of_condition_is_refused(module: DiT, prompts: Prompts) -> None:
-    def never(*_: object) -> Drawn:
+    def never(*_: object) -> Samples:
         raise AssertionError
 
     with pytest.raises(ConfigError, match="say what to draw"):

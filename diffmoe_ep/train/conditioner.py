@@ -1,6 +1,4 @@
-"""What a run makes of its samples' captions: conditions for the model, encoded here if they come as words, and prompts
-for its grids.
-"""
+"""From batches to what the model is conditioned on: labels, or captions, encoded here where they come as words."""
 
 import torch
 from torch import Tensor
@@ -18,11 +16,11 @@ from diffmoe_ep.sampling.prompts import Prompts, first_captions, load_encoder
 from diffmoe_ep.sampling.sample import classes_in_turn
 
 
-class Conditions:
-    """From batches to conditions. With `text.online` every rank has a frozen encoder of its own, on its device."""
+class Conditioner:
+    """Returns a batch's condition. With `text.online` every rank has a frozen encoder of its own, on its device."""
 
     def __init__(self, config: Config, dataset: BatchSource, mesh: Mesh) -> None:
-        """ConfigError, on all ranks alike, where an encoder is needed and some rank cannot have it."""
+        """Load the encoder if one is needed; collective. ConfigError, on all ranks alike, where some rank cannot."""
         self.config, self.dataset, self.device = config, dataset, mesh.device
         self.text = CaptionSpec.of(config.model, config.text)
         self.encoder: TextEncoder | None = None
@@ -34,17 +32,16 @@ class Conditions:
                 problem = str(error)
             mesh.agree(problem)
 
-    def of(self, batch: Batch) -> Condition:
-        """A batch's labels, or its captions' features; nothing that was dropped is encoded."""
+    def __call__(self, batch: Batch) -> Condition:
+        """A batch's labels, or its captions' features; a caption that was dropped is not encoded."""
         if not batch.captions:
             return batch.condition
         assert self.encoder is not None and self.text is not None
         words = [caption for caption in batch.captions if caption]
-        found = iter(self.encoder.features(words)[0] if words else ())
+        features = iter(self.encoder.features(words)[0] if words else ())
         none = torch.zeros(0, self.text.width)
-        rows = [
-            torch.from_numpy(next(found)).float() if caption else none for caption in batch.captions
-        ]  # through float16, as stored
+        # features are float16, as stored ones are
+        rows = [torch.from_numpy(next(features)).float() if caption else none for caption in batch.captions]
         return padded(rows, self.text.places, self.text.width).to(self.device)
 
     def for_grid(self, count: int) -> Tensor | Prompts:

@@ -1,8 +1,8 @@
-"""What a run begins with: the weights of another run, and which parameters stay as they are.
+"""A warm start: the weights of another run, and which parameters are frozen.
 
-`init_from` is for the first start only. A run that has a checkpoint of its own continues it, and keeps the ancestry
-that it began with. Freezing is of parameters: thresholds go on following what the predictors say, frozen or not, for
-they describe the tokens that come.
+`init_from` is for the first start only. A run that has a checkpoint of its own continues it, and keeps its recorded
+ancestry. Freezing is of parameters: thresholds go on following the predictors, frozen or not, since they describe the
+tokens that come.
 """
 
 import difflib
@@ -27,39 +27,38 @@ from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.parallel.mesh import Mesh
 
-Ancestor = dict[
-    str, Any
-]  # path, step (None: not known), weights (ema or model), fingerprint: sha256 of the file that vouches for it
+# path, step (None: not known), weights (ema or model), fingerprint: sha256 of the file that vouches for it
+Ancestor = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins with."""
+class WarmStart:
+    """Where a run's first weights come from, and what is frozen."""
 
     source: Path | None = None
-    """Checkpoint, or folder in the single-file form, that is loaded; None: weights are drawn, or taken up from the
-    run's own checkpoint.
-    """
+    """Checkpoint or exported folder that is loaded; None: weights are drawn from the seed, or the run is resumed."""
     ancestry: tuple[Ancestor, ...] = ()
     """Where its first weights came from, and where those had come from, and so on."""
     frozen: frozenset[str] = frozenset()
-    """Names of the parameters that stay as they are."""
+    """Names of the parameters that are not trained."""
     num_parameters: int = 0
     """All parameters (tensors), frozen or not."""
 
-    def told(self) -> str:
-        """A line on what it begins with; empty where there is nothing to say."""
-        facts = (
-            ["begun with the " + " <- ".join(_told(ancestor) for ancestor in self.ancestry)] if self.ancestry else []
-        )
-        facts += [f"{len(self.frozen)} of {self.num_parameters} parameter tensors are frozen"] if self.frozen else []
-        return ", ".join(facts)
+    def source_line(self) -> str:
+        """A line for the banner; empty where weights are drawn and nothing is frozen."""
+        parts = []
+        if self.ancestry:
+            parts.append("initialized from the " + " <- ".join(_in_words(ancestor) for ancestor in self.ancestry))
+        if self.frozen:
+            parts.append(f"{len(self.frozen)} of {self.num_parameters} parameter tensors are frozen")
+        return ", ".join(parts)
 
 
-def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: Path | None) -> Start:
-    """Find what a run begins with, before anything is built; ConfigError on every rank if that does not fit.
+def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: Path | None) -> WarmStart:
+    """Resolve `init_from` and `train.freeze`, before anything is built; collective.
 
-    checkpoint: the run's own, if it has one; then init_from is not looked at.
+    checkpoint: the run's own, if it has one; then init_from is ignored. Raises ConfigError on every rank if they do not
+    fit the config.
     """
     problem: str | None = None
     found: Path | None = None
@@ -71,7 +70,7 @@ def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: P
         mesh.agree(problem)
     source = mesh.same(found)  # one view: a run that still trains may save another checkpoint meanwhile
     assert source is None or isinstance(source, Path)
-    start = Start()
+    start = WarmStart()
     try:
         names = parameter_names(config)
         frozen = frozenset(match(config.train.freeze, names))
@@ -81,7 +80,7 @@ def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: P
         elif source is not None:
             check_starts(source, config, DataInfo.of(dataset.manifest))
             ancestry = ancestry_of(source, config.init_weights)
-        start = Start(source, ancestry, frozen, len(names))
+        start = WarmStart(source, ancestry, frozen, len(names))
     except CheckpointError as error:
         problem = f"init_from {error}" if checkpoint is None else str(error)
     except ConfigError as error:
@@ -90,37 +89,38 @@ def resolve_init(config: Config, mesh: Mesh, dataset: BatchSource, checkpoint: P
     return start
 
 
-def begin(model: DiT, start: Start, config: Config, mesh: Mesh) -> DiT:
-    """Give a freshly built model, its experts sharded over the mesh, its first weights and thresholds, and freeze what
-    is to stay.
+def load_initial_weights(model: DiT, start: WarmStart, config: Config, mesh: Mesh) -> DiT:
+    """Load the warm start's weights and thresholds, if any, into a newly built model, its experts sharded over the
+    mesh, and freeze what is not trained; returns the model.
     """
     if start.source is not None:
         load_into(model, start.source, config.init_weights, mesh)
-        keep_thresholds(model, config_of(start.source).model.threshold_decay)
+        rescale_thresholds(model, config_of(start.source).model.threshold_decay)
     for name, parameter in model.named_parameters():
         if name in start.frozen:
             parameter.requires_grad_(False)
     return model
 
 
-def keep_thresholds(model: DiT, decay: float, averaged: Mapping[str, Tensor] | None = None) -> None:
-    """Let thresholds that were averaged with another decay mean what they meant, once corrected for their start at
-    0; so too those of averaged weights, by name.
+def rescale_thresholds(model: DiT, decay: float, averaged: Mapping[str, Tensor] | None = None) -> None:
+    """Rescale thresholds that were averaged with another decay, so that their bias-corrected values stay the same.
+
+    averaged: averaged weights by name, whose thresholds are rescaled likewise.
     """
     for name, predictor in model.named_modules():
         if isinstance(predictor, CapacityPredictor) and predictor.decay != decay and predictor.updates > 0:
-            moved = int(predictor.updates)
-            factor = (1 - predictor.decay**moved) / (1 - decay**moved)
+            updates = int(predictor.updates)
+            factor = (1 - predictor.decay**updates) / (1 - decay**updates)
             predictor.threshold.mul_(factor)
             if averaged is not None and f"{name}.threshold" in averaged:
                 averaged[f"{name}.threshold"].mul_(factor)
 
 
-# -- what stays as it is -----------------------------------------------------------------------------------------------
+# -- freezing ----------------------------------------------------------------------------------------------------------
 
 
 def parameter_names(config: Config) -> list[str]:
-    """Canonical names of a model's parameters; takes no memory."""
+    """Canonical names of a model's parameters, from a build without memory."""
     with torch.device("meta"):
         return [name for name, _ in DiT(config.model).named_parameters()]
 
@@ -142,7 +142,8 @@ def match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
         found |= matched
     if len(found) == len(names):
         raise ConfigError(
-            f"train.freeze {list(patterns)} matches all {len(names)} parameters, so that nothing is trained; freeze fewer"
+            f"train.freeze {list(patterns)} matches all {len(names)} parameters, so that nothing is trained; "
+            "freeze fewer"
         )
     return found
 
@@ -151,18 +152,18 @@ def match(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...]:
-    """What a checkpoint or a folder in the single-file form descends from, the nearest first.
+    """What a checkpoint or an exported folder descends from, the nearest first.
 
     weights: put the folder itself before them, as the ancestor from which these weights are taken.
     """
-    single = is_exported(folder)
-    content = read_exported(folder).provenance if single else read_meta(folder)["meta"]
+    exported = is_exported(folder)
+    content = read_exported(folder).provenance if exported else read_meta(folder)["meta"]
     known = content.get("ancestry", ())
     older = tuple(ancestor for ancestor in known if isinstance(ancestor, dict)) if isinstance(known, list) else ()
     if weights is None:
         return older
-    vouching = folder / (CONFIG if single else SUMS)
-    step = None if single else read_meta(folder)["step"]
+    vouching = folder / (CONFIG if exported else SUMS)
+    step = None if exported else read_meta(folder)["step"]
     itself = {
         "path": str(folder),
         "step": step,
@@ -172,7 +173,7 @@ def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...
     return itself, *older
 
 
-def _told(ancestor: Ancestor) -> str:
+def _in_words(ancestor: Ancestor) -> str:
     step = ancestor.get("step")
     return f"{ancestor.get('weights')} weights of {ancestor.get('path')}" + (
         f" (step {step})" if step is not None else ""

@@ -16,7 +16,7 @@ from diffmoe_ep.config import Config
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.start import match
+from diffmoe_ep.train.warm_start import match
 from ranks import run
 from train.runs import busy, config, layout
 

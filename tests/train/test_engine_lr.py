@@ -13,8 +13,8 @@ from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.engine import rates
-from diffmoe_ep.train.schedule import rate
+from diffmoe_ep.train.engine import learning_rates
+from diffmoe_ep.train.schedule import learning_rate
 from ranks import run
 from train.runs import busy, config, layout
 
@@ -76,7 +76,7 @@ def plain(given: Config) -> dict[str, torch.Tensor]:
             ((objective.loss(output.prediction, noised) + output.auxiliary) / micro_steps).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), given.train.max_grad_norm)
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
-            group["lr"] = factor * rate(given.train, step)
+            group["lr"] = factor * learning_rate(given.train, step)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -111,11 +111,11 @@ def test_weights_move_as_by_torch_with_a_rate_for_each(
                 torch.testing.assert_close(
                     tensor, here, rtol=1e-6, atol=2e-3 * moved, msg=lambda text, name=name: f"{name}: {text}"
                 )
-            common = rate(given.train, STEPS - 1)
+            common = learning_rate(given.train, STEPS - 1)
             assert found["told"]["lr"] == common
             assert found["told"]["lr_experts"] == expert_lr_scale * common
             assert found["told"].get("lr_routers") == (None if router_lr_scale == 1 else router_lr_scale * common)
 
 
 def test_equal_rates_are_not_told_apart() -> None:
-    assert rates(Config().train.optimizer, 0.1) == {}
+    assert learning_rates(Config().train.optimizer, 0.1) == {}

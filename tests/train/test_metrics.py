@@ -8,24 +8,26 @@ from unittest import mock
 import pytest
 import torch
 
-from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.config import Config, ConfigError, TrainConfig
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
-from diffmoe_ep.train import log
+from diffmoe_ep.train import metrics as measuring
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.log import Clock, Meter, Metrics, Progress, RunFolder
+from diffmoe_ep.train.metrics import Clock, TrafficMeter
+from diffmoe_ep.train.progress import Progress, duration
+from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from ranks import run
 from train.runs import config
 
 
 def test_metrics_keep_what_a_resume_does_not_repeat(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path, 0)
+    metrics = MetricsFile(path, 0)
     for step in range(1, 6):
         metrics.write({"step": step, "loss": step / 2})
     metrics.close()
     path.write_text(path.read_text() + '{"step": 6, "lo')  # torn by a kill
-    again = Metrics(path, 3)
+    again = MetricsFile(path, 3)
     again.write({"step": 4, "loss": 7.0})
     again.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
@@ -34,7 +36,7 @@ def test_metrics_keep_what_a_resume_does_not_repeat(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     full = mock.Mock(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
     told = r"metrics\.jsonl cannot be written \(No space left on device\)"
     with mock.patch.object(metrics, "file", full), pytest.raises(ConfigError, match=told):
@@ -43,28 +45,43 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 def test_speed_leaves_out_what_is_no_training() -> None:
     now = iter([100.0, 110.0, 112.0, 120.0, 124.0, 130.0, 140.0])
-    with mock.patch.object(log.time, "monotonic", side_effect=now):
+    with mock.patch.object(measuring.time, "monotonic", side_effect=now):
         clock = Clock(40)  # at 100
         assert clock.wait(lambda: "batch") == "batch"  # 110 to 112
         clock.pause(lambda: None)  # 120 to 124
-        first = clock.lap(50, 8)  # at 130: 30 s less a pause of 4
-        second = clock.lap(60, 8)  # at 140
+        train = TrainConfig(global_batch=8, steps=100)
+        first = clock.lap(50, train)  # at 130: 30 s less a pause of 4
+        second = clock.lap(60, train)  # at 140
     assert first == {
         "samples_per_second": pytest.approx(10 * 8 / 26),
         "data_wait": pytest.approx(2 / 26),
         "seconds": 30.0,
+        "eta_seconds": pytest.approx(50 * 30 / 10),  # pauses included, which come again
     }
-    assert second == {"samples_per_second": pytest.approx(10 * 8 / 10), "data_wait": 0.0, "seconds": 40.0}
+    assert second == {
+        "samples_per_second": pytest.approx(10 * 8 / 10),
+        "data_wait": 0.0,
+        "seconds": 40.0,
+        "eta_seconds": pytest.approx(40 * 40 / 20),
+    }
 
 
 def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("the run starts", 0, 20)
-    progress.show(10, 2.0, 0.98, 123.4)
-    progress.show(20, 1.0, None, 99.0)
+    common = {"peak_memory_gb": 12.34, "eta_seconds": 75.0}
+    progress.show({"step": 10, "loss": 2.0, "capacity": 0.98, "samples_per_second": 123.4} | common)
+    progress.show({"step": 20, "loss": 1.0, "samples_per_second": 99.0, "mfu": 0.414} | common)
     progress.close()
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "the run starts"
-    assert told[-1].startswith("step 20/20  samples/s 99  loss 1.8000")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["the run starts", "step 20/20  loss 1.8000  99 samples/s  MFU 41.4%  12.3 GB  ETA 1m15s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m00s"), (200, "3m20s"), (5 * 3600 + 7 * 60, "5h07m"), (2 * 86400 + 3 * 3600, "2d03h")],
+)
+def test_a_time_left_is_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
@@ -128,7 +145,7 @@ def test_tensorboard_events_are_written(digits: Path, tmp_path: Path) -> None:
 
 def test_the_meter_counts_training_steps_alone() -> None:
     mesh = Mesh(expert=Group(2), pool=Group(4))
-    meter = Meter(mesh)
+    meter = TrafficMeter(mesh)
     for bytes_of_step in (100, 300):
         with meter.step():
             mesh.expert.traffic.count(bytes_of_step)
@@ -141,4 +158,4 @@ def test_the_meter_counts_training_steps_alone() -> None:
         "dispatch_bytes": 200.0, "dispatch_rounds": 1.0, "dispatch_syncs": 1.0,
     }  # fmt: skip
     assert set(meter.lap().values()) == {0.0}
-    assert Meter(Mesh()).lap() == {}
+    assert TrafficMeter(Mesh()).lap() == {}

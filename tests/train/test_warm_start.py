@@ -21,7 +21,7 @@ from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.start import match
+from diffmoe_ep.train.warm_start import match
 from ranks import RankError, run
 from train.runs import config, layout
 
@@ -44,7 +44,13 @@ def begun(rank: int, given: Config, steps: int) -> dict[str, Any]:
     trainer.stream.close()
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     ema = {name: tensor.clone() for name, tensor in trainer.ema.tensors.items()}
-    return {"model": state, "ema": ema, "losses": losses, "expert": mesh.expert.rank, "line": trainer.start.told()}
+    return {
+        "model": state,
+        "ema": ema,
+        "losses": losses,
+        "expert": mesh.expert.rank,
+        "line": trainer.warm_start.source_line(),
+    }
 
 
 @pytest.fixture(scope="module")
