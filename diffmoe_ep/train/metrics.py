@@ -14,6 +14,9 @@ from diffmoe_ep.planner.plan import plan
 
 T = TypeVar("T")
 
+# Metrics of the machine, not of the run: in these alone two runs of one config may differ.
+MACHINE_METRICS = ("samples_per_second", "data_wait", "seconds", "eta_seconds", "mfu", "peak_memory_gb")
+
 # Makers' peaks of dense bf16 matmuls in TFLOP/s, by part of the device's name; the first that matches counts.
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -26,6 +29,7 @@ PEAK_TFLOPS = {
     "A100": 312,
     "A800": 312,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
 }
 

@@ -66,10 +66,7 @@ def finish(command: list[str], code: int = 0) -> str:
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in MACHINE_METRICS} for line in lines]
 
 
 def kill_rank(launcher: subprocess.Popen[bytes], rank: int) -> None:

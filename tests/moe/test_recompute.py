@@ -20,6 +20,7 @@ from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.layer import Choice, MoELayer, SavedRouting
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from diffmoe_ep.train import trainer as training
+from diffmoe_ep.train.thresholds import predictors_of
 from ranks import run
 from train.runs import busy, config, layout
 
@@ -295,12 +296,14 @@ def trained(rank: int, given: Config, recompute: str, overlap: int = 1) -> dict[
             values = trainer.measure(trainer.train_step(clock))
             told["loss"].append(values["loss"])
             told["grad_norm"].append(values["grad_norm"])
-            told["thresholds"].append(torch.stack([predictor.threshold.clone() for predictor in trainer.predictors()]))
-            pools = [[meshed(logits, mesh) for logits in seen[predictor]] for predictor in trainer.predictors()]
+            told["thresholds"].append(
+                torch.stack([predictor.threshold.clone() for predictor in predictors_of(trainer.model)])
+            )
+            pools = [[meshed(logits, mesh) for logits in seen[predictor]] for predictor in predictors_of(trainer.model)]
             quantile = torch.stack([torch.stack([kth(pool) for pool in layer]).mean(0) for layer in pools])
             tau = given.model.threshold_decay * tau + (1 - given.model.threshold_decay) * quantile
             told["expected"].append(tau)
-        told["updates"] = [int(predictor.updates) for predictor in trainer.predictors()]
+        told["updates"] = [int(predictor.updates) for predictor in predictors_of(trainer.model)]
         trainer.stream.close()
     return told
 

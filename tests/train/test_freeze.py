@@ -16,6 +16,7 @@ from diffmoe_ep.config import Config
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.train import trainer as training
+from diffmoe_ep.train.thresholds import predictors_of
 from diffmoe_ep.train.warm_start import match
 from ranks import run
 from train.runs import busy, config, layout
@@ -49,7 +50,7 @@ def steps(rank: int, given: Config, kernel: str = "auto") -> dict[str, Any]:
         told.append((values["loss"], values["grad_norm"]))
     trainer.stream.close()
     after = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
-    thresholds = [predictor.threshold.clone() for predictor in trainer.predictors()]
+    thresholds = [predictor.threshold.clone() for predictor in predictors_of(trainer.model)]
     return {"told": told, "before": before, "after": after, "ema": trainer.ema.tensors, "thresholds": thresholds}
 
 

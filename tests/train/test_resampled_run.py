@@ -7,8 +7,8 @@ import pytest
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.parallel.mesh import destroy_mesh
-from diffmoe_ep.train.dataset import open_data
 from diffmoe_ep.train.metrics import Clock
+from diffmoe_ep.train.prepare import open_data
 from diffmoe_ep.train.trainer import Trainer, start_mesh
 from ranks import run
 from train.runs import config
@@ -32,7 +32,7 @@ def losses(rank: int, given: Config) -> tuple[list[float], list[str]]:
     assert isinstance(dataset, PlainTars)
     trainer = Trainer(given, mesh, dataset)
     found = [trainer.measure(trainer.train_step(Clock(0)))["loss"] for _ in range(given.train.steps)]
-    told = sorted(trainer.measure_data())
+    told = sorted(trainer.measure_run())
     trainer.stream.close()
     destroy_mesh()
     return found, told
@@ -44,7 +44,7 @@ def test_a_start_can_be_repeated_and_learns(digits: Path) -> None:
     (first, told), (again, _), (other, _) = (run(1, losses, one)[0] for one in (given, given, plain(digits, "seed=1")))
     assert first == again and first != other
     assert sum(first[-3:]) < sum(first[:3])
-    assert told == ["bad_samples"]  # no epochs
+    assert told == ["bad_samples", "peak_memory_gb"]  # no epochs
 
 
 @pytest.mark.timeout(300)
