@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from diffmoe_ep.train.metrics import MACHINE_METRICS
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "model.hidden_size=32",
