@@ -21,6 +21,7 @@ from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.moe.capacity import CapacityPredictor
+from diffmoe_ep.train import thresholds
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.ema import Ema
 
@@ -101,7 +102,7 @@ def first_weights(given: Config) -> dict[str, torch.Tensor]:
 
 def trace(rank: int, given: Config, steps: int, fault: str | None = None) -> dict[str, Any]:
     """Train `steps` steps: what is logged of each, and thresholds and averaged weights as this rank holds them."""
-    logged, thresholds = [], []
+    logged, taus = [], []
     with mock.patch.object(training, "initialize", begin), FAULTS[fault]():
         mesh = training.start_mesh(given)
         trainer = training.Trainer(given, mesh, Mixture.open(given.data))
@@ -109,10 +110,10 @@ def trace(rank: int, given: Config, steps: int, fault: str | None = None) -> dic
         for _ in range(steps):
             logged.append(trainer.measure(trainer.train_step(clock)))
             buffers = trainer.model.named_buffers()
-            thresholds.append({name: buffer.clone() for name, buffer in buffers if name.endswith("threshold")})
+            taus.append({name: buffer.clone() for name, buffer in buffers if name.endswith("threshold")})
         ema = {name: tensor.clone() for name, tensor in trainer.ema.tensors.items()}
         trainer.stream.close()
-    return {"logged": logged, "thresholds": thresholds, "ema": ema}
+    return {"logged": logged, "thresholds": taus, "ema": ema}
 
 
 def layout(given: Config, expert: int, zero: int) -> Config:
@@ -125,13 +126,15 @@ def layout(given: Config, expert: int, zero: int) -> Config:
 
 
 def _quantiles_of_the_last_micro_step() -> Any:
-    move = training.Trainer.move_thresholds
-    return mock.patch.object(training.Trainer, "move_thresholds", lambda self, reports: move(self, reports[-1:]))
+    update = training.update_thresholds
+    return mock.patch.object(
+        training, "update_thresholds", lambda model, reports, mesh: update(model, reports[-1:], mesh)
+    )
 
 
 def _capacities_of_the_last_micro_step() -> Any:
-    capacity = training.wanted_capacity
-    return mock.patch.object(training, "wanted_capacity", lambda reports: capacity(reports[-1:]))
+    capacity = training.threshold_capacity
+    return mock.patch.object(training, "threshold_capacity", lambda reports: capacity(reports[-1:]))
 
 
 @contextmanager
@@ -160,28 +163,34 @@ def _losses_of_the_last_micro_step() -> Iterator[None]:
 
 
 def _thresholds_of_the_expert_group() -> Any:
-    move, all_sum = training.Trainer.move_thresholds, training.all_sum
+    update, all_sum = training.update_thresholds, thresholds.all_sum
 
-    def moved(self: Any, reports: Any) -> None:
+    def updated(model: Any, reports: Any, mesh: Any) -> None:
         def within(tensor: Any, group: Any) -> Any:
-            return all_sum(tensor, self.mesh.expert) * (self.mesh.size / self.mesh.expert.size)
+            return all_sum(tensor, mesh.expert) * (mesh.size / mesh.expert.size)
 
-        with mock.patch.object(training, "all_sum", within):
-            move(self, reports)
+        with mock.patch.object(thresholds, "all_sum", within):
+            update(model, reports, mesh)
 
-    return mock.patch.object(training.Trainer, "move_thresholds", moved)
+    return mock.patch.object(training, "update_thresholds", updated)
 
 
 @contextmanager
 def _averages_before_thresholds() -> Iterator[None]:
-    move, update = training.Trainer.move_thresholds, Ema.update
+    update, average, step = training.update_thresholds, Ema.update, training.Trainer.train_step
+    trainers: list[Any] = []
 
-    def moved(self: Any, reports: Any) -> None:
-        update(self.ema, self.step)
-        move(self, reports)
+    def steps(self: Any, clock: Any) -> Any:
+        trainers[:] = [self]
+        return step(self, clock)
+
+    def updated(model: Any, reports: Any, mesh: Any) -> None:
+        average(trainers[0].ema, trainers[0].step)
+        update(model, reports, mesh)
 
     with (
-        mock.patch.object(training.Trainer, "move_thresholds", moved),
+        mock.patch.object(training.Trainer, "train_step", steps),
+        mock.patch.object(training, "update_thresholds", updated),
         mock.patch.object(Ema, "update"),
     ):
         yield
@@ -192,9 +201,9 @@ def _capacity_by_raw_thresholds() -> Any:
 
 
 def _capacity_of_narrow_experts() -> Any:
-    capacity = training.wanted_capacity
+    capacity = training.threshold_capacity
     return mock.patch.object(
-        training, "wanted_capacity", lambda reports: {key: 2 * value for key, value in capacity(reports).items()}
+        training, "threshold_capacity", lambda reports: {key: 2 * value for key, value in capacity(reports).items()}
     )
 
 
