@@ -53,7 +53,7 @@ class Search(SourceOptions):
 
 def _report(options: Report) -> None:
     from diffmoe_ep.evaluate.capacity.report import check_report, report
-    from diffmoe_ep.evaluate.capacity.write import write
+    from diffmoe_ep.evaluate.capacity.report_files import write
     from diffmoe_ep.parallel.mesh import destroy_mesh
     from diffmoe_ep.sampling.prompts import read_prompts
 

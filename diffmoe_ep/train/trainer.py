@@ -41,7 +41,7 @@ from diffmoe_ep.train.conditioner import Conditioner
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, learning_rates
 from diffmoe_ep.train.metrics import Clock, TrafficMeter, Utilization, peak_memory
-from diffmoe_ep.train.prepare import prepare
+from diffmoe_ep.train.preflight import prepare
 from diffmoe_ep.train.progress import Progress, banner
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from diffmoe_ep.train.schedule import learning_rate

@@ -8,7 +8,7 @@ from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.parallel.mesh import destroy_mesh
 from diffmoe_ep.train.metrics import Clock
-from diffmoe_ep.train.prepare import open_data
+from diffmoe_ep.train.preflight import open_data
 from diffmoe_ep.train.trainer import Trainer, start_mesh
 from ranks import run
 from train.runs import config

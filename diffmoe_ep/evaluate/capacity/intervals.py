@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_experts, has_predictor
+from diffmoe_ep.evaluate.capacity.report_files import write_csv
 from diffmoe_ep.evaluate.capacity.sample_fn import SampleFn
 from diffmoe_ep.evaluate.capacity.strokes import (
     HARD,
@@ -20,7 +21,6 @@ from diffmoe_ep.evaluate.capacity.strokes import (
     plain_numbers,
     save_figure,
 )
-from diffmoe_ep.evaluate.capacity.write import write_csv
 from diffmoe_ep.sampling.picture import BLUE, ORANGE, PALE
 from diffmoe_ep.sampling.sample import Samples
 from diffmoe_ep.tables import table

@@ -12,7 +12,7 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.evaluate.capacity.intervals import check_search, search, with_threshold, write_search
 from diffmoe_ep.evaluate.capacity.report import check_report, report
-from diffmoe_ep.evaluate.capacity.write import write
+from diffmoe_ep.evaluate.capacity.report_files import write
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts
 from diffmoe_ep.moe.capacity import InferenceRule

@@ -10,7 +10,7 @@ import torch
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig, SampleConfig
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity.report import report
-from diffmoe_ep.evaluate.capacity.write import write
+from diffmoe_ep.evaluate.capacity.report_files import write
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.prompts import Prompts
