@@ -20,7 +20,7 @@ from diffmoe_ep.planner.layout import Layout
 from diffmoe_ep.planner.plan import plan
 from diffmoe_ep.planner.report import WIDTH, ClusterPlan, Estimate
 from diffmoe_ep.planner.traffic import Flow, traffic
-from diffmoe_ep.tables import duration, size
+from diffmoe_ep.tables import size
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted((ROOT / "configs/cluster").glob("*.yaml"))
@@ -195,21 +195,6 @@ def test_a_plan_takes_well_under_a_second() -> None:
     start = time.process_time()
     plan_cluster(config, where)
     assert time.process_time() - start < 5
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(999, "999 B"), (1000, "1.00 kB"), (999_600, "1.00 MB"), (99_960_000, "100 MB"), (2.5e10, "25.0 GB")],
-)
-def test_bytes_in_words(number: float, text: str) -> None:
-    assert size(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.99996, "1.00 s"), (0.0123, "12.3 ms"), (4.2e-5, "42 us"), (1234.0, "1,234 s")]
-)
-def test_times_in_words(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_tables_are_aligned() -> None:
