@@ -111,55 +111,53 @@ def kernel_of(config: Config, layout: Layout, kind: str) -> Kernel:
 def _phases(
     config: Config, layout: Layout, forward: Operations, rows: int, pairs: int, kernel: Kernel
 ) -> dict[str, dict[str, int]]:
-    held, compute = weights(config.model, layout.expert), _width(config)
+    held, compute, zero = weights(config.model, layout.expert), _width(config), layout.zero
     groups, total = partitions(held, layout), sum(weight.numel for weight in held)
-    flat = bool(layout.zero)
-    mine = sum(group.part for group in groups) if flat else total  # elements whose optimizer state is here
-    touched = sum(group.touched for group in groups)
+    mine = sum(group.part for group in groups) if zero else total  # elements whose optimizer state is here
     optimizer = config.train.optimizer
-    state = 2 if optimizer.kind == "adamw" else int(optimizer.momentum > 0)
+    states = 2 if optimizer.kind == "adamw" else int(optimizer.momentum > 0)
     always = {
-        "weights": FLOAT * (sum(group.padded for group in groups) if flat else total),
-        "master copy": FLOAT * mine * flat,
-        "moments": FLOAT * mine * state,
+        "weights": FLOAT * (sum(group.padded for group in groups) if zero else total),
+        "master copy": FLOAT * mine if zero else 0,
+        "moments": FLOAT * mine * states,
         "EMA": FLOAT * total,
     }
-    reduced = FLOAT * touched  # reduced gradients of the parameters that this rank's part touches
-    largest = max(weight.numel for weight in held)
-    buckets = FLOAT * _buckets(held, layout, reduce_bucket(config))
-    # gradients of earlier micro-steps
-    before_name = "reduced gradients" if layout.zero == 2 else "gradients"
-    before = 0
-    if config.train.grad_accumulation > 1:
-        before = reduced if layout.zero == 2 else FLOAT * total
-    all_copies = sum(copies(config, "none", held, kernel))
-    kept_copies, copies_of_again = copies(config, layout.recompute, held, kernel)
+
+    # gradients: whole, reduced (of the parameters that this rank's part touches), and of earlier micro-steps
+    whole = {"gradients": FLOAT * total} if zero < 2 else {}
+    reduced = FLOAT * sum(group.touched for group in groups)
+    collected = {"gradient buckets": FLOAT * _buckets(held, layout, reduce_bucket(config))}
+    accumulated = "reduced gradients" if zero == 2 else "gradients"
+    earlier = 0 if config.train.grad_accumulation == 1 else reduced if zero == 2 else FLOAT * total
+
+    # activations; on their way through an FFN: two gradients, and that of one weight
+    saved_here = saved_activations(forward, layout.recompute)
     hidden, width = config.model.hidden_size, expert_width(config.model)
     buffers = (rows + pairs) * hidden * compute if layout.expert > 1 else 0
     widest = max(rows * width, share(config, layout).tokens * 4 * hidden)
-    workspace = 2 * widest * compute + FLOAT * largest  # gradients on their way through an FFN, and one weight's
+    workspace = 2 * widest * compute + FLOAT * max(weight.numel for weight in held)
+
+    forward_end = {
+        accumulated: earlier,
+        "activations": saved_here,
+        "bf16 copies": sum(copies(config, "none", held, kernel)),
+        "dispatch buffers": buffers,
+    }
     backward = {
-        before_name: before,
-        "activations": saved_activations(forward, layout.recompute) + recomputed(forward, layout.recompute),
-        "bf16 copies": kept_copies + copies_of_again,
+        accumulated: earlier,
+        "activations": saved_here + recomputed(forward, layout.recompute),
+        "bf16 copies": sum(copies(config, layout.recompute, held, kernel)),
         "dispatch buffers": buffers,
         "workspace": workspace,
     }
-    forward_end = {
-        before_name: before,
-        "activations": saved_activations(forward, layout.recompute),
-        "bf16 copies": all_copies,
-        "dispatch buffers": buffers,
-    }
-    if layout.zero == 2:  # reduced as they come
-        backward |= {"reduced gradients": before + reduced, "gradient buckets": buckets}
-    whole = {"gradients": FLOAT * total} if layout.zero < 2 else {}
-    ready = {"reduced gradients": (before * (layout.zero == 2) + reduced) * flat}
+    if zero == 2:  # reduced as they come
+        backward |= collected | {"reduced gradients": earlier + reduced}
+    reduction = collected | whole | {"reduced gradients": (earlier if zero == 2 else 0) + reduced if zero else 0}
     return {
         "end of the forward": always | forward_end,
         "start of the backward": always | backward,
-        "reduction of gradients": always | whole | ready | {"gradient buckets": buckets},
-        "optimizer's step": always | ({"reduced gradients": reduced + FLOAT * mine} if flat else whole),
+        "reduction of gradients": always | reduction,
+        "optimizer's step": always | ({"reduced gradients": reduced + FLOAT * mine} if zero else whole),
     }
 
 
@@ -176,13 +174,13 @@ def copies(config: Config, recompute: Recompute, held: tuple[Weight, ...], kerne
     if recompute == "none":
         return compute * sum(weight.numel for weight in copied), 0
     again = [weight for weight in copied if weight.block and (recompute == "block" or weight.ffn)]
-    kept = sum(weight.numel for weight in copied) - sum(weight.numel for weight in again)
+    saved_numel = sum(weight.numel for weight in copied) - sum(weight.numel for weight in again)
     layers = {moe: sum(weight.numel for weight in again if weight.moe is moe) for moe in (False, True)}
     counts = {
         moe: sum(is_moe(config.model, block) is moe for block in range(config.model.num_blocks))
         for moe in (False, True)
     }
-    return compute * kept, compute * max(layers[moe] // counts[moe] for moe in (False, True) if counts[moe])
+    return compute * saved_numel, compute * max(layers[moe] // counts[moe] for moe in (False, True) if counts[moe])
 
 
 def _buckets(held: tuple[Weight, ...], layout: Layout, size: int) -> int:
