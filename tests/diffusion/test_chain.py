@@ -45,13 +45,13 @@ def test_ancestral_steps_are_the_published_ones():
     np.testing.assert_allclose(drawn.numpy(), x, rtol=1e-6, atol=1e-9)
 
 
-def test_the_model_is_told_the_trained_numbers_and_the_last_step_adds_no_noise():
+def test_the_model_gets_the_trained_numbers_and_the_last_step_adds_no_noise():
     for sampler in (ddpm_ancestral, lambda *args: ddim(*args, eta=1.0)):
-        told: list[float] = []
+        times: list[float] = []
         drawn: list[int] = []
 
-        def predict(x: Tensor, t: float, told: list[float] = told) -> Tensor:
-            told.append(t)
+        def predict(x: Tensor, t: float, times: list[float] = times) -> Tensor:
+            times.append(t)
             return torch.cat([x, x], 1)
 
         def noise(step: int, drawn: list[int] = drawn) -> Tensor:
@@ -59,9 +59,9 @@ def test_the_model_is_told_the_trained_numbers_and_the_last_step_adds_no_noise()
             return torch.zeros(3, 1, 2, 2)
 
         sampler(predict, torch.zeros(3, 1, 2, 2), SCHEDULE.respaced(250), noise)
-        assert told == sorted(SCHEDULE.respaced(250).index.tolist(), reverse=True)
-        assert told[:2] == [999.0, 995.0]
-        assert told[-2:] == [4.0, 0.0]
+        assert times == sorted(SCHEDULE.respaced(250).index.tolist(), reverse=True)
+        assert times[:2] == [999.0, 995.0]
+        assert times[-2:] == [4.0, 0.0]
         assert drawn == list(range(249))
 
 

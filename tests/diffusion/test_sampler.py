@@ -63,7 +63,7 @@ def test_samples_follow_the_mixture_that_the_velocity_belongs_to(solver):
 @pytest.mark.parametrize("steps", [1, 2, 7, 250])
 def test_a_solver_is_exact_where_paths_are_straight(solver, steps):
     """With a single data point the field is linear in x and every path a straight line; at t = 0 it has no velocity, so
-    none is asked.
+    there is no call.
     """
     target = 3.0
 
@@ -163,19 +163,19 @@ def test_a_noise_estimate_as_a_flow_is_the_flows_own_velocity():
 
 def test_a_noise_estimate_as_a_flow_asks_the_trained_numbers_of_a_respaced_chain_in_order():
     schedule = linear_schedule().respaced(250)
-    asked: list[float] = []
+    times: list[float] = []
 
     def epsilon(x: Tensor, t: float) -> Tensor:
-        asked.append(t)
+        times.append(t)
         return torch.cat([x, x], 1)
 
     euler(as_flow(epsilon, schedule), start(), 50)
-    assert asked[0] == 999
-    assert asked == sorted(asked, reverse=True)
-    assert asked[-1] > 0
+    assert times[0] == 999
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > 0
     at_step_four = torch.sigmoid(((1 - linear_schedule().signal[4]) / linear_schedule().signal[4]).log() / 2).item()
     as_flow(epsilon, schedule)(start(), at_step_four)
-    assert asked[-1] == pytest.approx(4, abs=1e-6)
+    assert times[-1] == pytest.approx(4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
@@ -212,7 +212,7 @@ def test_ddpm_as_a_flow_converges_at_the_solvers_order_within_the_chain(solver, 
     np.testing.assert_allclose(orders(errors), order, atol=0.2)
 
 
-def test_beyond_the_chains_last_step_a_noise_estimate_is_asked_there():
+def test_beyond_the_chains_last_step_a_noise_estimate_is_evaluated_there():
     schedule = linear_schedule()
     field = as_flow(chain_oracle(Mixture(), schedule), schedule)
     last = 1 / (1 + (schedule.signal[-1] / (1 - schedule.signal[-1])).sqrt().item())
