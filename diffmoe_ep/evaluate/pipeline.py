@@ -86,7 +86,8 @@ class Scores:
     def _capacity_note(self) -> str:
         if not self.capacity_per_step:
             return "dense model"
-        return f"1 = compute of a dense model; by step {min(self.capacity_per_step):.2f} to {max(self.capacity_per_step):.2f}"
+        lowest, largest = min(self.capacity_per_step), max(self.capacity_per_step)
+        return f"1 = compute of a dense model; by step {lowest:.2f} to {largest:.2f}"
 
 
 def load_images(folder: str | Path) -> Images:
@@ -95,7 +96,8 @@ def load_images(folder: str | Path) -> Images:
     manifest = dataset.manifest
     if manifest.kind != "pixels" or manifest.dtype != "uint8":
         raise DataError(
-            f"data folder {folder} stores {manifest.dtype} {manifest.kind}, scoring reads uint8 pixels; name such a dataset"
+            f"data folder {folder} stores {manifest.dtype} {manifest.kind}, scoring reads uint8 pixels; name such a "
+            "dataset"
         )
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
     decoded = [read_sample(dataset, *place) for place in places]
@@ -148,7 +150,8 @@ def check_real(num_samples: int, shape: tuple[int, ...], sides: dict[str, Images
     for name, (images, _) in sides.items():
         if tuple(images.shape[1:]) != shape:
             raise ConfigError(
-                f"{name} holds images of shape {tuple(images.shape[1:])}, the model draws {shape}; name the data it was trained on"
+                f"{name} holds images of shape {tuple(images.shape[1:])}, the model draws {shape}; name the data it "
+                "was trained on"
             )
         if len(images) < 2:
             raise ConfigError(f"{name} holds {len(images)} images; scores need at least 2")
@@ -161,9 +164,11 @@ def _check(samples: Tensor, labels: Tensor, train: Images, heldout: Images) -> N
     for name, (images, classes) in sides.items():
         if len(images) < 2 or len(images) != len(classes):
             raise ValueError(
-                f"{name} images: {len(images)} with {len(classes)} labels; scoring needs at least 2, each with its label"
+                f"{name} images: {len(images)} with {len(classes)} labels; scoring needs at least 2, each with its "
+                "label"
             )
         if images.shape[1:] != samples.shape[1:]:
             raise ValueError(
-                f"{name} images are {tuple(images.shape[1:])} but samples {tuple(samples.shape[1:])}: name the trained data"
+                f"{name} images are {tuple(images.shape[1:])} but samples {tuple(samples.shape[1:])}: name the "
+                "trained data"
             )

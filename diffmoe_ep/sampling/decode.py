@@ -46,7 +46,8 @@ def _load(sample: SampleConfig, data_info: DataInfo, device: torch.device) -> De
         )
     if vae.channels != data_info.shape[0]:
         raise ConfigError(
-            f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {data_info.shape[0]}; {remedy}"
+            f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {data_info.shape[0]}; "
+            f"{remedy}"
         )
     if data_info.encoder and vae.fingerprint != data_info.encoder:
         prints = f"fingerprint {vae.fingerprint[:12]}..., not {data_info.encoder[:12]}..."

@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 class Conditions(Protocol):
-    """What samples are conditioned on, sliced chunk by chunk: labels, captions, or prompts that are padded only then."""
+    """What samples are conditioned on, sliced chunk by chunk: labels, captions, or prompts, padded only then."""
 
     def __len__(self) -> int: ...
 

@@ -132,7 +132,8 @@ def grid(
     num_images, channels, height, width = pixels.shape
     if num_images < 1 or channels not in (1, 3) or columns < 1:
         raise ValueError(
-            f"a grid shows 1 or more images of 1 or 3 channels in 1 or more columns, not {tuple(pixels.shape)} in {columns}"
+            f"a grid shows 1 or more images of 1 or 3 channels in 1 or more columns, not {tuple(pixels.shape)} in "
+            f"{columns}"
         )
     rows = math.ceil(num_images / columns)
     if row_labels is not None and len(row_labels) != rows:

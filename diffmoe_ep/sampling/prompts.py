@@ -83,13 +83,16 @@ def load_encoder(config: Config, data_info: DataInfo, device: torch.device | str
     encoder = load_text_encoder(name, Path(folder), max_length=length, precision=precision, device=device)
     if encoder.width != config.model.text_width:
         raise ConfigError(
-            f"text.folder {folder} gives features of width {encoder.width}, but model.text_width is {config.model.text_width}; "
+            f"text.folder {folder} gives features of width {encoder.width}, but model.text_width is "
+            f"{config.model.text_width}; "
             "set text.folder to the encoder that the run was trained with"
         )
     if stored and encoder.fingerprint != stored.fingerprint:
         raise ConfigError(
-            f"text.folder {folder} is another encoder (fingerprint {encoder.fingerprint[:12]}) than the one that made the features of "
-            f"{data_info.name} (fingerprint {stored.fingerprint[:12]}); set text.folder to the folder that the data were prepared with"
+            f"text.folder {folder} is another encoder (fingerprint {encoder.fingerprint[:12]}) than the one that "
+            "made the features of "
+            f"{data_info.name} (fingerprint {stored.fingerprint[:12]}); set text.folder to the folder that the data "
+            "were prepared with"
         )
     return encoder
 

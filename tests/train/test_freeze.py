@@ -103,8 +103,8 @@ def once(rank: int, given: Config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_every_kernel_takes_frozen_experts(digits: Path, tmp_path: Path, kernel: str, recompute: str) -> None:
     given = config(
-        digits / "train", tmp_path / "run", 'train.freeze=["*.experts.fc1_weight", "*.experts.fc2_bias"]', f"compute.kernel={kernel}",
-        f"compute.recompute={recompute}", "parallel.zero_stage=2",
+        digits / "train", tmp_path / "run", 'train.freeze=["*.experts.fc1_weight", "*.experts.fc2_bias"]',
+        f"compute.kernel={kernel}", f"compute.recompute={recompute}", "parallel.zero_stage=2",
     )  # fmt: skip
     found = run(1, steps, given)[0]
     for name, tensor in found["after"].items():

@@ -96,7 +96,8 @@ def diverges(rank: int, given: Config) -> tuple[str, bool, list[str]]:
     trainer = training.Trainer(given, mesh, training.prepare(given, mesh)[0])
     weight = trainer.model.blocks[0].attention.qkv.weight  # type: ignore[union-attr]
     spoil = torch.tensor(float("inf"))
-    weight.register_hook(lambda gradient: gradient + spoil if trainer.step == 2 and rank == 0 else gradient)  # type: ignore[union-attr, operator]
+    hook: Any = lambda gradient: gradient + spoil if trainer.step == 2 and rank == 0 else gradient  # noqa: E731
+    weight.register_hook(hook)  # type: ignore[union-attr, operator]
     try:
         trainer.run()
     except ConfigError as error:

@@ -184,8 +184,8 @@ def test_a_chain_is_told(digits: Path, source: Path, tmp_path: Path) -> None:
     )
     found = run(1, begun, given, 0)[0]
     assert found["line"] == (
-        f"begun with the model weights of {tmp_path / 'single'} <- ema weights of {store.resolve(source)} (step {STEPS}), "
-        "2 of 61 parameter tensors are frozen"
+        f"initialized from the model weights of {tmp_path / 'single'} <- ema weights of {store.resolve(source)} "
+        f"(step {STEPS}), 2 of 61 parameter tensors are frozen"
     )
     run(1, until, given)
     lines = json.loads((tmp_path / "second/ancestry.json").read_text())

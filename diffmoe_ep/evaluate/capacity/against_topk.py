@@ -129,8 +129,8 @@ def topk_of_a_sample(model: ModelConfig, config: SampleConfig) -> int | None:
 def against_topk(
     module: DiT, sample_fn: SampleFn, requested: Requested, names: list[str], config: SampleConfig, mesh: Mesh, k: int
 ) -> AgainstTopK | None:
-    """Sample each requested class or prompt, one at a time, with the predictor and with a top-k; collective, None but on
-    the first rank.
+    """Sample each requested class or prompt, one at a time, with the predictor and with a top-k; collective, None but
+    on the first rank.
     """
     alone = replace(config, chunk=1)
     counts = torch.zeros(config.steps, len(module.moe_layers()), 3, dtype=torch.float64)

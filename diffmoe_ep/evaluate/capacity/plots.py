@@ -184,8 +184,10 @@ def _prompts(path: Path, ranked: Sequence[tuple[str, float]], mean: float) -> No
     place = np.arange(len(ends))
     axes.barh(place, values - mean, left=mean, height=0.72, color=[HARD if value >= mean else EASY for value in values])
     for at, value in zip(place, values, strict=True):
-        axes.annotate(f"{value:.3f}", (value, at), (4 if value >= mean else -4, 0), textcoords="offset points", fontsize=8,
-                      ha="left" if value >= mean else "right", va="center")  # fmt: skip
+        side, shift = ("left", 4) if value >= mean else ("right", -4)
+        axes.annotate(
+            f"{value:.3f}", (value, at), (shift, 0), textcoords="offset points", fontsize=8, ha=side, va="center"
+        )
     axes.set_yticks(place, [shorten(name, 56) for name, _ in ends], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)

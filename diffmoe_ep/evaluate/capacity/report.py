@@ -153,7 +153,8 @@ def check_report(
         )
     if not any(is_moe(model, block) for block in range(model.num_blocks)):
         raise ConfigError(
-            f"the model has no MoE layer: model.interleave leaves block 0 dense and model.num_blocks is {model.num_blocks}"
+            "the model has no MoE layer: model.interleave leaves block 0 dense and model.num_blocks is "
+            f"{model.num_blocks}"
         )
     if per_class < 1:
         raise ConfigError(

@@ -59,7 +59,8 @@ def _row(folder: Path) -> Row:
     for name in ("config.yaml", SCORE):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out {folder}/scores ..."
+                f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out "
+                f"{folder}/scores ..."
             )
     found = json.loads((folder / SCORE).read_text(encoding="utf-8"))
     sizes = count(load(folder / "config.yaml").model)

@@ -206,7 +206,8 @@ def check_canvases(shape: tuple[int, ...], sides: dict[str, Canvases]) -> None:
     for name, canvases in sides.items():
         if canvases.pictures.shape[1:] != shape:
             raise ConfigError(
-                f"{name} holds canvases of shape {canvases.pictures.shape[1:]}, the model draws {shape}; name the data it was trained on"
+                f"{name} holds canvases of shape {canvases.pictures.shape[1:]}, the model draws {shape}; name the "
+                "data it was trained on"
             )
         tasks = {prompt.task for captions in canvases.captions for prompt in map(read, captions) if prompt is not None}
         if tasks != set(TASKS):

@@ -34,7 +34,8 @@ def load_canvases(folder: str | Path, most: int = MOST) -> Canvases:
     manifest = dataset.manifest
     if (manifest.kind, manifest.dtype, manifest.condition, manifest.shape[0]) != ("pixels", "uint8", "text", 1):
         raise ConfigError(
-            f"{folder} holds {manifest.dtype} {manifest.kind} of shape {manifest.shape} with condition {manifest.condition}; composition "
+            f"{folder} holds {manifest.dtype} {manifest.kind} of shape {manifest.shape} with condition "
+            f"{manifest.condition}; composition "
             "is judged on grey canvases with captions: python -m data_prep digits_captions"
         )
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)][:most]
@@ -86,7 +87,8 @@ class Detector:
         counts = np.bincount(labels, minlength=10)
         if counts.min() < 2:
             raise ConfigError(
-                f"the reference canvases show the digit {counts.argmin()} {counts.min()} times; the classifier needs each twice"
+                f"the reference canvases show the digit {counts.argmin()} {counts.min()} times; the classifier "
+                "needs each twice"
             )
         self._least_ink = digits.sum((1, 2)).min() / 2
         self._known = {digit: _shifted(digits[labels == digit]).reshape(-1, SIDE * SIDE) for digit in range(10)}

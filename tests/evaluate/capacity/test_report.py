@@ -415,7 +415,10 @@ def report_on_ranks(rank: int):
     """The same report with the experts over two ranks: what the first rank counts, None of the other."""
     mesh = init_mesh(2, 1, 1.0, device="cpu")
     module = shard_experts(build(), mesh)
-    sharded = lambda labels, config, progress: sample(module, labels, config, mesh, seed=SEED, progress=progress)  # noqa: E731
+
+    def sharded(labels, config, progress):
+        return sample(module, labels, config, mesh, seed=SEED, progress=progress)
+
     found = report(module, sharded, SAMPLE, INFO, mesh, per_class=PER_CLASS, seed=SEED)
     return None if found is None else (found.record, found.topk.counts, [one.label for one in found.classes])
 

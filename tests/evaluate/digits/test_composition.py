@@ -127,8 +127,8 @@ def test_a_verdict_means_what_the_prompt_says(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "a cat", "one cat", "four 3s", "two digits: a 3 at the centre", "one digit: a 3 at the corner", "two 3s and one 5",
-    "one 3, one 4 and one 5", "a 3 below a 4", "one 3 and a cat", "one 12",
+    "", "a cat", "one cat", "four 3s", "two digits: a 3 at the centre", "one digit: a 3 at the corner",
+    "two 3s and one 5", "one 3, one 4 and one 5", "a 3 below a 4", "one 3 and a cat", "one 12",
 ])  # fmt: skip
 def test_other_words_ask_for_nothing_that_is_scored(text: str) -> None:
     assert read(text) is None
