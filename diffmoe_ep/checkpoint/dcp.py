@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from diffmoe_ep.checkpoint.fragments import Box, Fragment, boxes, fault
+from diffmoe_ep.checkpoint.fragments import Box, Fragment, boxes, coverage_fault
 
 ALLOWED = {  # all that the `.metadata` of a checkpoint of tensors names
     "torch": {"Size"}
@@ -102,7 +102,7 @@ class FragmentSavePlanner(SavePlanner):
                     )
                 intervals.setdefault(name, []).append(interval)
         for name, kind in kinds.items():
-            if (wrong := fault(intervals[name], math.prod(kind[0]))) is not None:
+            if (wrong := coverage_fault(intervals[name], math.prod(kind[0]))) is not None:
                 raise ValueError(f"of {name}, {_say(kind)}, {wrong}")
         plans, metadata = create_default_global_save_plan(
             [dataclasses.replace(plan, planner_data=None) for plan in all_plans]

@@ -1,14 +1,14 @@
-"""The single-file form of a model: its weights in one safetensors file, and beside it what must be known to use them.
+"""The exported form of a model: its weights in one safetensors file, and beside it what must be known to use them.
 
-    FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not the computed ones
-    FOLDER/config.json          the config (model, pool, training recipe, how to sample), clock, what is known of the data, provenance
+    FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not
+                                the computed ones
+    FOLDER/config.json          the config (model, pool, training recipe, how to sample), time convention, what is known
+                                of the data, provenance
 
-Nothing in it is ever unpickled. The clock says in which convention the weights predict: `forward` is ours, eps - x_0 at
-t; `reversed` is x_0 - eps at 1 - t, as an imported model may. A loaded model answers in ours either way, and its
-weights are the stored ones.
+Nothing in it is ever unpickled. A loaded model is in our time convention (see `time_convention`), whichever the stored
+weights have.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -16,36 +16,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
-from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, to_tree
+from diffmoe_ep.checkpoint.time_convention import REWRITTEN, TimeConvention, reverse_time
+from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, nested, of_role, to_tree, today
 from diffmoe_ep.data.info import DataInfo
-from diffmoe_ep.model.dit import DiT, Output
+from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.embed import sine_positions
 from diffmoe_ep.model.parallelize import build_sharded, is_expert
 from diffmoe_ep.parallel.mesh import Mesh
 
-Clock = Literal["forward", "reversed"]
 Kind = tuple[tuple[int, ...], str]  # shape and type, in the words of safetensors
 
-FORMAT = 1
+FORMAT = 2  # 1 called the time convention clock, and config keys by other names
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 POSITIONS = "positions"
-KEPT = ("seed", "model", "pool", "train", "sample")  # of a config; the rest tells of folders and ranks
 TYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
-class Single:
+class Exported:
     """What a folder's config.json says."""
 
     config: Config
     """Model, pool, training recipe and how to sample; folders and ranks are at their defaults."""
-    clock: Clock
+    time_convention: TimeConvention
     """The convention in which the weights predict."""
     data_info: DataInfo
     """What is known of the data: kind, shape, scale, shift, class names; may be empty."""
@@ -59,45 +58,41 @@ def save_exported(
     data_info: DataInfo,
     folder: str | Path,
     *,
-    clock: Clock | None = None,
+    time_convention: TimeConvention = "forward",
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a whole model (not a rank's slice), or its tensors by canonical name, as a new folder, complete or not at
     all.
 
-    clock: the convention of the weights; by default the model's own, forward for tensors. Raises CheckpointError if the
-    tensors are not those of config.model, or the folder holds something.
+    time_convention: of the tensors; a model's is forward. Raises CheckpointError if the tensors are not those of
+    config.model, or the folder holds something.
     """
     with new_folder(Path(folder)) as partial:
-        write_single(partial, source, config, data_info, clock=clock, provenance=provenance)
+        write_exported(partial, source, config, data_info, time_convention=time_convention, provenance=provenance)
     return Path(folder)
 
 
-def write_single(
+def write_exported(
     folder: Path,
     source: DiT | Mapping[str, Tensor],
     config: Config,
     data_info: DataInfo,
     *,
-    clock: Clock | None = None,
+    time_convention: TimeConvention = "forward",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the two files into an existing folder; see `save_exported`."""
-    own = clock_of(source) if isinstance(source, DiT) else None
-    if own is not None and clock not in (None, own):
-        raise CheckpointError(
-            f"{folder}: the model's clock is {own}, it cannot be saved as {clock}; leave out the clock"
-        )
+    if isinstance(source, DiT) and time_convention != "forward":
+        raise CheckpointError(f"{folder}: a model in memory is of the time convention forward, not {time_convention}")
     tensors = _state(source) if isinstance(source, DiT) else dict(source)
     stored = {
         name: (tuple(tensor.shape), TYPES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()
     }
     compare(stored, config.model, str(folder))
-    tree = to_tree(config)
     content = {
         "format": FORMAT,
-        "clock": clock or own or "forward",
-        "config": {section: tree[section] for section in KEPT},
+        "time_convention": time_convention,
+        "config": _kept(config),
         "data": data_info.to_json(),
         "provenance": dict(provenance or {}),
     }
@@ -105,23 +100,33 @@ def write_single(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _kept(config: Config) -> dict[str, Any]:
+    """What of a config says what the model is, how it was trained and how it is sampled; not where things lie."""
+    made = of_role(config, "identity", "recipe")
+    trained = {key: value for key, value in made.items() if not key.startswith(("data.", "init_"))}
+    return nested(trained | {f"sample.{key}": value for key, value in to_tree(config.sample).items()})
+
+
 def is_exported(path: Path) -> bool:
     """Whether a path is a folder of this form."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def read_exported(folder: str | Path) -> Single:
+def read_exported(folder: str | Path) -> Exported:
     """Read and check config.json; raises CheckpointError."""
     path = Path(folder) / CONFIG
     if not is_exported(Path(folder)):
         raise CheckpointError(
-            f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the single-file form"
+            f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the exported form"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): use a sound copy") from error
-    expected = (("format", int), ("clock", str), ("config", dict), ("data", dict), ("provenance", dict))
+    if isinstance(content, dict) and content.get("format") == 1:
+        content["time_convention"] = content.pop("clock", None)
+        content["config"] = today(content["config"]) if isinstance(content.get("config"), dict) else None
+    expected = (("format", int), ("time_convention", str), ("config", dict), ("data", dict), ("provenance", dict))
     for key, kind in expected:
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise CheckpointError(
@@ -135,42 +140,50 @@ def read_exported(folder: str | Path) -> Single:
         config = from_tree(content["config"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    clock: Clock = "reversed" if content["clock"] == "reversed" else "forward"
-    if clock != content["clock"]:
-        raise CheckpointError(f"{path}: clock is {content['clock']!r}; it is forward or reversed")
-    if clock == "reversed" and config.train.objective != "flow":
+    convention: TimeConvention = "reversed" if content["time_convention"] == "reversed" else "forward"
+    if convention != content["time_convention"]:
+        raise CheckpointError(f"{path}: time_convention is {content['time_convention']!r}; it is forward or reversed")
+    if convention == "reversed" and config.train.objective != "flow":
         raise CheckpointError(
-            f"{path}: clock reversed is for objective flow, not {config.train.objective}; set clock to forward"
+            f"{path}: time_convention reversed is for objective flow, not {config.train.objective}; set it to forward"
         )
     try:
         data_info = DataInfo.from_json(content["data"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; use a sound copy") from error
-    return Single(config, clock, data_info, content["provenance"])
+    return Exported(config, convention, data_info, content["provenance"])
 
 
 def load_exported(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
-    """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the clock of its weights.
+    """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the convention of the stored weights.
 
     config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this
     rank's device, and the ranks over which the experts are sharded; each reads only its own. Names, shapes and types
     are compared before anything is read; raises CheckpointError that names the first differing key.
     """
-    single, mesh = read_exported(folder), mesh or Mesh()
-    config = config or single.config
-    model = build_sharded(config, mesh)
-    into = model.state_dict() | {POSITIONS: model.positions}
-    here = config.model.num_experts // mesh.expert.size
-    for name, tensor in stored_tensors(
-        Path(folder), single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)
-    ):
-        into[name].copy_(tensor)
-    if single.clock == "reversed":
-        reverse_clock(model)
+    exported, mesh = read_exported(folder), mesh or Mesh()
+    model = build_sharded(config or exported.config, mesh)
+    fill(model, Path(folder), exported, mesh, model.state_dict() | {POSITIONS: model.positions})
     return model.to(mesh.device).eval()
 
 
-def stored_tensors(folder: Path, single: Single, experts: slice = slice(None)) -> Iterator[tuple[str, Tensor]]:
+@torch.no_grad()
+def fill(model: DiT, folder: Path, exported: Exported, mesh: Mesh, into: Mapping[str, Tensor]) -> None:
+    """Copy stored weights into a model's tensors by name, as far as they are given, in our time convention; of experts
+    those of this rank.
+    """
+    here = model.config.num_experts // mesh.expert.size
+    experts = slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)
+    for name, tensor in stored_tensors(folder, exported, experts):
+        if name in into:
+            into[name].copy_(tensor)
+    if exported.time_convention == "reversed":
+        rewritten = reverse_time({name: into[name].cpu() for name in REWRITTEN}, model.config)
+        for name, tensor in rewritten.items():
+            into[name].copy_(tensor)
+
+
+def stored_tensors(folder: Path, exported: Exported, experts: slice = slice(None)) -> Iterator[tuple[str, Tensor]]:
     """The weights by canonical name, one after the other, once their names, shapes and types were checked; of stacks
     only `experts`.
     """
@@ -180,50 +193,14 @@ def stored_tensors(folder: Path, single: Single, experts: slice = slice(None)) -
         slices = {name: source.get_slice(name) for name in names}
         compare(
             {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()},
-            single.config.model,
+            exported.config.model,
             str(file),
         )
         for name in names:
             tensor = slices[name][experts] if is_expert(name) else source.get_tensor(name)
             if name == POSITIONS:
-                check_positions(tensor, single.config.model, f"{file}: {name}")
+                check_positions(tensor, exported.config.model, f"{file}: {name}")
             yield name, tensor
-
-
-# ---- The clock ----
-
-
-def reverse_clock(model: DiT) -> DiT:
-    """Let a model whose weights predict x_0 - eps at the clock 1 - t answer in our convention: call it at 1 - t and
-    negate the velocity.
-
-    Only the first in_channels are velocity; what a model predicts beyond them (a variance, which flow does not use)
-    keeps its sign. Weights, their names and their gradients' layout stay as they are.
-    """
-    model.register_forward_pre_hook(_reverse_time, with_kwargs=True)
-    model.register_forward_hook(_reverse_velocity)
-    return model
-
-
-def clock_of(model: DiT) -> Clock:
-    """The convention of a model's weights."""
-    return "reversed" if any(hook is _reverse_velocity for hook in model._forward_hooks.values()) else "forward"
-
-
-def _reverse_time(
-    _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(x, t, condition) -> (x, 1 - t, condition)."""
-    if "t" in named:
-        return given, named | {"t": 1 - named["t"]}
-    return (given[0], 1 - given[1], *given[2:]), named
-
-
-def _reverse_velocity(model: nn.Module, _: tuple[Any, ...], output: Output) -> Output:
-    """x_0 - eps -> eps - x_0, in the channels that are velocity."""
-    assert isinstance(model, DiT)
-    velocity, rest = output.prediction.tensor_split([model.config.in_channels], dim=1)
-    return dataclasses.replace(output, prediction=torch.cat([-velocity, rest], dim=1))
 
 
 # ---- What is stored ----

@@ -1,4 +1,4 @@
-"""Where the elements of a logical tensor lie: intervals on ranks, shares of replicas, boxes in files. Pure functions,
+"""Where the elements of a logical tensor lie: intervals on ranks, shards of replicas, boxes in files. Pure functions,
 no ranks needed.
 
 Whatever sharded a tensor (experts over an expert group, a flat optimizer partition, replicas), a rank holds intervals
@@ -89,7 +89,7 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int, outer: tuple[int, ...]
     return parts + _boxes(shape[1:], 0, stop - bottom * row, (*outer, bottom), first + bottom * row - start)
 
 
-def share(fragment: Fragment, index: int, count: int, *, smallest: int = 4096) -> Fragment:
+def shard_of(fragment: Fragment, index: int, count: int, *, smallest: int = 4096) -> Fragment:
     """The part of a fragment held by `count` replicas that replica `index` writes: nearly equal parts that join to the
     whole, in order.
 
@@ -117,7 +117,7 @@ def expert_fragment(name: str, tensor: torch.Tensor, expert_rank: int, num_exper
     return Fragment(name, (num_experts, *tensor.shape[1:]), expert_rank * tensor.numel(), tensor.detach().view(-1))
 
 
-def fault(intervals: Iterable[tuple[int, int]], numel: int) -> str | None:
+def coverage_fault(intervals: Iterable[tuple[int, int]], numel: int) -> str | None:
     """What keeps the intervals [start, stop) from covering the elements 0 .. numel - 1 exactly once, or None if they
     do.
     """

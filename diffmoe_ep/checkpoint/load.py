@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import POSITIONS, is_exported, load_exported, read_exported, stored_tensors
+from diffmoe_ep.checkpoint.exported import fill, is_exported, load_exported, read_exported
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
-from diffmoe_ep.checkpoint.reference import turned_clock
 from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, today
 from diffmoe_ep.data.info import DataInfo
@@ -36,7 +35,7 @@ def fragments(named: Mapping[str, Tensor], prefix: Weights, model: DiT, mesh: Me
 
 def resolve_model_path(path: Path) -> Path:
     """The checkpoint that a path names: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the
-    single-file form.
+    exported form.
     """
     return path if is_exported(path) else resolve(path)
 
@@ -44,11 +43,11 @@ def resolve_model_path(path: Path) -> Path:
 def load_model(path: str | Path, weights: Weights | None = None, device: str | torch.device = "cpu") -> DiT:
     """Load a trained model for one device, in eval mode, without DeepSpeed or a process group.
 
-    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the single-file form (one set of
+    path: a run folder, its `checkpoints` folder, one checkpoint, or a folder in the exported form (one set of
     weights).
     weights: "ema" (averaged, with the live thresholds) or "model"; by default what its config samples from (ema, unless
     sample.weights
-        says otherwise) or the set that a single-file folder holds.
+        says otherwise) or the set that an exported folder holds.
     Call it as `model(x (B, C, H, W), t (B,), condition (B,) int64) -> Output(prediction, auxiliary, layers)`;
     `model.train()` selects by pool as in training. Raises CheckpointError when there is no complete checkpoint, or it
     is damaged.
@@ -84,8 +83,8 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
     """Fill a model to be trained, its experts sharded over the mesh, with stored weights; every rank reads only what it
     holds.
 
-    Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of a reversed clock
-    are rewritten to ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError
+    Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of the reversed
+    time convention are rewritten to ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError
     if one cannot load.
     """
     if not is_exported(folder):
@@ -95,25 +94,10 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
         return
     problem = None
     try:
-        _load_single_into(model, folder, mesh)
+        fill(model, folder, read_exported(folder), mesh, model.state_dict())
     except CheckpointError as error:
         problem = str(error)
     mesh.agree(problem)
-
-
-@torch.no_grad()
-def _load_single_into(model: DiT, folder: Path, mesh: Mesh) -> None:
-    single, into = read_exported(folder), model.state_dict()
-    here = model.config.num_experts // mesh.expert.size
-    for name, tensor in stored_tensors(folder, single, slice(mesh.expert.rank * here, (mesh.expert.rank + 1) * here)):
-        if name != POSITIONS:
-            into[name].copy_(tensor)
-    if single.clock == "reversed":
-        turned = {
-            name: into[name].cpu() for name in ("time.fc1.weight", "head.projection.weight", "head.projection.bias")
-        }
-        for name, tensor in turned_clock(turned, model.config).items():  # its own inverse
-            into[name].copy_(tensor)
 
 
 def persistent_buffers(model: DiT) -> dict[str, Tensor]:

@@ -33,9 +33,9 @@ class Export:
 
 
 def _import(options: Import) -> None:
-    from diffmoe_ep.checkpoint.reference import import_reference
+    from diffmoe_ep.checkpoint.import_published import import_published
 
-    out = import_reference(
+    out = import_published(
         options.published,
         options.out,
         heads=options.heads,
@@ -48,9 +48,9 @@ def _import(options: Import) -> None:
 
 
 def _export(options: Export) -> None:
+    from diffmoe_ep.checkpoint.export_published import export_published
     from diffmoe_ep.checkpoint.exported import is_exported, save_exported
     from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
-    from diffmoe_ep.checkpoint.reference import export_reference
     from diffmoe_ep.checkpoint.store import resolve
     from diffmoe_ep.train.warm_start import ancestry_of
 
@@ -71,11 +71,11 @@ def _export(options: Export) -> None:
                 load_model(checkpoint, weights), config, data_info_of(checkpoint), folder, provenance=provenance
             )
         elif options.out is not None:
-            raise ConfigError(f"{options.path} is in the single-file form already; leave --out away")
+            raise ConfigError(f"{options.path} is in the exported form already; leave --out away")
         elif options.weights not in (None, held := config_of(folder).sample.weights):
             raise ConfigError(f"{folder} holds one set of weights, {held}; leave --weights away")
         if options.to_published is not None:
-            export_reference(folder, options.to_published)
+            export_published(folder, options.to_published)
     print("written to " + " and ".join(str(path) for path in (options.out, options.to_published) if path is not None))
 
 

@@ -18,7 +18,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
-from diffmoe_ep.checkpoint.fragments import Fragment, share
+from diffmoe_ep.checkpoint.fragments import Fragment, shard_of
 from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
 from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output
@@ -157,7 +157,7 @@ class Engine:
     def shard_to_write(self, fragment: Fragment, expert: bool) -> Fragment:
         """The part of a replicated fragment that this rank writes."""
         group = self.mesh.replicas if expert else self.mesh.world
-        return share(fragment, group.rank, group.size)
+        return shard_of(fragment, group.rank, group.size)
 
     def continue_from(self, step: int) -> None:
         """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""

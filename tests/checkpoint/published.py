@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ep.checkpoint.time_convention import REWRITTEN, reverse_time
 from diffmoe_ep.diffusion.objective import RectifiedFlow
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
@@ -246,6 +247,8 @@ def compare_training(model: DiT, w: State, heads: int, mutation: str = "") -> No
     close(RectifiedFlow().loss(output.prediction, noised), flow)
     close(output.auxiliary, predictors)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # Three weights were rewritten by a map that is linear, symmetric and its own inverse: so are their gradients.
+    gradients |= reverse_time({name: gradients[name] for name in REWRITTEN}, model.config)
     for name, tensor in w.items():
         if name != "pos_embed" and not name.endswith(("expert_threshold", "ema_decay")):
             ours = part(gradients, name)

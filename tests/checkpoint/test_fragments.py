@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ep.checkpoint.fragments import Fragment, boxes, expert_fragment, fault, share, whole
+from diffmoe_ep.checkpoint.fragments import Fragment, boxes, coverage_fault, expert_fragment, shard_of, whole
 
 
 @st.composite
@@ -47,7 +47,7 @@ def test_boxes_join_to_the_interval_in_order(case: tuple[tuple[int, ...], int, i
 def test_shares_join_to_the_fragment(case: tuple[tuple[int, ...], int, int], count: int, smallest: int) -> None:
     shape, start, stop = case
     fragment = Fragment("x", shape, start, torch.arange(start, stop))
-    parts = [share(fragment, index, count, smallest=smallest) for index in range(count)]
+    parts = [shard_of(fragment, index, count, smallest=smallest) for index in range(count)]
     assert torch.cat([part.data for part in parts]).tolist() == list(range(start, stop))
     assert all(
         part.start == fragment.start + sum(before.data.numel() for before in parts[:i]) for i, part in enumerate(parts)
@@ -61,7 +61,7 @@ def test_fragments_are_views() -> None:
     tensor = torch.nn.Parameter(torch.zeros(2, 3))
     whole("dense", tensor).data[4] = 7.0
     expert_fragment("experts", tensor, 1, 4).data[0] = 5.0
-    share(whole("dense", tensor), 1, 2, smallest=1).data[2] = 3.0
+    shard_of(whole("dense", tensor), 1, 2, smallest=1).data[2] = 3.0
     assert tensor.tolist() == [[5.0, 0.0, 0.0], [0.0, 7.0, 3.0]]
     scalar = torch.zeros((), dtype=torch.int64)
     whole("scalar", scalar).data[0] = 9
@@ -100,4 +100,4 @@ def test_a_fragment_lies_inside_its_tensor() -> None:
     ],
 )
 def test_fault(given_intervals: list[tuple[int, int]], numel: int, expected: str | None) -> None:
-    assert fault(given_intervals, numel) == expected
+    assert coverage_fault(given_intervals, numel) == expected

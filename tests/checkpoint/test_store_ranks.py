@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ep.checkpoint import store
-from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, share, whole
+from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, shard_of, whole
 from diffmoe_ep.checkpoint.store import CheckpointError
 from ranks import run
 
@@ -56,9 +56,9 @@ def given(held: list[Fragment], rank: int, world: int, expert: int) -> list[Frag
     result = []
     for fragment in held:
         if ".experts." in fragment.name and fragment.name.startswith("model."):
-            fragment = share(fragment, rank // expert, world // expert, smallest=1)
+            fragment = shard_of(fragment, rank // expert, world // expert, smallest=1)
         elif not fragment.name.startswith("optimizer."):
-            fragment = share(fragment, rank, world, smallest=1)
+            fragment = shard_of(fragment, rank, world, smallest=1)
         result.append(fragment)
     return result
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint.published import ARGS, State, saved, state
-from diffmoe_ep.checkpoint.reference import import_reference
+from diffmoe_ep.checkpoint.import_published import import_published
 from diffmoe_ep.checkpoint.store import CheckpointError
 
 # ---- What is refused ----
@@ -51,7 +51,7 @@ def test_a_file_that_would_run_something_is_refused(tmp_path: Path, place: str, 
         with pytest.raises(
             CheckpointError, match=f"holds more than tensors and plain arguments: it asks for {name}.*It was not run"
         ) as info:
-            import_reference(tmp_path / "forged.pt", tmp_path / "out", heads=3)
+            import_published(tmp_path / "forged.pt", tmp_path / "out", heads=3)
         assert "weights_only" not in str(info.value)  # torch's own message advises to open the file without protection
         assert not target.exists() and not (tmp_path / "out").exists()
 
@@ -61,7 +61,7 @@ def test_what_others_allowed_is_refused_too(tmp_path: Path) -> None:
     with torch.serialization.safe_globals([Allowed]):
         before = torch.serialization.get_safe_globals()
         with pytest.raises(CheckpointError, match=r"it asks for .*Allowed"):
-            import_reference(tmp_path / "file.pt", tmp_path / "out", heads=3)
+            import_published(tmp_path / "file.pt", tmp_path / "out", heads=3)
         assert set(torch.serialization.get_safe_globals()) == set(before) >= {Allowed}
 
 
@@ -125,7 +125,7 @@ def test_other_tensors_are_refused_by_name(tmp_path: Path, change: Callable[[Sta
     change(w)
     file = saved(tmp_path, w)
     with pytest.raises(CheckpointError, match=message):
-        import_reference(file, tmp_path / "out", heads=3)
+        import_published(file, tmp_path / "out", heads=3)
     assert not (tmp_path / "out").exists()
 
 
@@ -134,18 +134,18 @@ def test_the_other_set_is_checked_as_well(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"model: blocks.1.mlp.gate_weight has shape \(2, 24\) there and \(4, 24\)"
     ):
-        import_reference(file, tmp_path / "out", heads=3)
+        import_published(file, tmp_path / "out", heads=3)
 
 
 def test_what_is_asked_for_is_checked(tmp_path: Path) -> None:
     file = saved(tmp_path)
     with pytest.raises(CheckpointError, match="do not tell --heads; give --heads$"):
-        import_reference(file, tmp_path / "out")
+        import_published(file, tmp_path / "out")
     with pytest.raises(CheckpointError, match="--heads 5 does not divide the hidden size 24"):
-        import_reference(file, tmp_path / "out", heads=5)
+        import_published(file, tmp_path / "out", heads=5)
     with pytest.raises(CheckpointError, match="is of --input-size 6 by its pos_embed, not 32"):
-        import_reference(file, tmp_path / "out", heads=3, input_size=32)
-    assert import_reference(file, tmp_path / "out", heads=3, input_size=6).is_dir()
+        import_published(file, tmp_path / "out", heads=3, input_size=32)
+    assert import_published(file, tmp_path / "out", heads=3, input_size=6).is_dir()
 
 
 def test_a_published_width_comes_with_a_hint(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_published_width_comes_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"give --heads \(of the published models, the one of hidden size 384 has 6 heads\)"
     ):
-        import_reference(file, tmp_path / "out")
+        import_published(file, tmp_path / "out")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -163,10 +163,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         else:
             torch.save(content, tmp_path / "file.pt")
         with pytest.raises(CheckpointError, match=message):
-            import_reference(tmp_path / "file.pt", tmp_path / "out", heads=3, **options)
+            import_published(tmp_path / "file.pt", tmp_path / "out", heads=3, **options)
 
     with pytest.raises(CheckpointError, match="nowhere.pt is not a file"):
-        import_reference(tmp_path / "nowhere.pt", tmp_path / "out", heads=3)
+        import_published(tmp_path / "nowhere.pt", tmp_path / "out", heads=3)
     refused(b"", "cannot be read")
     refused(b"some text that is no checkpoint", "holds more than tensors|cannot be read")
     refused(saved(tmp_path).read_bytes()[:5000], "cannot be read|holds more than tensors")
@@ -181,6 +181,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_arguments_that_are_no_plain_data_are_kept_as_text(tmp_path: Path) -> None:
     args = argparse.Namespace(decays=(0.9, 0.99), inner=argparse.Namespace(a=1), worst=math.inf)
-    folder = import_reference(saved(tmp_path, args=args), tmp_path / "out", heads=3)
+    folder = import_published(saved(tmp_path, args=args), tmp_path / "out", heads=3)
     kept = json.loads((folder / "config.json").read_text())["provenance"]["args"]
     assert kept == {"decays": [0.9, 0.99], "inner": "Namespace(a=1)", "worst": "inf"}

@@ -25,8 +25,9 @@ from checkpoint.published import (
     saved,
     state,
 )
+from diffmoe_ep.checkpoint.export_published import export_published
 from diffmoe_ep.checkpoint.exported import load_exported, read_exported, save_exported
-from diffmoe_ep.checkpoint.reference import export_reference, import_reference
+from diffmoe_ep.checkpoint.import_published import import_published
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import from_tree
 from diffmoe_ep.data.info import DataInfo
@@ -38,7 +39,7 @@ from diffmoe_ep.moe.capacity import InferenceRule
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiT, State]:
     path = tmp_path_factory.mktemp("reference")
     w = state()
-    return load_exported(import_reference(saved(path, w), path / "out", heads=3)), w
+    return load_exported(import_published(saved(path, w), path / "out", heads=3)), w
 
 
 def test_training_is_the_references(imported: tuple[DiT, State]) -> None:
@@ -80,7 +81,7 @@ def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int,
             | ({"model": state(**shape, seed=1)} if weights == "ema" else {})
         ),
     )
-    single = read_exported(import_reference(file, tmp_path / "out", heads=heads, weights=weights))
+    single = read_exported(import_published(file, tmp_path / "out", heads=heads, weights=weights))
     config = single.config.model
     full: dict[str, Any] = {
         "hidden": 24,
@@ -103,7 +104,7 @@ def test_shapes_tell_the_size(tmp_path: Path, shape: dict[str, Any], heads: int,
     if full["experts"]:
         assert (config.num_experts, config.interleave) == (full["experts"], not full["every"])
         assert (single.config.sample.selection, single.config.sample.threshold) == ("count", "raw")
-    assert (single.clock, single.config.sample.weights, single.provenance["file"]) == (
+    assert (single.time_convention, single.config.sample.weights, single.provenance["file"]) == (
         "reversed",
         weights,
         "reference.pt",
@@ -140,8 +141,8 @@ def test_import_and_export_are_inverse_to_the_bit(tmp_path: Path, weights: Any, 
         ema["blocks.1.mlp.ema_decay"] = torch.tensor([0.9500003])
         ema["blocks.1.mlp.experts.2.fc1.weight"] = torch.randn(24, 96).T  # not contiguous in the file
     file = saved(tmp_path, ema, {f"module._orig_mod.{name}": tensor for name, tensor in model.items()})
-    folder = import_reference(file, tmp_path / "out", heads=3, weights=weights)
-    export_reference(folder, tmp_path / "back" / "back.pt")
+    folder = import_published(file, tmp_path / "out", heads=3, weights=weights)
+    export_published(folder, tmp_path / "back" / "back.pt")
     content = open_reference(tmp_path / "back" / "back.pt")
     assert content.keys() == {"model", "ema", "args"}  # the optimiser's state is not carried
     assert content["args"] == ARGS
@@ -154,9 +155,9 @@ def test_import_and_export_are_inverse_to_the_bit(tmp_path: Path, weights: Any, 
 
 def test_one_set_alone_can_be_kept(tmp_path: Path) -> None:
     file = saved(tmp_path, model=state(seed=1), args=None)
-    folder = import_reference(file, tmp_path / "out", heads=3, weights="model", both=False)
+    folder = import_published(file, tmp_path / "out", heads=3, weights="model", both=False)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 0.6 * file.stat().st_size
-    export_reference(folder, tmp_path / "back.pt")
+    export_published(folder, tmp_path / "back.pt")
     content = open_reference(tmp_path / "back.pt")
     assert content.keys() == {"model", "ema"}
     for which in content:
@@ -167,18 +168,18 @@ def test_a_file_without_positions_and_decay_asks_for_the_size(tmp_path: Path) ->
     w = {name: tensor for name, tensor in state().items() if name != "pos_embed" and not name.endswith("ema_decay")}
     file = saved(tmp_path, w, w)
     with pytest.raises(CheckpointError, match="do not tell --heads and --input-size; give --heads and --input-size"):
-        import_reference(file, tmp_path / "out")
+        import_published(file, tmp_path / "out")
     with pytest.raises(CheckpointError, match="do not tell --input-size; give --input-size"):
-        import_reference(file, tmp_path / "out", heads=3)
-    folder = import_reference(file, tmp_path / "out", heads=3, input_size=6)
+        import_published(file, tmp_path / "out", heads=3)
+    folder = import_published(file, tmp_path / "out", heads=3, input_size=6)
     compare_training(load_exported(folder), w | {"pos_embed": positions(24, 3)}, 3)
-    export_reference(folder, tmp_path / "back.pt")
+    export_published(folder, tmp_path / "back.pt")
     same_bits(w, open_reference(tmp_path / "back.pt")["ema"])
 
 
 def test_the_old_format_of_torch_is_read_too(tmp_path: Path) -> None:
     torch.save({"ema": state(), "args": ARGS}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    folder = import_reference(tmp_path / "old.pt", tmp_path / "out", heads=3)
+    folder = import_published(tmp_path / "old.pt", tmp_path / "out", heads=3)
     compare_count(load_exported(folder), state(), 3)
 
 
@@ -198,24 +199,24 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
     """Sign and clock differ: the head's velocity rows are negated, and the first map of the time takes the reflected
     features.
     """
-    folder = import_reference(
+    folder = import_published(
         saved(tmp_path, state(experts=experts), state(experts=experts)), tmp_path / "out", heads=3
     )
     inner = {name: tensor.clone() for name, tensor in load_exported(folder).state_dict().items()}
     if experts:
         inner["blocks.1.ffn.predictor.updates"] = torch.tensor(3)
     config = read_exported(folder).config
-    own = save_exported(inner, config, DataInfo(), tmp_path / "own", clock="forward")
-    export_reference(own, tmp_path / "own.pt")
+    own = save_exported(inner, config, DataInfo(), tmp_path / "own", time_convention="forward")
+    export_published(own, tmp_path / "own.pt")
     content = open_reference(tmp_path / "own.pt")
     same_bits(content["ema"], content["model"])
     assert content["ema"].keys() == state(experts=experts).keys()
-    assert vars(content["args"])["hidden"] == 24
+    assert vars(content["args"])["hidden_size"] == 24
     assert torch.equal(content["ema"]["pos_embed"], positions(24, 3))
     if experts:  # what dynamic sampling uses after three moves
         stored = state()["blocks.1.mlp.expert_threshold"]
         torch.testing.assert_close(content["ema"]["blocks.1.mlp.expert_threshold"], stored / (1 - 0.95**3))
-    back = import_reference(tmp_path / "own.pt", tmp_path / "again", heads=3)
+    back = import_published(tmp_path / "own.pt", tmp_path / "again", heads=3)
     given, w = inputs(6, 4), {name: tensor.double() for name, tensor in content["ema"].items()}
     clock = 1 - given["u"].double()
     for training in (True, False):
@@ -230,8 +231,8 @@ def test_a_flow_model_of_ours_is_turned_exactly(tmp_path: Path, experts: int) ->
 
 
 def test_a_ddpm_model_has_the_same_convention(tmp_path: Path) -> None:
-    folder = import_reference(saved(tmp_path), tmp_path / "out", heads=3, objective="ddpm")
-    assert read_exported(folder).clock == "forward"
+    folder = import_published(saved(tmp_path), tmp_path / "out", heads=3, objective="ddpm")
+    assert read_exported(folder).time_convention == "forward"
     given, w = inputs(6, 4), {name: tensor.double() for name, tensor in state().items()}
     t = torch.tensor([0.0, 5.0, 10.0, 31.0, 7.0])
     model = load_exported(folder).train()
@@ -239,7 +240,7 @@ def test_a_ddpm_model_has_the_same_convention(tmp_path: Path) -> None:
         model(given["latent"], t, given["y"]).prediction,
         reference(w, 3, given["latent"].double(), t.double(), given["y"], True)[0],
     )
-    export_reference(folder, tmp_path / "back.pt")
+    export_published(folder, tmp_path / "back.pt")
     same_bits(state(), open_reference(tmp_path / "back.pt")["ema"])
 
 
@@ -251,19 +252,19 @@ def test_other_families_are_not_the_references(tmp_path: Path) -> None:
         config = from_tree(tree)
         folder = save_exported(DiT(config.model), config, DataInfo(), tmp_path / key)
         with pytest.raises(CheckpointError, match=f"model.{key} {value}, which the reference"):
-            export_reference(folder, tmp_path / "file.pt")
+            export_published(folder, tmp_path / "file.pt")
     assert not (tmp_path / "file.pt").exists()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     file = saved(tmp_path)
-    folder = import_reference(file, tmp_path / "out", heads=3)
+    folder = import_published(file, tmp_path / "out", heads=3)
     with pytest.raises(CheckpointError, match="is not an empty folder"):
-        import_reference(file, folder, heads=3)
+        import_published(file, folder, heads=3)
     before = file.read_bytes()
     with pytest.raises(CheckpointError, match="exists: give the name of a new file"):
-        export_reference(folder, file)
+        export_published(folder, file)
     assert file.read_bytes() == before
     (tmp_path / "blocker").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        export_reference(folder, tmp_path / "blocker" / "file.pt")
+        export_published(folder, tmp_path / "blocker" / "file.pt")

@@ -1,16 +1,17 @@
-"""Checkpoints of the published reference implementation, in and out.
+"""A checkpoint of the published reference implementation, read into the exported form.
 
-A reference file is a `torch.save` dictionary of `model`, `ema`, `opt` and `args`. What is imported keeps its weights
-untouched: names change, each expert's matrices are transposed and stacked, and the clock is said to be reversed (see
-`single`). So the way back is bit for bit.
+It is a `torch.save` dictionary of `model`, `ema`, `opt` and `args`. What is imported keeps its weights untouched: names
+change, each expert's matrices are transposed and stacked, and the time convention is said to be reversed (see
+`time_convention`). So the way back is bit for bit.
 
-    FOLDER/model.safetensors, config.json    the asked set (ema or model) in the single-file form
-    FOLDER/reference.safetensors             what that form has no place for, for the way back alone: constants and the other set
+    FOLDER/model.safetensors, config.json    the requested set (ema or model) in the exported form
+    FOLDER/reference.safetensors             what that form has no place for, for the way back alone: constants and
+                                             the other set
 
-The optimiser's state (`opt`) is not carried.
+The optimizer's state (`opt`) is not carried.
 """
 
-import argparse
+import argparse  # a published checkpoint holds its arguments as an argparse.Namespace
 import math
 import pickle
 import re
@@ -27,57 +28,36 @@ from torch import Tensor
 from diffmoe_ep.checkpoint.exported import (
     POSITIONS,
     TYPES,
-    Clock,
     Kind,
-    Single,
     check_positions,
     compare_kinds,
     kinds_of,
     new_folder,
-    opened,
-    read_exported,
-    stored_tensors,
-    write_single,
+    write_exported,
     write_tensors,
 )
-from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
-from diffmoe_ep.config import SIZES, Config, ConfigError, ModelConfig, from_tree, has_predictor, to_tree
+from diffmoe_ep.checkpoint.published_names import (
+    REST,
+    STACKED,
+    THEIR_DECAY,
+    THEIR_POSITIONS,
+    their_names,
+    their_shape,
+    to_ours,
+)
+from diffmoe_ep.checkpoint.store import CheckpointError
+from diffmoe_ep.checkpoint.time_convention import TimeConvention
+from diffmoe_ep.config import SIZES, Config, ConfigError, ModelConfig, from_tree
 from diffmoe_ep.data.info import DataInfo
-from diffmoe_ep.model.embed import sine_positions
 
 Weights = Literal["ema", "model"]
 
-REST = "reference.safetensors"
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)*")  # of models in DistributedDataParallel or torch.compile
-THEIR_POSITIONS, THEIR_DECAY = "pos_embed", "ema_decay"
 DECAY = 0.95
 LATENT = (0.18215, 0.0)  # scale and shift of the VAE's latents that the published models draw
 
-# Parts of our names and theirs; of each name the first that fits is replaced.
-NAMES = (
-    ("patches.projection.", "x_embedder.proj."),
-    ("time.fc1.", "t_embedder.mlp.0."),
-    ("time.fc2.", "t_embedder.mlp.2."),
-    ("label.table.", "y_embedder.embedding_table."),
-    ("head.modulation.", "final_layer.adaLN_modulation.1."),
-    ("head.projection.", "final_layer.linear."),
-    (".attention.qkv.", ".attn.qkv."),
-    (".attention.projection.", ".attn.proj."),
-    (".modulation.", ".adaLN_modulation.1."),
-    (".ffn.router.weight", ".mlp.gate_weight"),
-    (".ffn.predictor.fc1.", ".mlp.capacity_predictor.0."),
-    (".ffn.predictor.fc2.", ".mlp.capacity_predictor.2."),
-    (".ffn.predictor.threshold", ".mlp.expert_threshold"),
-    (".ffn.", ".mlp."),
-)
-STACKED = re.compile(r"(.+\.ffn\.experts)\.(fc[12])_(weight|bias)")
-UPDATES = ".predictor.updates"  # the reference does not count them
 
-
-# ---- In ----
-
-
-def import_reference(
+def import_published(
     file: str | Path,
     out: str | Path,
     *,
@@ -87,7 +67,7 @@ def import_reference(
     objective: Literal["flow", "ddpm"] = "flow",
     both: bool = True,
 ) -> Path:
-    """Read a reference file into a new folder that `load_model` reads, and return that folder.
+    """Read a published checkpoint into a new folder that `load_model` reads, and return that folder.
 
     The tensors' shapes tell the sizes; `heads` cannot be told, nor `input_size` of a file without positions, nor what a
     model was trained to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the
@@ -101,7 +81,7 @@ def import_reference(
     tensors, prefix = _tensors(content[weights], f"{where}: {weights}")
     config = _config(tensors, where, heads, input_size, weights, objective)
     _check(tensors, config.model, f"{where}: {weights}")
-    ours = _to_ours(tensors, config.model)
+    ours = to_ours(tensors, config.model)
     prefixes: dict[str, str] = {weights: prefix}
     positions, other = None, "model" if weights == "ema" else "ema"
     if THEIR_POSITIONS in tensors:
@@ -129,10 +109,8 @@ def import_reference(
         num_classes=model.num_classes,
     )  # fmt: skip
     with new_folder(Path(out)) as partial:
-        clock: Clock = (
-            "reversed" if objective == "flow" else "forward"
-        )  # for DDPM both follow DiT: eps at the integer step
-        write_single(partial, ours, config, data_info, clock=clock, provenance=provenance)
+        convention: TimeConvention = "reversed" if objective == "flow" else "forward"
+        write_exported(partial, ours, config, data_info, time_convention=convention, provenance=provenance)
         if rest:
             write_tensors(partial / REST, rest)
     return Path(out)
@@ -331,8 +309,8 @@ def _check(tensors: Mapping[str, Tensor], model: ModelConfig, where: str) -> Non
     """
     wanted: dict[str, Kind] = {}
     for name, (shape, kind) in kinds_of(model).items():
-        for their in _theirs(name, model):
-            wanted[their] = (_turned(name, shape[1:]) if STACKED.fullmatch(name) else shape, kind)
+        for their in their_names(name, model):
+            wanted[their] = (their_shape(name, shape[1:]) if STACKED.fullmatch(name) else shape, kind)
     moe = [name.removesuffix("gate_weight") for name in wanted if name.endswith(".gate_weight")]
     optional: dict[str, Kind | None] = dict.fromkeys([*(name + THEIR_DECAY for name in moe), THEIR_POSITIONS])
     stored = {
@@ -357,172 +335,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return repr(value)
-
-
-# ---- Out ----
-
-
-def export_reference(folder: str | Path, file: str | Path) -> None:
-    """Write a model in the single-file form as a new reference file.
-
-    What was imported comes back bit for bit: every tensor of both sets, or of the one that was kept, and args. A flow
-    model of ours is turned into the reference's convention by an exact rewrite of two layers, whose weights are rounded
-    to float32 again; a DDPM model needs none. `expert_threshold` is what `dynamic` sampling uses. Where only one set is
-    known, it stands under both `ema` and `model`. `opt` is not carried: such a file can be sampled from, its training
-    cannot be continued. Raises CheckpointError.
-    """
-    folder, file = Path(folder), Path(file)
-    single = read_exported(folder)
-    _check_family(single.config.model, folder)
-    if file.exists():
-        raise CheckpointError(f"{file} exists: give the name of a new file")
-    ours = dict(stored_tensors(folder, single))
-    sets = _sets(folder, single, ours)
-    only = next(iter(sets.values()))
-    content: dict[str, Any] = {name: sets.get(name, only) for name in ("model", "ema")}
-    args = single.provenance.get("args") if _is_imported(single) else to_tree(single.config.model)
-    if args is not None:
-        content["args"] = argparse.Namespace(**args)
-    partial = file.with_name(file.name + PARTIAL)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        partial.rename(file)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be written ({error}); it needs permission and enough space") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def _is_imported(single: Single) -> bool:
-    return single.provenance.get("source") == "reference"
-
-
-def _check_family(model: ModelConfig, folder: Path) -> None:
-    strange = {
-        "family": model.family not in ("dense", "diffmoe"),
-        "granularity": model.granularity != 1,
-        "shared_experts": model.shared_experts != 0,
-        "predictor": model.family == "diffmoe" and not has_predictor(model),
-    }
-    for key, differs in strange.items():
-        if differs and (key == "family" or model.family != "dense"):
-            raise CheckpointError(
-                f"{folder} has model.{key} {getattr(model, key)}, which the reference's DiffMoE and Dense models do not have"
-            )
-
-
-def _sets(folder: Path, single: Single, ours: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The sets of tensors by their names: the one of the single-file form, and what the import laid beside it."""
-    model, provenance = single.config.model, single.provenance
-    weights = str(provenance.get("weights", "ema"))
-    if single.clock == "forward" and single.config.train.objective == "flow":
-        ours = turned_clock(ours, model)
-    sets = {weights: _to_theirs(ours, model)}
-    shape = provenance.get("positions") if _is_imported(single) else (1, -1, model.hidden_size)
-    if shape is not None:
-        positions = ours.get(POSITIONS, sine_positions(model.hidden_size, model.input_size // model.patch))
-        sets[weights][THEIR_POSITIONS] = positions.view(tuple(shape))
-    if not _is_imported(single):
-        decay = torch.tensor(model.threshold_decay)
-        names = [name.removesuffix("gate_weight") for name in sets[weights] if name.endswith(".gate_weight")]
-        sets[weights] |= {f"{name}{THEIR_DECAY}": decay for name in names}
-    elif (folder / REST).is_file():
-        with opened(folder / REST) as source:
-            names = source.keys()
-            for name in names:
-                which, _, key = name.partition(".")
-                sets.setdefault(which, {})[key] = source.get_tensor(name)
-    prefixes = provenance.get("prefixes", {}) if _is_imported(single) else {}
-    return {
-        which: {prefixes.get(which, "") + name: tensor for name, tensor in tensors.items()}
-        for which, tensors in sets.items()
-    }
-
-
-def turned_clock(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Weights that predict x_0 - eps at t' = 1 - t, of weights that predict eps - x_0 at t.
-
-    The sign is the head's. The clock is the first linear map's of the time, since cos f(1 - t') = cos f cos f t' + sin
-    f sin f t' and sin f(1 - t') = sin f cos f t' - cos f sin f t': its columns of cosines and sines are reflected, each
-    pair by its frequency f.
-    """
-    weight = ours["time.fc1.weight"]
-    cosines, sines = weight.double().chunk(2, dim=1)  # (D, 128) each
-    half = cosines.shape[1]
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.cat(
-        [cosines * frequency.cos() + sines * frequency.sin(), cosines * frequency.sin() - sines * frequency.cos()],
-        dim=1,
-    )
-    changed = {"time.fc1.weight": turned.to(weight.dtype)}
-    for name in ("head.projection.weight", "head.projection.bias"):
-        rows = ours[name].clone()
-        by_channel = rows.view(
-            model.patch**2, model.out_channels, *rows.shape[1:]
-        )  # features are ordered (row, column, channel)
-        by_channel[:, : model.in_channels].neg_()
-        changed[name] = rows
-    return dict(ours) | changed
-
-
-# ---- Names and shapes, both ways ----
-
-
-def _theirs(name: str, model: ModelConfig) -> list[str]:
-    """The reference's names of what we call `name`: one, one for each expert, or none."""
-    if name.endswith(UPDATES):
-        return []
-    stacked = STACKED.fullmatch(name)
-    if stacked:
-        start = stacked[1].replace(".ffn.", ".mlp.")
-        return [f"{start}.{expert}.{stacked[2]}.{stacked[3]}" for expert in range(model.num_experts)]
-    for our, their in NAMES:
-        if our in name:
-            return [name.replace(our, their)]
-    raise AssertionError(f"{name} has no name in the reference")
-
-
-def _turned(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if name.endswith("_weight") else shape
-
-
-def _to_ours(theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our names, experts stacked as (N, in, out). Updates are so many that the thresholds' bias correction divides by
-    exactly 1.
-    """
-    updates = math.ceil(
-        60 / -math.log2(model.threshold_decay)
-    )  # decay^updates < 2^-60, below half a unit of 1 in float64 too
-    ours = {}
-    for name in kinds_of(model):
-        parts = [theirs[their] for their in _theirs(name, model)]
-        if not parts:
-            ours[name] = torch.tensor(updates)
-        elif STACKED.fullmatch(name):
-            ours[name] = torch.stack([part.T if name.endswith("_weight") else part for part in parts])
-        else:
-            ours[name] = parts[0]
-    return ours
-
-
-def _to_theirs(ours: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of `_to_ours`; thresholds are corrected for their start at 0, which for imported ones divides by
-    1.
-    """
-    theirs: dict[str, Tensor] = {}
-    for name in kinds_of(model):
-        tensor = ours[name]
-        if name.endswith(".predictor.threshold"):
-            updates = int(ours[name.removesuffix("threshold") + "updates"])
-            tensor = tensor / (1 - model.threshold_decay ** max(1, updates))
-        keys = _theirs(name, model)
-        if STACKED.fullmatch(name):
-            parts = [part.T if name.endswith("_weight") else part for part in tensor.unbind()]
-            theirs |= {
-                key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(keys, parts, strict=True)
-            }
-        else:
-            theirs |= dict.fromkeys(keys, tensor)
-    return theirs
