@@ -246,7 +246,7 @@ def compare_training(model: DiT, w: State, heads: int, mutation: str = "") -> No
     close(output.prediction[:, channels:], prediction[:, channels:])
     close(RectifiedFlow().loss(output.prediction, noised), flow)
     close(output.auxiliary, predictors)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients: dict[str, Any] = {name: parameter.grad for name, parameter in model.named_parameters()}
     # Three weights were rewritten by a map that is linear, symmetric and its own inverse: so are their gradients.
     gradients |= reverse_time({name: gradients[name] for name in REWRITTEN}, model.config)
     for name, tensor in w.items():
