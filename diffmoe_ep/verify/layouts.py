@@ -1,4 +1,4 @@
-"""Draws the losses of one training in several layouts on one another: `python -m diffmoe_ep.verify.same_run OUT RUN...`.
+"""Draws the losses of one training in several layouts on one another: `python -m diffmoe_ep.verify.layouts OUT RUN...`.
 
 The first run is the one that the others are compared with; `launch/same_run.sh` trains them.
 """
@@ -77,7 +77,7 @@ def draw(runs: list[Run], out: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Draw the runs, and print the largest difference."""
     if len(arguments) < 3:
-        raise SystemExit("usage: python -m diffmoe_ep.verify.same_run OUT.png FIRST_RUN RUN...")
+        raise SystemExit("usage: python -m diffmoe_ep.verify.layouts OUT.png FIRST_RUN RUN...")
     runs = [read(Path(folder)) for folder in arguments[1:]]
     draw(runs, Path(arguments[0]))
     print(f"{len(runs)} layouts, {len(runs[0].losses)} steps: losses differ by at most {largest_difference(runs):.2e}")
