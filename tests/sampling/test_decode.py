@@ -134,7 +134,10 @@ def test_capacity_by_prompt_shows_pictures(made: Path, tmp_path: Path) -> None:
             r"otherwise \(scale 0\.7, shift -0\.175\) than the model's are \(scale 0\.5, shift -0\.125\)",
         ),
         ({"shift_factor": 0.5}, r"scales its latents otherwise \(scale 0\.5, shift -0\.25\)"),
-        ({"seed": 1}, r"is another VAE than the one that made the model's latents \(fingerprint \w{12}\.\.\., not \w"),
+        (
+            {"seed": 1},
+            r"is another VAE than the one that made the model's latents \(fingerprint \w{12}\.\.\., not \w{12}",
+        ),
         ({"latent_channels": 3}, r"has latents of 3 channels, the model of 4"),
     ],
 )  # fmt: skip
