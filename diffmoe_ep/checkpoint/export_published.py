@@ -62,7 +62,8 @@ def _check_family(model: ModelConfig, folder: Path) -> None:
     for key, differs in strange.items():
         if differs and (key == "family" or model.family != "dense"):
             raise CheckpointError(
-                f"{folder} has model.{key} {getattr(model, key)}, which the reference's DiffMoE and Dense models do not have"
+                f"{folder} has model.{key} {getattr(model, key)}, which the reference's DiffMoE and Dense models do "
+                "not have"
             )
 
 

@@ -105,9 +105,13 @@ def import_published(
     model = config.model
     scale, shift = LATENT if model.in_channels == 4 else (None, None)
     data_info = DataInfo(
-        name="reference", kind="moments", shape=(model.in_channels, model.input_size, model.input_size), scale=scale, shift=shift,
+        name="reference",
+        kind="moments",
+        shape=(model.in_channels, model.input_size, model.input_size),
+        scale=scale,
+        shift=shift,
         num_classes=model.num_classes,
-    )  # fmt: skip
+    )
     with new_folder(Path(out)) as partial:
         convention: TimeConvention = "reversed" if objective == "flow" else "forward"
         write_exported(partial, ours, config, data_info, time_convention=convention, provenance=provenance)
@@ -139,7 +143,8 @@ def _read(file: Path) -> dict[str, Any]:
         asked = re.search(r"(?:GLOBAL|function) (\S+)", str(error))
         reason = f"it asks for {asked[1]}" if asked else "it is no plain pickle"
         raise CheckpointError(
-            f"{file} holds more than tensors and plain arguments: {reason}. It was not run; use a file that was made by the "
+            f"{file} holds more than tensors and plain arguments: {reason}. It was not run; use a file that was made "
+            "by the "
             "reference's training, from a source that you trust"
         ) from error
     except (
@@ -209,7 +214,8 @@ def _config(
     for block in moe:
         if f"blocks.{block}.mlp.capacity_predictor.0.weight" not in tensors:
             raise CheckpointError(
-                f"{where} has no blocks.{block}.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's (TC-DiT or EC-DiT); "
+                f"{where} has no blocks.{block}.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's "
+                "(TC-DiT or EC-DiT); "
                 "DiffMoE and Dense can be imported"
             )
     size = _input_size(tensors, patch, where, input_size)
@@ -229,7 +235,8 @@ def _config(
         raise CheckpointError(f"{where}: --heads {heads} does not divide the hidden size {hidden}")
     if features % patch**2:
         raise CheckpointError(
-            f"{where}: final_layer.linear.weight has {features} rows, no multiple of the patch's {patch} x {patch} pixels"
+            f"{where}: final_layer.linear.weight has {features} rows, no multiple of the patch's {patch} x {patch} "
+            "pixels"
         )
     model: dict[str, Any] = {
         "family": "diffmoe" if moe else "dense",

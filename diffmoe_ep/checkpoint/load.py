@@ -84,8 +84,8 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
     holds.
 
     Thresholds, and how often they were moved, are the live ones with either set of weights. Weights of the reversed
-    time convention are rewritten to ours (and rounded to float32 again); stored positions are not taken over. All ranks raise UserError
-    if one cannot load.
+    time convention are rewritten to ours (and rounded to float32 again); stored positions are not taken over.
+    All ranks raise UserError if one cannot load.
     """
     if not is_exported(folder):
         wanted = fragments(dict(model.named_parameters()), weights, model, mesh)

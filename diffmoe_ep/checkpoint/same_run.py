@@ -91,7 +91,7 @@ def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
     """Raise CheckpointError, naming the first differing key, unless a run may start from the weights of a checkpoint or
     an exported folder.
 
-    data_info: of this run's data; where both are known, latents and text features have to be those of the same encoders.
+    data_info: of this run's data; where both are known, latents and text features have to be of the same encoders.
     """
     source = config_of(folder)
     if is_exported(folder) and config.init_weights != source.sample.weights:

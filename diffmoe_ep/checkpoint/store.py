@@ -1,7 +1,8 @@
 """Checkpoint folders: written by all ranks beside the final name, checked, then renamed, so that whatever has its name
 is complete.
 
-    checkpoints/step-0000600/    .metadata and __R_0.distcp (torch.distributed.checkpoint), meta.json (progress), SHA256SUMS
+    checkpoints/step-0000600/    .metadata and __R_0.distcp (torch.distributed.checkpoint), meta.json (progress),
+                                 SHA256SUMS
     checkpoints/latest           the name of the newest folder; moves last
 
 Tensors lie under canonical names and logical shapes; how they are cut into pieces is of no concern to a reader, who may

@@ -82,7 +82,8 @@ def _index(options: Index) -> None:
     print("\n".join(found.problems), end="\n" if found.problems else "")
     manifest = found.manifest
     print(
-        f"{out}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.kind} {manifest.dtype} {manifest.stored_shape},"
+        f"{out}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {manifest.kind} {manifest.dtype} "
+        f"{manifest.stored_shape},"
         f" {manifest.num_classes} classes; {len(found.problems)} problems"
     )
 
@@ -101,7 +102,8 @@ def _check(options: Check) -> None:
         found = check_folder(Path(options.folder), bar.update)
     print("\n".join(found.problems), end="\n" if found.problems else "")
     print(
-        f"{options.folder}: {found.num_samples} sound samples in {found.num_shards} shards, {len(found.problems)} problems"
+        f"{options.folder}: {found.num_samples} sound samples in {found.num_shards} shards, {len(found.problems)} "
+        "problems"
     )
     if found.problems:
         sys.exit(1)

@@ -97,8 +97,10 @@ def _sample(options: Options) -> None:
             columns = options.per_prompt if 1 < options.per_prompt <= 10 else 10
             write_grid(drawn, source.data_info, out / "grid.png", columns=columns)
         print(
-            f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} {config.sample.steps} "
-            f"steps, guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg {drawn.capacity.average():.3f}"
+            f"{len(drawn.latents)} samples of {source.checkpoint}: seed {source.seed}, {config.sample.sampler} "
+            f"{config.sample.steps} "
+            f"steps, guidance {config.sample.guidance:g}, selection {config.sample.selection}, C_infer^avg "
+            f"{drawn.capacity.average():.3f}"
         )
         print(f"written to {out}: {', '.join(written)}")
         if not pictures:

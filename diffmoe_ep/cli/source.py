@@ -1,4 +1,4 @@
-"""What verbs that draw samples from a trained model have in common: where it is, how it is loaded, and what is written."""
+"""What verbs that draw from a trained model have in common: where it is, how it is loaded, and what is written."""
 
 import argparse
 import json

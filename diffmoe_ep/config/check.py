@@ -17,18 +17,21 @@ def check(config: Config) -> None:
     if model.size is not None and (model.hidden_size, model.num_blocks, model.num_heads) != SIZES[model.size]:
         hidden, blocks, heads = SIZES[model.size]
         raise ConfigError(
-            f"model.size {model.size} means hidden_size {hidden}, num_blocks {blocks}, num_heads {heads}, but the config has {model.hidden_size}, "
+            f"model.size {model.size} means hidden_size {hidden}, num_blocks {blocks}, num_heads {heads}, but the "
+            f"config has {model.hidden_size}, "
             f"{model.num_blocks}, {model.num_heads}; set model.size=null, or remove the others"
         )
     if model.input_size % model.patch:
         raise ConfigError(f"model.input_size {model.input_size} is not a multiple of model.patch {model.patch}")
     if model.hidden_size % model.num_heads or model.hidden_size % 4:
         raise ConfigError(
-            f"model.hidden_size {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of 4 (positions)"
+            f"model.hidden_size {model.hidden_size} must be a multiple of model.num_heads ({model.num_heads}) and of "
+            "4 (positions)"
         )
     if model.out_channels < model.in_channels:
         raise ConfigError(
-            f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow predicts all of them"
+            f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow "
+            "predicts all of them"
         )
     _check_start(config)
     _check_data(config)
@@ -36,15 +39,18 @@ def check(config: Config) -> None:
     if config.parallel.zero_stage not in (0, 1, 2):
         reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert_parallel shards; use 2"
         raise ConfigError(
-            f"parallel.zero_stage is {config.parallel.zero_stage}: {reason if config.parallel.zero_stage == 3 else 'the stages are 0, 1 and 2'}"
+            f"parallel.zero_stage is {config.parallel.zero_stage}: "
+            f"{reason if config.parallel.zero_stage == 3 else 'the stages are 0, 1 and 2'}"
         )
     if model.family == "dense" and config.parallel.expert_parallel != 1:
         raise ConfigError(
-            f"parallel.expert_parallel is {config.parallel.expert_parallel}, but model.family dense has no experts to shard; set parallel.expert_parallel=1"
+            f"parallel.expert_parallel is {config.parallel.expert_parallel}, but model.family dense has no experts "
+            "to shard; set parallel.expert_parallel=1"
         )
     if train.global_batch % train.grad_accumulation:
         raise ConfigError(
-            f"train.global_batch {train.global_batch} is not a multiple of train.grad_accumulation {train.grad_accumulation}; "
+            f"train.global_batch {train.global_batch} is not a multiple of train.grad_accumulation "
+            f"{train.grad_accumulation}; "
             f"accumulation that divides it: {_divisors(train.global_batch)}"
         )
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
@@ -66,7 +72,8 @@ def _check_start(config: Config) -> None:
         )
     if Path(os.path.normpath(config.init_from)).is_relative_to(os.path.normpath(config.folder)):
         raise ConfigError(
-            f"init_from {config.init_from} is this run's own folder; a run continues its own checkpoints without it (resume=auto): "
+            f"init_from {config.init_from} is this run's own folder; a run continues its own checkpoints without it "
+            "(resume=auto): "
             "set init_from=null, or give the new run another folder"
         )
 
@@ -92,7 +99,8 @@ def _check_data(config: Config) -> None:
             )
     if data.mixture and data.folder != DataConfig.folder:
         raise ConfigError(
-            f"data.folder is {data.folder} and data.mixture names datasets too; set data.folder={DataConfig.folder}, or no mixture"
+            f"data.folder is {data.folder} and data.mixture names datasets too; set data.folder={DataConfig.folder}, "
+            "or no mixture"
         )
     folders = [part.folder for part in data.mixture]
     for number, folder in enumerate(folders):
@@ -101,7 +109,8 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"data.mixture[{number}].folder {state}; name each dataset once, with its weight")
     if micro % data.lanes:
         raise ConfigError(
-            f"data.lanes {data.lanes} does not divide the {micro} samples of a micro-step (train.global_batch / train.grad_accumulation); "
+            f"data.lanes {data.lanes} does not divide the {micro} samples of a micro-step (train.global_batch / "
+            "train.grad_accumulation); "
             f"lanes that do: {_divisors(micro)}"
         )
     waits = sum(min(2**attempt, 60) for attempt in range(min(data.retries, 10_000)))
@@ -116,11 +125,13 @@ def _check_sampling(config: Config) -> None:
     model, sample, objective = config.model, config.sample, config.train.objective
     if objective == "ddpm" and model.out_channels != 2 * model.in_channels:
         raise ConfigError(
-            f"train.objective ddpm learns a variance too: model.out_channels is {model.out_channels}, set it to {2 * model.in_channels}"
+            f"train.objective ddpm learns a variance too: model.out_channels is {model.out_channels}, set it to "
+            f"{2 * model.in_channels}"
         )
     if sample.sampler in ("ddpm", "ddim") and objective != "ddpm":
         raise ConfigError(
-            f"sample.sampler {sample.sampler} needs a model of train.objective ddpm, this one is of {objective}; set euler or heun"
+            f"sample.sampler {sample.sampler} needs a model of train.objective ddpm, this one is of {objective}; set "
+            "euler or heun"
         )
     if sample.sampler in ("ddpm", "ddim") and sample.steps > 1000:
         raise ConfigError(
@@ -131,7 +142,8 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(f"sample.guidance_interval is [{low:g}, {high:g}]; it must be 0 <= low <= high <= 1")
     if sample.guidance_channels is not None and not 1 <= sample.guidance_channels <= model.in_channels:
         raise ConfigError(
-            f"sample.guidance_channels is {sample.guidance_channels}; it must be 1 to {model.in_channels} (model.in_channels), or null"
+            f"sample.guidance_channels is {sample.guidance_channels}; it must be 1 to {model.in_channels} "
+            "(model.in_channels), or null"
         )
 
 
@@ -173,7 +185,8 @@ def _check_family(config: Config) -> None:
     model = config.model
     if 4 * model.hidden_size % model.granularity or model.num_experts % model.granularity:
         raise ConfigError(
-            f"model.granularity {model.granularity} must divide 4 * model.hidden_size ({4 * model.hidden_size}) and model.num_experts "
+            f"model.granularity {model.granularity} must divide 4 * model.hidden_size ({4 * model.hidden_size}) and "
+            "model.num_experts "
             f"({model.num_experts})"
         )
     if model.family == "tc" and model.top_k > model.num_experts:
@@ -185,11 +198,13 @@ def _check_family(config: Config) -> None:
         )
     if model.family == "ec" and config.pool.span not in ("all", 1):
         raise ConfigError(
-            f"pool.span is {config.pool.span}, but in family ec a pool is one sample; set pool.span=1, or model.family=diffmoe"
+            f"pool.span is {config.pool.span}, but in family ec a pool is one sample; set pool.span=1, or "
+            "model.family=diffmoe"
         )
     if config.sample.selection in ("threshold", "count") and not has_predictor(model):
         raise ConfigError(
-            f"sample.selection {config.sample.selection} needs a capacity predictor, which family {model.family} has not here; "
+            f"sample.selection {config.sample.selection} needs a capacity predictor, which family {model.family} has "
+            "not here; "
             "set sample.selection=auto" + ("" if model.family == "tc" else ", or train with model.predictor=true")
         )
 
@@ -199,8 +214,10 @@ def check_world(config: Config, world: int) -> None:
     expert, micro = config.parallel.expert_parallel, config.train.micro_step_samples
     if world < expert:
         raise ConfigError(
-            f"parallel.expert_parallel is {expert} but only {world} {'process was' if world == 1 else 'processes were'} started; start at least "
-            f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} -m diffmoe_ep ...) "
+            f"parallel.expert_parallel is {expert} but only {world} "
+            f"{'process was' if world == 1 else 'processes were'} started; start at least "
+            f"{expert} (deepspeed --num_gpus {expert} --module diffmoe_ep ..., or torchrun --nproc-per-node {expert} "
+            "-m diffmoe_ep ...) "
             f"or set parallel.expert_parallel={world}"
         )
     if world % expert:
@@ -210,7 +227,8 @@ def check_world(config: Config, world: int) -> None:
         )
     if micro % world:
         raise ConfigError(
-            f"train.global_batch {config.train.global_batch} / train.grad_accumulation {config.train.grad_accumulation} = {micro} samples of a micro-step do not "
+            f"train.global_batch {config.train.global_batch} / train.grad_accumulation "
+            f"{config.train.grad_accumulation} = {micro} samples of a micro-step do not "
             f"divide over {world} ranks; make train.global_batch a multiple of {world * config.train.grad_accumulation}"
         )
     span, local = pool_samples(config), micro // world
@@ -256,7 +274,8 @@ def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "
     if taken < 1 or capacity * granularity > num_experts:
         raise ConfigError(
             f"{key} {capacity:g} with a pool of {pool} tokens and {num_experts} experts lets each expert take "
-            f"floor({pool} * {capacity:g} / {num_experts}) = {taken} tokens; it must be at least 1 and at most the pool: change {key}, "
+            f"floor({pool} * {capacity:g} / {num_experts}) = {taken} tokens; it must be at least 1 and at most the "
+            f"pool: change {key}, "
             "the pool's size or model.num_experts"
         )
     return taken

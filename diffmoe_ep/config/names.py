@@ -148,8 +148,8 @@ MEANINGS = {
 
 # What is asked for and is no key.
 EXPLAINED = {
-    "epochs max_epochs num_epochs num_train_epochs n_epochs": "there is none, a run is counted in steps: set train.steps "
-    "to epochs * samples of the dataset / train.global_batch",
+    "epochs max_epochs num_epochs num_train_epochs n_epochs": "there is none, a run is counted in steps: set "
+    "train.steps to epochs * samples of the dataset / train.global_batch",
     "micro_batch_size micro_batch train_micro_batch_size_per_gpu batch_size_per_gpu per_device_train_batch_size "
     "local_batch_size batch_per_gpu device_batch_size": "a rank's micro-batch follows: train.global_batch / "
     "train.grad_accumulation / ranks; set those two, so that the run is the same on any number of ranks",
@@ -159,8 +159,8 @@ EXPLAINED = {
     "fp16 half float16": "fp16 is not supported; train.precision is bf16 or float32",
     "num_gpus gpus n_gpus num_nodes nnodes nproc_per_node devices world_size": "the launcher says how many ranks there "
     "are: deepspeed --num_gpus N --module diffmoe_ep ..., or torchrun --nproc-per-node N -m diffmoe_ep ...",
-    "tp tp_size tensor_parallel tensor_parallel_size pp pp_size pipeline_parallel pipeline_parallel_size": "only experts "
-    "and data are sharded: set parallel.expert_parallel and parallel.zero_stage",
+    "tp tp_size tensor_parallel tensor_parallel_size pp pp_size pipeline_parallel pipeline_parallel_size": "only "
+    "experts and data are sharded: set parallel.expert_parallel and parallel.zero_stage",
     "dp dp_size data_parallel data_parallel_size": "all ranks are data parallel, whatever parallel.expert_parallel is",
     "mlp_ratio ffn_dim ffn_hidden_size intermediate_size": "an FFN is 4 * model.hidden_size wide, an expert that over "
     "model.granularity",

@@ -86,26 +86,56 @@ def swap_blocks(w: State) -> None:
 
 
 BAD: dict[str, tuple[Callable[[State], Any], str]] = {
-    "missing": (without("blocks.1.mlp.experts.3.fc2.bias"), r"ema has no tensor blocks.1.mlp.experts.3.fc2.bias, of shape \(24,\)"),
-    "no patches": (without("x_embedder.proj.weight"), "has no tensor x_embedder.proj.weight: it is no checkpoint of the reference"),
+    "missing": (
+        without("blocks.1.mlp.experts.3.fc2.bias"),
+        r"ema has no tensor blocks.1.mlp.experts.3.fc2.bias, of shape \(24,\)",
+    ),
+    "no patches": (
+        without("x_embedder.proj.weight"),
+        "has no tensor x_embedder.proj.weight: it is no checkpoint of the reference",
+    ),
     "unknown": (put("blocks.0.norm1.weight", torch.ones(24)), "ema holds blocks.0.norm1.weight, which"),
     "more experts": (put("blocks.1.mlp.experts.4.fc1.bias", torch.ones(96)), "holds blocks.1.mlp.experts.4.fc1.bias"),
     "shape": (
         put("blocks.1.mlp.experts.0.fc1.weight", torch.ones(48, 24)),
         r"fc1.weight has shape \(48, 24\) there and \(96, 24\)",
     ),
-    "type": (put("t_embedder.mlp.0.bias", torch.ones(24).bfloat16()), "t_embedder.mlp.0.bias has type torch.bfloat16 there and F32"),
-    "dimensions": (put("final_layer.linear.weight", torch.ones(32)), r"final_layer.linear.weight has shape \(32,\); it has 2 dimensions"),
-    "head": (put("final_layer.linear.weight", torch.ones(31, 24)), "final_layer.linear.weight has 31 rows, no multiple of the patch's"),
+    "type": (
+        put("t_embedder.mlp.0.bias", torch.ones(24).bfloat16()),
+        "t_embedder.mlp.0.bias has type torch.bfloat16 there and F32",
+    ),
+    "dimensions": (
+        put("final_layer.linear.weight", torch.ones(32)),
+        r"final_layer.linear.weight has shape \(32,\); it has 2 dimensions",
+    ),
+    "head": (
+        put("final_layer.linear.weight", torch.ones(31, 24)),
+        "final_layer.linear.weight has 31 rows, no multiple of the patch's",
+    ),
     "value": (put("x_embedder.proj.bias", [1.0]), "x_embedder.proj.bias is no plain tensor"),
     "expanded": (put("x_embedder.proj.bias", torch.ones(1).expand(10**12)), "x_embedder.proj.bias is no plain tensor"),
     "sparse": (put("x_embedder.proj.bias", torch.ones(24).to_sparse()), "x_embedder.proj.bias is no plain tensor"),
-    "no square": (put("pos_embed", lambda w: w["pos_embed"][:, :8]), r"pos_embed has shape \(1, 8, 24\); it is \(1, T, D\) of a square"),
-    "position halves": (put("pos_embed", lambda w: w["pos_embed"].roll(12, 2)), "pos_embed are not the fixed sine-cosine positions"),
-    "trained positions": (put("pos_embed", lambda w: w["pos_embed"] + 0.01), r"differ by 0.01\): there the first half of D codes"),
-    "unknown positions": (put("pos_embed", lambda w: w["pos_embed"] * math.nan), "pos_embed are not the fixed sine-cosine positions"),
+    "no square": (
+        put("pos_embed", lambda w: w["pos_embed"][:, :8]),
+        r"pos_embed has shape \(1, 8, 24\); it is \(1, T, D\) of a square",
+    ),
+    "position halves": (
+        put("pos_embed", lambda w: w["pos_embed"].roll(12, 2)),
+        "pos_embed are not the fixed sine-cosine positions",
+    ),
+    "trained positions": (
+        put("pos_embed", lambda w: w["pos_embed"] + 0.01),
+        r"differ by 0.01\): there the first half of D codes",
+    ),
+    "unknown positions": (
+        put("pos_embed", lambda w: w["pos_embed"] * math.nan),
+        "pos_embed are not the fixed sine-cosine positions",
+    ),
     "wide positions": (put("pos_embed", torch.ones(1, 9, 26)), r"pos_embed is \(1, 9, 26\)"),
-    "decay": (put("blocks.1.mlp.ema_decay", torch.tensor(1.5)), "blocks.1.mlp.ema_decay is 1.5; it is one number between 0 and 1"),
+    "decay": (
+        put("blocks.1.mlp.ema_decay", torch.tensor(1.5)),
+        "blocks.1.mlp.ema_decay is 1.5; it is one number between 0 and 1",
+    ),
     "no predictor": (
         without(*(name for name in state() if "capacity_predictor" in name)),
         "has no blocks.1.mlp.capacity_predictor.0.weight, so its experts are not DiffMoE's .*DiffMoE and Dense can "
@@ -114,9 +144,11 @@ BAD: dict[str, tuple[Callable[[State], Any], str]] = {
     "gap": (shift_blocks, "blocks are not numbered 0, 1, 2"),
     "other blocks": (swap_blocks, "blocks 0 are MoE; only every odd block, every block or none"),
     "prefix": (put("module.x_embedder.proj.bias", torch.ones(24)), "ema holds module.x_embedder.proj.bias"),
-    "mixed prefix": (lambda w: (w.update(OrderedDict({"module.a": w.pop("pos_embed")} | w)), w.move_to_end("module.a", last=False)),
-                     "x_embedder.proj.weight does not begin with 'module.'"),
-}  # fmt: skip
+    "mixed prefix": (
+        lambda w: (w.update(OrderedDict({"module.a": w.pop("pos_embed")} | w)), w.move_to_end("module.a", last=False)),
+        "x_embedder.proj.weight does not begin with 'module.'",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())

@@ -15,9 +15,18 @@ from ranks import run
 from train.runs import busy
 
 TINY = [
-    "data.workers=0", "model.hidden_size=16", "model.num_blocks=2", "model.num_heads=2", "train.global_batch=8", "train.steps=2", "log.every=1",
-    "sample.grid_every=0", "sample.steps=2", "sample.chunk=4", "parallel.expert_parallel=1",
-]  # fmt: skip
+    "data.workers=0",
+    "model.hidden_size=16",
+    "model.num_blocks=2",
+    "model.num_heads=2",
+    "train.global_batch=8",
+    "train.steps=2",
+    "log.every=1",
+    "sample.grid_every=0",
+    "sample.steps=2",
+    "sample.chunk=4",
+    "parallel.expert_parallel=1",
+]
 
 
 def call(rank: int, *arguments: str) -> tuple[int, str, str]:
