@@ -169,7 +169,7 @@ def check_extras(words: list[str]) -> None:
 
 START = re.compile(
     r"(?:[A-Z_][A-Z0-9_]*=\S+ )*"
-    r"(?:diffmoe |(?:\S*/)?python3? -m (?:diffmoe_ep|data_prep)\b|torchrun |deepspeed |sbatch |pip install "
+    r"(?:diffmoe (?! )|(?:\S*/)?python3? -m (?:diffmoe_ep|data_prep)\b|torchrun |deepspeed |sbatch |pip install "
     r"|(?:\./)?launch/[\w-]+\.(?:sh|sbatch)\b)"
 )
 
