@@ -17,6 +17,8 @@ from diffmoe_ep.config import ConfigError, from_tree
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 CASE = Case(16, 64, 4)
 
 

@@ -34,6 +34,7 @@ def measured(rank: int, fault: bool = False) -> dict[str, Any] | None:
     return None if found is None else {**json.loads(json.dumps(found.as_dict())), "lines": found.lines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_measures_every_algorithm_and_the_dispatch(world: int) -> None:
     found, *others = run(world, measured)

@@ -14,6 +14,8 @@ from diffmoe_ep.checkpoint.same_run import RecipeChange, check_continues, recipe
 from diffmoe_ep.checkpoint.store import CheckpointError, save
 from diffmoe_ep.config import Config, Key, flat, keys, to_tree
 
+pytestmark = pytest.mark.slow
+
 PRINT = "1234567890abcdef"
 
 

@@ -180,6 +180,7 @@ def dying(moment: int, root: Path, step: int) -> None:
     store.save(root, step, fragments(values(step)), {}, keep_last=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path: Path, again: bool) -> None:
     context = multiprocessing.get_context("fork")

@@ -13,6 +13,8 @@ from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, shard_of,
 from diffmoe_ep.checkpoint.store import CheckpointError
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = 8
 
 

@@ -129,6 +129,7 @@ def test_a_damaged_shard_is_told_and_its_samples_replaced_where_some_may_be_bad(
     assert shard.name not in results[1][2]  # said once for all
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_or_goes_on(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(1, call, *train(digits, folder))[0][0] == 0
@@ -157,6 +158,7 @@ def train_busy(rank: int, *arguments: str) -> tuple[int, str, str]:
         return call(rank, *arguments)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> None:
     """Law 7: the same bits for any number of ranks at EP 1, in every selection mode; at EP 2 within rounding."""
     code, _, err = run(1, train_busy, *train(digits, tmp_path / "run", "train.steps=6"))[0]

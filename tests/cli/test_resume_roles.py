@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from cli.test_cli import call, train
 from diffmoe_ep.checkpoint.store import read_meta, resolve
 from diffmoe_ep.config import load
 from ranks import run
+
+pytestmark = pytest.mark.slow
 
 
 def test_identity_is_refused_recipe_is_told_and_kept_execution_passes(digits: Path, tmp_path: Path) -> None:

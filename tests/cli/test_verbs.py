@@ -14,6 +14,8 @@ from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint.load import config_of
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def flow(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

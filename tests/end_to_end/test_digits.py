@@ -17,6 +17,8 @@ import pytest
 
 from diffmoe_ep.train.metrics import MACHINE_METRICS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "model.hidden_size=32",

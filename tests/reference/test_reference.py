@@ -13,6 +13,8 @@ from ranks import run
 from reference import runs
 from reference.training import Trace, train
 
+pytestmark = pytest.mark.slow
+
 RUNS = {  # overrides, and the layouts (W, EP, ZeRO) to compare
     "pools of a rank and of two": ([], [(1, 1, 0), (2, 2, 1), (4, 2, 2)]),
     "pools inside ranks": (

@@ -15,6 +15,8 @@ from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import config
 
+pytestmark = pytest.mark.slow
+
 
 def train(rank: int, given: Config) -> tuple[str, bool] | None:
     """What a rank raised, and whether it says that all do."""

@@ -18,6 +18,8 @@ from diffmoe_ep.train.schedule import learning_rate
 from ranks import run
 from train.runs import busy, config, layout
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [(1, 1, 0), (1, 1, 2), (2, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
 STEPS = 4
 KINDS = {

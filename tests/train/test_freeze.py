@@ -21,6 +21,8 @@ from diffmoe_ep.train.warm_start import match
 from ranks import run
 from train.runs import busy, config, layout
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [(1, 1, 0), (1, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 1, 2), (4, 2, 1), (4, 2, 0)]
 PATTERNS = {
     "all experts": ["*.experts.*"],

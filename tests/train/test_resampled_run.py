@@ -13,6 +13,8 @@ from diffmoe_ep.train.trainer import Trainer, start_mesh
 from ranks import run
 from train.runs import config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -22,6 +22,8 @@ from diffmoe_ep.train import trainer as training
 from ranks import run
 from train.runs import config, layout
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(1, 1, 0, "adamw"), (2, 1, 1, "sgd"), (2, 2, 2, "adamw"), (4, 2, 1, "adamw"), (4, 2, 0, "sgd")]
 
 

@@ -12,6 +12,8 @@ from diffmoe_ep.config import Config
 from ranks import run
 from train.runs import config, layout, trace
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [(1, 1, 0), (2, 1, 1), (2, 2, 2), (4, 2, 1), (4, 4, 2), (4, 2, 0)]  # (W, EP, ZeRO)
 KINDS = {"adamw": ["train.optimizer.kind=adamw"], "sgd": ["train.optimizer.kind=sgd", "train.optimizer.lr=0.05"]}
 

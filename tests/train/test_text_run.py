@@ -11,6 +11,8 @@ from diffmoe_ep.config import Config
 from train.runs import config
 from train.test_same_run import KINDS, differences, holds, traced
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 WIDTH = 16
 

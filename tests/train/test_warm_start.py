@@ -25,6 +25,8 @@ from diffmoe_ep.train.warm_start import match
 from ranks import RankError, run
 from train.runs import config, layout
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

@@ -128,6 +128,7 @@ def on_ranks(rank: int, fault: str, given: list[Layout] | None, stages: tuple[in
     return [(check.name, check.passed, check.difference.where) for check in verdict.checks]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_sound_ranks_pass(world: int) -> None:
@@ -149,6 +150,7 @@ def test_sound_ranks_pass(world: int) -> None:
         assert part in names
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("fault", "world", "layout", "failing", "message"),
