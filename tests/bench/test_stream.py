@@ -1,6 +1,5 @@
 """The stream's bench: it compares readers of the same bytes, and what it says of them is told whole."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffmoe_ep.bench import stream as bench_stream
-from diffmoe_ep.cli import data
+from diffmoe_ep.cli import main
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.data.checked import read_sample
 from diffmoe_ep.data.order import Order
@@ -48,11 +47,8 @@ def test_the_raw_reader_reads_the_stream_s_bytes(synthetic: Path) -> None:
 
 
 def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    data.add_bench(parser.add_subparsers())
-    words = ["stream", str(synthetic), "--turns", "1", "--workers", "1", "--step-seconds", "0.01", "--steps", "2"]
-    options = parser.parse_args([*words, "--json", str(tmp_path / "bench.json")])
-    options.run(options)
+    words = ["bench", "stream", str(synthetic), "--turns", "1", "--workers", "1", "--step-seconds", "0.01"]
+    main([*words, "--steps", "2", "--json", str(tmp_path / "bench.json")])
     found = json.loads((tmp_path / "bench.json").read_text())
     assert (found["samples"], found["sample_bytes"], found["turns"], found["workers"]) == (128, 2 * 8 * 4 * 4 * 2, 1, 1)
     rates = ("pread", "webdataset", "stream", "draws", "undrawn", "start_seconds")
@@ -60,14 +56,14 @@ def test_bench_stream_measures_and_tells(synthetic: Path, tmp_path: Path, capsys
     assert found["checksum"] in ("zlib", "isal")
     assert 0 <= found["wait"] <= 1
     assert len(found["worker_bytes"]) == 1 and found["worker_bytes"][0] > 0
-    told = capsys.readouterr().out
-    assert "128 samples of 512 bytes, 1 turns" in told
-    assert f"{found['pread']:,.0f}" in told
-    assert f"{found['undrawn'] / found['pread']:.2f} of (a); " in told
-    assert f"{found['undrawn'] / found['webdataset']:.1f} times (b)\n" in told
-    options = parser.parse_args([*words[:2], "--turns", "0"])
-    with pytest.raises(ConfigError, match="--turns is 0"):
-        options.run(options)
+    printed = capsys.readouterr().out
+    assert "128 samples of 512 bytes, 1 turns" in printed
+    assert f"{found['pread']:,.0f}" in printed
+    assert f"{found['undrawn'] / found['pread']:.2f} of (a); " in printed
+    assert f"{found['undrawn'] / found['webdataset']:.1f} times (b)\n" in printed
+    with pytest.raises(SystemExit):
+        main(["bench", "stream", str(synthetic), "--turns", "0"], patience=0.0)
+    assert "--turns is 0" in capsys.readouterr().err
 
 
 def test_too_few_samples_are_refused(tmp_path: Path) -> None:
