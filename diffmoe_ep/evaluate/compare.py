@@ -21,7 +21,7 @@ COLUMNS = ("loss", "accuracy", "frechet", "capacity")
 
 @dataclass(frozen=True)
 class Found:
-    """What one run's folder tells."""
+    """What one run's folder holds."""
 
     config: Config
     step: int  # logged last
@@ -88,7 +88,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 
 def read_run(folder: Path) -> Found:
-    """What a run's folder tells; raises ConfigError that names what is missing."""
+    """Read a run's folder; raises ConfigError that names what is missing."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}, so it is no run of diffmoe train; name run folders")

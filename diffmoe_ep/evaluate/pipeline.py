@@ -28,7 +28,7 @@ class Scores:
     num_train: int  # training images, the reference of every score
     num_heldout: int  # held-out images
     num_equal: int  # images on each side of the comparable pair of Fréchet distances
-    accuracy: float  # share of samples that the classifier puts into the class asked for
+    accuracy: float  # share of samples that the classifier puts into the requested class
     accuracy_heldout: float  # the same classifier on held-out images: the best that can be hoped for
     frechet: float  # all samples against the training images
     frechet_equal: float  # num_equal samples against the training images
@@ -49,7 +49,7 @@ class Scores:
                 "classifier accuracy",
                 f"{self.accuracy:.3f}",
                 f"{self.accuracy_heldout:.3f}",
-                "asked class; classifier trained on real data",
+                "requested class; classifier trained on real data",
             ),
             (
                 equal,
@@ -107,7 +107,7 @@ def load_images(folder: str | Path) -> Images:
 
 
 def score(samples: Tensor, labels: Tensor, train: Images, heldout: Images, capacity: CapacityRecord) -> Scores:
-    """Compare generated images uint8 (n, C, H, W), asked to be of classes labels (n,), with real ones.
+    """Compare generated images uint8 (n, C, H, W), requested as classes labels (n,), with real ones.
 
     A Fréchet distance depends on how many samples stand behind it, so the pair to compare uses as many generated as
     held-out images, drawn from all of them by a fixed permutation. Raises ConfigError without scikit-learn and
@@ -115,7 +115,7 @@ def score(samples: Tensor, labels: Tensor, train: Images, heldout: Images, capac
     """
     _check(samples, labels, train, heldout)
     generated, real, unseen = pixel_features(samples), pixel_features(train[0]), pixel_features(heldout[0])
-    asked, known, true = labels.cpu().numpy(), train[1].numpy(), heldout[1].numpy()
+    requested, known, true = labels.cpu().numpy(), train[1].numpy(), heldout[1].numpy()
     num_equal = min(len(generated), len(unseen))
     nearest, nearest_unseen = nearest_distance(generated, real), nearest_distance(unseen, real)
     return Scores(
@@ -123,7 +123,7 @@ def score(samples: Tensor, labels: Tensor, train: Images, heldout: Images, capac
         num_train=len(real),
         num_heldout=len(unseen),
         num_equal=num_equal,
-        accuracy=classifier_accuracy(real, known, generated, asked),
+        accuracy=classifier_accuracy(real, known, generated, requested),
         accuracy_heldout=classifier_accuracy(real, known, unseen, true),
         frechet=frechet_distance(generated, real),
         frechet_equal=frechet_distance(_subset(generated, num_equal), real),
@@ -142,7 +142,7 @@ def _subset(features: Features, count: int) -> Features:
 
 
 def check_real(num_samples: int, shape: tuple[int, ...], sides: dict[str, Images]) -> None:
-    """Raise ConfigError, before anything is drawn, unless samples of this number and shape can be scored against these
+    """Raise ConfigError, before anything is sampled, unless samples of this number and shape can be scored against these
     real images.
     """
     if find_spec("sklearn") is None:

@@ -24,7 +24,7 @@ SHOWN = 60  # characters of a prompt in a message
 
 @dataclass(frozen=True)
 class Prompts:
-    """Words with the features of their tokens, laid out for the model where they are asked for."""
+    """Words with the features of their tokens, padded for the model only when they are sliced."""
 
     words: tuple[str, ...]
     rows: tuple[Tensor, ...]  # of each (length, E) float16 on the CPU; length 0 is the null caption
@@ -37,7 +37,7 @@ class Prompts:
     def __getitem__(self, which: slice) -> CaptionFeatures:
         return padded([row.float() for row in self.rows[which]], self.places, self.width)
 
-    def taken(self, numbers: Sequence[int]) -> "Prompts":
+    def select(self, numbers: Sequence[int]) -> "Prompts":
         """The prompts of these numbers, again as often as one is named."""
         return replace(self, words=tuple(self.words[n] for n in numbers), rows=tuple(self.rows[n] for n in numbers))
 
@@ -83,7 +83,7 @@ def load_encoder(config: Config, data_info: DataInfo, device: torch.device | str
     encoder = load_text_encoder(name, Path(folder), max_length=length, precision=precision, device=device)
     if encoder.width != config.model.text_width:
         raise ConfigError(
-            f"text.folder {folder} gives features of width {encoder.width}, but model.text_width is "
+            f"text.folder {folder} has features of width {encoder.width}, but model.text_width is "
             f"{config.model.text_width}; "
             "set text.folder to the encoder that the run was trained with"
         )
@@ -98,24 +98,26 @@ def load_encoder(config: Config, data_info: DataInfo, device: torch.device | str
 
 
 def encode(encoder: TextEncoder, words: Sequence[str], places: int) -> tuple[Prompts, list[str]]:
-    """Encode prompts for a model that sees `places` tokens; gives besides what is to be said of them: that some are
-    empty, or cut.
+    """Encode prompts for a model that sees `places` tokens; returns them, and notes that some are empty, or
+    cut.
     """
     done: dict[str, Tensor] = {}
-    said = []
+    notes = []
     for text in words:
         if text in done:
             continue
         if not text.strip():
-            said.append("an empty prompt is drawn as the null caption, without any guidance by words")
+            notes.append("an empty prompt is drawn as the null caption, without any guidance by words")
             done[text] = torch.zeros(0, encoder.width, dtype=torch.float16)
             continue
         (row,), (cut,) = encoder.features([text])
         if cut or len(row) > places:
             shown = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-            said.append(f"the prompt {shown!r} has more than {min(places, encoder.max_length)} tokens and is cut there")
+            notes.append(
+                f"the prompt {shown!r} has more than {min(places, encoder.max_length)} tokens and is cut there"
+            )
         done[text] = torch.from_numpy(row[:places].copy())
-    return Prompts(tuple(words), tuple(done[text] for text in words), places, encoder.width), said
+    return Prompts(tuple(words), tuple(done[text] for text in words), places, encoder.width), notes
 
 
 def first_captions(dataset: Mixture, text: CaptionSpec, count: int, encoder: TextEncoder | None = None) -> Prompts:

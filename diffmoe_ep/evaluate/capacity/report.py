@@ -206,7 +206,7 @@ def report(
     record, measured = CapacityRecord.empty(), []
 
     def conditions(numbers: list[int]) -> Requested:
-        return torch.tensor(numbers) if prompts is None else prompts.taken(numbers)
+        return torch.tensor(numbers) if prompts is None else prompts.select(numbers)
 
     for done, label in enumerate(labels):
         if progress is not None:

@@ -33,7 +33,7 @@ class Prompt:
 
     text: str
     task: str
-    digits: tuple[int, ...]  # asked for, one as often as it is to be there
+    digits: tuple[int, ...]  # requested, each as often as it is to be there
     cells: tuple[
         tuple[int, int], ...
     ] = ()  # (row, column) of each digit, where places are named; a single digit may be anywhere
@@ -184,7 +184,7 @@ class Composition:
 
 
 def composition(
-    pictures: np.ndarray, asked: Sequence[Prompt], train: Canvases, heldout: Canvases, capacity: float
+    pictures: np.ndarray, requested: Sequence[Prompt], train: Canvases, heldout: Canvases, capacity: float
 ) -> Composition:
     """Judge pictures (n, 1, H, W) uint8 that were drawn for prompts.
 
@@ -192,7 +192,7 @@ def composition(
     their own captions: the best that can be hoped for.
     """
     detector = Detector(*known_digits(train, [_places(captions) for captions in train.captions]))
-    samples, verdicts = _judged(detector(pictures), asked)
+    samples, verdicts = _judged(detector(pictures), requested)
     real, captions = _real(heldout)
     return Composition(samples, _judged(detector(real), captions)[0], tuple(verdicts), capacity)
 
@@ -217,13 +217,13 @@ def check_canvases(shape: tuple[int, ...], sides: dict[str, Canvases]) -> None:
             )
 
 
-def _judged(seen: np.ndarray, asked: Sequence[Prompt]) -> tuple[dict[str, Share], list[bool]]:
+def _judged(seen: np.ndarray, requested: Sequence[Prompt]) -> tuple[dict[str, Share], list[bool]]:
     """The shares by task, and the verdict on each canvas seen (n, 3, 3)."""
-    shares, verdicts = {}, np.zeros(len(asked), dtype=bool)
+    shares, verdicts = {}, np.zeros(len(requested), dtype=bool)
     for task in TASKS:
-        of_task = [number for number, prompt in enumerate(asked) if prompt.task == task]
+        of_task = [number for number, prompt in enumerate(requested) if prompt.task == task]
         table = np.array(
-            [[asked[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task]
+            [[requested[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task]
         )  # (pictures, prompts)
         num = len(of_task)
         right = table.diagonal() if num else np.zeros(0, dtype=bool)
@@ -235,14 +235,14 @@ def _judged(seen: np.ndarray, asked: Sequence[Prompt]) -> tuple[dict[str, Share]
 
 def _real(canvases: Canvases) -> tuple[np.ndarray, list[Prompt]]:
     """Real canvases, each once for every caption that a task asks for, up to so many of each task."""
-    chosen, asked, counts = [], [], Counter[str]()
+    chosen, requested, counts = [], [], Counter[str]()
     for number, captions in enumerate(canvases.captions):
         for prompt in filter(None, map(read, captions)):
             if counts[prompt.task] < MOST_REAL:
                 counts[prompt.task] += 1
                 chosen.append(number)
-                asked.append(prompt)
-    return canvases.pictures[chosen], asked
+                requested.append(prompt)
+    return canvases.pictures[chosen], requested
 
 
 def _places(captions: Sequence[str]) -> dict[tuple[int, int], int]:

@@ -133,7 +133,7 @@ def _nearest(digits: Crops) -> float:
 
 
 def known_digits(canvases: Canvases, where: Sequence[dict[tuple[int, int], int]]) -> tuple[Crops, np.ndarray]:
-    """The different digits on canvases, (n, SIDE, SIDE), and their labels (n,); `where` tells for each canvas what
+    """The different digits on canvases, (n, SIDE, SIDE), and their labels (n,); `where` holds for each canvas what
     stands in which cell.
     """
     crops = cells(canvases.pictures)

@@ -69,7 +69,7 @@ def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Pr
     assert found is not None
     write(found, tmp_path)
     alone = {
-        words: sampled(module, prompts.taken([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)
+        words: sampled(module, prompts.select([number] * EACH)).capacity.average() for number, words in enumerate(WORDS)
     }
     assert len(set(alone.values())) == len(WORDS)  # prompts differ
     assert {one.name: one.capacity for one in found.classes} == pytest.approx(alone)
