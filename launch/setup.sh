@@ -123,7 +123,7 @@ install() {
     fi
     if ready; then return; fi
     : >"$log"
-    command -v g++ >/dev/null || say "no g++ found: DeepSpeed compiles its optional operators with it, so install one before you use them"
+    command -v g++ >/dev/null || say "no g++ found: only compute.compile and DeepSpeed's optional operators need one"
     if [[ -e "$venv/unfinished" ]] || ! "$venv/bin/python" -m pip --version >>"$log" 2>&1; then
         find_base
         say "making $venv with $("$base" -V 2>&1) ($base)"

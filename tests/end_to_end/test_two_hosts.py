@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 SMALL = [
-    "model.hidden_size=32", "model.num_blocks=4", "data.workers=0", "train.global_batch=24", "train.steps=8", "train.max_grad_norm=0.3", "train.schedule.warmup=0",
+    "model.hidden_size=32", "model.num_blocks=4", "data.workers=0", "train.global_batch=24", "train.steps=8",
+    "train.max_grad_norm=0.3", "train.schedule.warmup=0",
     "train.optimizer.lr=1e-3", "log.every=1", "sample.grid_every=0", "parallel.timeout_minutes=1",
 ]  # fmt: skip
 
@@ -170,7 +171,8 @@ def start_servers(hosts: Hosts) -> list[subprocess.Popen[bytes]]:
     public = " ".join((folder / "host.pub").read_text().split()[:2])
     (folder / "known").write_text("".join(f"[{address}]:2200 {public}\n" for address in hosts.addresses))
     (folder / "ssh_config").write_text(
-        f"IdentityFile {folder}/user\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known\nStrictHostKeyChecking yes\nLogLevel ERROR\n"
+        f"IdentityFile {folder}/user\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known\n"
+        "StrictHostKeyChecking yes\nLogLevel ERROR\n"
     )
     (folder / "bin").mkdir()
     (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh", path=PATH)} -F {folder}/ssh_config "$@"\n')
@@ -179,8 +181,8 @@ def start_servers(hosts: Hosts) -> list[subprocess.Popen[bytes]]:
     for name, address in zip(hosts.names, hosts.addresses, strict=True):
         config = folder / f"sshd-{name}"
         config.write_text(
-            f"ListenAddress {address}:2200\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPidFile none\nStrictModes no\n"
-            "UsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+            f"ListenAddress {address}:2200\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
+            "PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
         )
         sshd = str(shutil.which("sshd", path=PATH))
         servers.append(
@@ -276,8 +278,8 @@ def test_a_stopped_launch_leaves_nothing_on_any_host(hosts: Hosts, digits: Path,
         "train.steps=100000",
     ]
     running = subprocess.Popen(
-        hosts.command("configs/digits.yaml", *settings), env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        hosts.command("configs/digits.yaml", *settings), env=hosts.environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120

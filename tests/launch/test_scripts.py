@@ -95,17 +95,13 @@ def test_text_to_image_goes_from_the_encoder_to_the_table(tmp_path: Path) -> Non
         run, base = f"{tmp_path}/runs/{family}", 3 + 5 * number
         same = f"text.folder={tmp_path}/t5 train.max_grad_norm=2"
         train, score, tune, score_again, sample = calls[base : base + 5]
-        assert (
-            train
-            == f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run} data.folder={tmp_path}/data/train {same}"
-        )
-        assert tune.startswith(
-            f"diffmoe_ep train configs/text/digits_{family}.yaml folder={run}-sft data.folder={tmp_path}/data-clean/train "
-        )
+        verb = f"diffmoe_ep train configs/text/digits_{family}.yaml"
+        assert train == f"{verb} folder={run} data.folder={tmp_path}/data/train {same}"
+        assert tune.startswith(f"{verb} folder={run}-sft data.folder={tmp_path}/data-clean/train ")
         assert f" init_from={run} " in tune and tune.endswith(same)
         for call, folder in ((score, run), (score_again, f"{run}-sft")):
-            places = f"--reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout --samples 400 --out {folder}/scores"
-            assert call == f"diffmoe_ep evaluate {folder} --composition {places}"
+            data = f"--reference {tmp_path}/data/train --heldout {tmp_path}/data/heldout"
+            assert call == f"diffmoe_ep evaluate {folder} --composition {data} --samples 400 --out {folder}/scores"
         assert sample.startswith(
             f"diffmoe_ep sample {run}-sft --out {run}-sft/drawn --per-prompt 6 --prompt one 3 --prompt "
         )
