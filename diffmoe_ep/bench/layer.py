@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffmoe_ep.bench.timing import Timing, conditions, device_name, interleaved, load
 from diffmoe_ep.config import ConfigError, ModelConfig, PoolConfig
-from diffmoe_ep.model.parallelize import shard_layer
+from diffmoe_ep.model.parallelize import compile_layer, shard_layer
 from diffmoe_ep.moe.experts import FeedForward
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
@@ -147,7 +147,7 @@ def _measure(mesh: Mesh, case: Case, turns: int, compute: torch.dtype, peers: bo
     dense, ours = FeedForward(case.hidden, 4 * case.hidden), our_layer(case, mesh)
     if compiled:
         dense.forward = torch.compile(dense.forward)  # type: ignore[method-assign]
-        ours.layer.compile_parts()
+        compile_layer(ours.layer)
     contenders: dict[str, nn.Module] = {"dense": dense, "ours": ours}
     if peers:
         with redirect_stdout(sys.stderr):  # DeepSpeed prints what it does where our table goes

@@ -3,21 +3,15 @@
 Legend: B samples, T tokens, D hidden size, M places for a caption's tokens.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, cast
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.model.attention import Attention, CrossAttention
 from diffmoe_ep.moe.experts import FeedForward
-from diffmoe_ep.moe.layer import LayerReport, MoELayer, SavedRouting
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.layer_report import LayerReport
 
-Recompute = Literal["none", "ffn", "block"]
-Step = tuple[Tensor, LayerReport | None]
 Caption = tuple[Tensor, Tensor]  # (B, M, D), and (B, M) bool: where a token stands
 
 
@@ -32,8 +26,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, dense or MoE, each modulated and gated by the condition; between them a look
-    at the caption.
+    """An attention half and a feed-forward half, dense or MoE, each modulated and gated by the condition (adaLN-Zero);
+    between them, in a model of captions, a look at the caption.
     """
 
     def __init__(self, model: ModelConfig, pool: PoolConfig, is_moe: bool) -> None:
@@ -45,58 +39,30 @@ class Block(nn.Module):
         )
         self.modulation = nn.Linear(model.hidden_size, 6 * model.hidden_size)
 
-    def compile_parts(self) -> None:
-        """Let torch.compile fuse what needs no other rank: adaLN with attention, a dense feed-forward network, parts of
-        an MoE layer.
+    # fmt: off
+    def forward(self, x: Tensor, c: Tensor, caption: Caption | None = None) -> tuple[Tensor, LayerReport | None]:
+        """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens (B, T, D), and
+        what the MoE layer did.
         """
-        self._attend = torch.compile(self._attend)  # type: ignore[method-assign]
-        if isinstance(self.ffn, FeedForward):
-            self.ffn.forward = torch.compile(self.ffn.forward)  # type: ignore[method-assign]
-        else:
-            self.ffn.compile_parts()
+        modulation = self.modulation(F.silu(c))                                                   # (B, 6 D)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=1)  # (B, D) each
+        x = self.attend(x, shift_attn, scale_attn, gate_attn, caption)                            # (B, T, D)
+        return self.feed_forward(x, shift_ffn, scale_ffn, gate_ffn)                               # (B, T, D)
 
-    def forward(self, x: Tensor, c: Tensor, recompute: Recompute = "none", caption: Caption | None = None) -> Step:
-        """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens, and what the MoE
-        layer did.
-
-        recompute: what is not kept for the backward but computed again there: nothing, the feed-forward part, or the
-        whole block.
-        """
-        if recompute == "block":
-            return computed_again(self._whole, x, c, caption)
-        x, modulation = self._attend(x, c, caption)
-        return (
-            computed_again(self._feed, x, modulation)
-            if recompute == "ffn"
-            else self._feed(x, modulation, SavedRouting())
-        )
-
-    def _whole(self, x: Tensor, c: Tensor, caption: Caption | None, kept: SavedRouting) -> Step:
-        return self._feed(*self._attend(x, c, caption), kept)
-
-    def _attend(self, x: Tensor, c: Tensor, caption: Caption | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        shift, scale, gate, *modulation = self.modulation(F.silu(c)).chunk(6, dim=1)
-        x = x + gate[:, None] * self.attention(modulate(normalize(x), shift, scale))
+    def attend(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, caption: Caption | None) -> Tensor:
+        """The attention half: tokens x (B, T, D) by vectors (B, D) -> (B, T, D)."""
+        x = x + gate[:, None] * self.attention(modulate(normalize(x), shift, scale))              # (B, T, D)
         if self.cross_attention is not None:
             assert caption is not None
-            x = x + self.cross_attention(normalize(x), *caption)
-        return x, tuple(modulation)
+            x = x + self.cross_attention(normalize(x), *caption)                                  # (B, T, D)
+        return x
 
-    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], kept: SavedRouting) -> Step:
-        shift, scale, gate = modulation
-        tokens = modulate(normalize(x), shift, scale)
-        mixed, report = self.ffn(tokens, kept) if isinstance(self.ffn, MoELayer) else (self.ffn(tokens), None)
-        return x + gate[:, None] * mixed, report
-
-
-def computed_again(function: Callable[..., Step], *inputs: Any) -> Step:
-    """Compute function(*inputs, kept) and keep only the inputs; the backward computes the rest again, but with the
-    choice that was made.
-
-    Every rank does so at the same place of its backward, so that the rows that travel again meet. Nothing random is
-    drawn in a forward.
-    """
-    return cast(Step, checkpoint(function, *inputs, SavedRouting(), use_reentrant=False, preserve_rng_state=False))
+    def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, LayerReport | None]:
+        """The feed-forward half: tokens x (B, T, D) by vectors (B, D) -> (B, T, D), and what the MoE layer did."""
+        tokens = modulate(normalize(x), shift, scale)                                             # (B, T, D)
+        mixed, report = self.ffn(tokens) if isinstance(self.ffn, MoELayer) else (self.ffn(tokens), None)
+        return x + gate[:, None] * mixed, report                                                  # (B, T, D)
+    # fmt: on
 
 
 class Head(nn.Module):

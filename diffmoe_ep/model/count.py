@@ -13,10 +13,11 @@ import torch
 from diffmoe_ep.config import ModelConfig
 from diffmoe_ep.model.dit import DiT, is_moe
 
-# The first part that a parameter's name holds says which field of `Count` it belongs to; other parameters of a block are
-# its modulation, and those outside the blocks `other`.
+# The first part that a parameter's name holds says which field of `Count` it belongs to; other parameters of a block
+# are its modulation, and those outside the blocks `other`.
 KINDS = (
-    (".ffn.experts.", "experts"), (".ffn.shared.", "shared"), (".ffn.router.", "router"), (".ffn.predictor.", "predictor"),
+    (".ffn.experts.", "experts"), (".ffn.shared.", "shared"), (".ffn.router.", "router"),
+    (".ffn.predictor.", "predictor"),
     (".ffn.", "dense_ffn"), (".attention.", "attention"), (".cross_attention.", "cross_attention"),
 )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 Legend: B samples, C channels, T tokens, D hidden size, L blocks, M places for a caption's tokens.
 
-`model(x, t, condition)` gives an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and
-swaps the dispatcher for a run on many ranks; samplers and objectives only see a callable.
+`model(x, t, condition)` returns an `Output`; nothing in it knows of ranks. `model.parallelize` slices the experts and
+swaps the dispatcher for a run on many ranks, and applies recomputation and compilation; samplers and objectives only
+see a callable.
 """
 
 from dataclasses import dataclass
@@ -13,20 +14,19 @@ from torch import Tensor, nn
 
 from diffmoe_ep.config import ModelConfig, PoolConfig, has_experts
 from diffmoe_ep.data.condition import CaptionFeatures, Condition
-from diffmoe_ep.model.block import Block, Caption, Head, Recompute
+from diffmoe_ep.model.block import Block, Caption, Head
 from diffmoe_ep.model.embed import CaptionEmbed, LabelEmbed, PatchEmbed, TimeEmbed, sine_positions, unpatchify
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.moe.layer import LayerReport, MoELayer
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.layer_report import LayerReport
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward gives."""
+    """What a forward returns."""
 
     prediction: Tensor  # (B, out_channels or fewer, H, W) at least float32; under flow eps - x_0
-    auxiliary: (
-        Tensor  # scalar to add to the objective's loss: the predictors' and the balance loss, weighted; 0 in eval mode
-    )
+    auxiliary: Tensor  # scalar to add to the objective's loss: predictors' and balance loss, weighted; 0 in eval mode
     layers: tuple[LayerReport, ...]  # what each MoE layer did
 
 
@@ -40,27 +40,13 @@ class DiT(nn.Module):
 
     positions: Tensor
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        pool: PoolConfig | None = None,
-        compute_type: torch.dtype | None = None,
-        recompute: Recompute = "none",
-        channels: int | None = None,
-    ) -> None:
-        """Build with empty weights (see `initialize`). compute_type: bfloat16 computes by autocast; None: in the
-        weights' own type.
-
-        recompute: what a block does not keep for the backward but computes again there (see `Block.forward`).
-        channels: how many of out_channels are predicted (flow needs in_channels only; parameters are those of all);
-        None: all.
-        """
+    def __init__(self, model: ModelConfig, pool: PoolConfig | None = None) -> None:
+        """Build with empty weights (see `initialize`)."""
         super().__init__()
         pool = pool or PoolConfig()
         self.config = model
-        self.compute_type = compute_type
-        self.recompute = recompute
-        self.channels = model.out_channels if channels is None else channels
+        self.compute_type: torch.dtype | None = None  # bfloat16 computes by autocast; None: in the weights' own type
+        self.channels = model.out_channels  # how many of them are predicted; flow needs in_channels only
         self.patches = PatchEmbed(model.in_channels, model.hidden_size, model.patch)
         self.time = TimeEmbed(model.hidden_size)
         self.label = LabelEmbed(model.num_classes, model.hidden_size) if model.condition == "class" else None
@@ -71,9 +57,51 @@ class DiT(nn.Module):
             "positions", sine_positions(model.hidden_size, model.input_size // model.patch), persistent=False
         )
 
+    # fmt: off
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
+        """Images x (B, C, H, W) at times t (B,) with condition -> Output.
+
+        condition: labels (B,) int64 (num_classes: the null class), or CaptionFeatures (B, M, E) where model.condition
+        is text.
+        """
+        with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
+            tokens = self.patches(x)                                         # (B, T, D)
+            tokens = tokens + self.positions.to(tokens.dtype)                # (B, T, D)
+            c, caption = self.embed(t, condition)                            # (B, D), and (B, M, D) with its mask
+            reports = []
+            for block in self.blocks:
+                tokens, report = block(tokens, c, caption)                   # (B, T, D)
+                reports.append(report)
+            patches = self.head(tokens, c, self.channels)                    # (B, T, patch * patch * channels)
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        prediction = unpatchify(patches, self.config.patch, self.channels)   # (B, channels, H, W)
+        layers = tuple(report for report in reports if report is not None)
+        return Output(prediction, self._auxiliary(layers, prediction), layers)
+    # fmt: on
+
+    def embed(self, t: Tensor, condition: Condition) -> tuple[Tensor, Caption | None]:
+        """What modulates every block (B, D), and the caption that every block looks at."""
+        if self.caption is not None:
+            assert isinstance(condition, CaptionFeatures), "this model takes captions"
+            return self.time(t), self.caption(condition)
+        assert self.label is not None and isinstance(condition, Tensor), "this model takes labels"
+        return self.time(t) + self.label(condition), None
+
+    def _auxiliary(self, layers: tuple[LayerReport, ...], like: Tensor) -> Tensor:
+        total = like.new_zeros(())
+        losses = [report.loss for report in layers if report.loss is not None]
+        if losses:
+            stacked = torch.stack(losses)
+            reduced = stacked.sum() if self.config.predictor_reduction == "sum" else stacked.mean()
+            total = total + reduced * self.config.predictor_weight
+        for report in layers:
+            if report.balance is not None:
+                total = total + report.balance * self.config.balance_weight
+        return total
+
     def allocate(self, device: torch.device | str) -> "DiT":
-        """Give a model that was built on the meta device its memory; weights are still to be filled, buffers are as
-        they start.
+        """Allocate the memory of a model that was built on the meta device; weights are still to be filled, buffers are
+        as they start.
         """
         self.to_empty(device=device)
         self.positions.copy_(sine_positions(self.config.hidden_size, self.config.input_size // self.config.patch))
@@ -81,52 +109,6 @@ class DiT(nn.Module):
             if layer.predictor is not None:
                 layer.predictor.reset()
         return self
-
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
-        """Images x (B, C, H, W) at times t (B,) with condition -> Output.
-
-        condition: labels (B,) int64 (num_classes: the null class), or CaptionFeatures (B, M, E) where model.condition is text.
-        """
-        with torch.autocast(x.device.type, self.compute_type, enabled=self.compute_type is not None):
-            tokens = self.patches(x)  # (B, T, D)
-            tokens = tokens + self.positions.to(tokens.dtype)
-            c, caption = self._conditions(t, condition)
-            reports = []
-            for block in self.blocks:
-                tokens, report = block(tokens, c, self.recompute, caption)  # (B, T, D)
-                if report is not None:
-                    reports.append(report)
-            patches = self.head(tokens, c, self.channels)  # (B, T, patch * patch * channels)
-        wide = patches.to(torch.promote_types(patches.dtype, torch.float32))
-        prediction = unpatchify(wide, self.config.patch, self.channels)
-        return Output(prediction, self._auxiliary(reports, prediction), tuple(reports))
-
-    def _conditions(self, t: Tensor, condition: Condition) -> tuple[Tensor, Caption | None]:
-        """What modulates every block (B, D), and what every block looks at."""
-        if self.caption is not None:
-            assert isinstance(condition, CaptionFeatures), "this model takes captions"
-            return self.time(t), self.caption(condition)
-        assert self.label is not None and isinstance(condition, Tensor), "this model takes labels"
-        return self.time(t) + self.label(condition), None
-
-    def _auxiliary(self, reports: list[LayerReport], like: Tensor) -> Tensor:
-        total = like.new_zeros(())
-        losses = [report.loss for report in reports if report.loss is not None]
-        if losses:
-            reduced = (
-                torch.stack(losses).sum() if self.config.predictor_reduction == "sum" else torch.stack(losses).mean()
-            )
-            total = total + reduced * self.config.predictor_weight
-        for report in reports:
-            if report.balance is not None:
-                total = total + report.balance * self.config.balance_weight
-        return total
-
-    def compile_parts(self) -> None:
-        """Let torch.compile fuse what of each block needs no other rank; compiled at the first call."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.compile_parts()
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""

@@ -1,39 +1,108 @@
-"""The one place where model and mesh meet: slice the experts, swap the dispatcher and the pools, and leave DeepSpeed
-its marks.
+"""What is applied to a model from outside: kernels, recomputation, compilation; and, in the one place where model and
+mesh meet, the slices of the experts, another dispatcher, wider pools, and DeepSpeed's marks.
+
+Legend: N experts.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffmoe_ep.config import ComputeConfig, Config
+from diffmoe_ep.model.block import Block
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
 from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.mesh import Mesh
+
+Recompute = Literal["none", "ffn", "block"]
 
 
 def build_sharded(config: Config, mesh: Mesh, channels: int | None = None) -> DiT:
     """This rank's part of a config's model, on the mesh's device, its weights still to be filled.
 
-    It is cut before it gets any memory, so that a rank never holds more than its own share. channels: see `DiT`.
+    It is cut before it gets any memory, so that a rank never holds more than its own share. channels: how many are
+    predicted; None: all.
     """
-    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
     with torch.device("meta"):
-        model = DiT(config.model, config.pool, compute_type, config.compute.recompute, channels)
+        model = DiT(config.model, config.pool)
+        model.compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
+        model.channels = model.channels if channels is None else channels
         apply_compute(model, config.compute)
         shard_experts(model, mesh, config.compute.overlap)
     return model.allocate(mesh.device)
 
 
 def apply_compute(model: DiT, compute: ComputeConfig) -> DiT:
-    """Let experts compute and pools search as the config asks; the numbers are the same."""
+    """Let experts compute, pools search and the backward recompute as the config asks; the numbers are the same.
+
+    (`apply_compile` is apart: it changes roundings, and only training wants it; `shard_experts` takes the overlap.)
+    """
     for layer in model.moe_layers():
         layer.experts.kernel = compute.kernel
         layer.pools = replace(layer.pools, algorithm=compute.topk)
+    return apply_recompute(model, compute.recompute)
+
+
+def apply_recompute(model: DiT, recompute: Recompute) -> DiT:
+    """Set what blocks do not save for the backward but compute again there: nothing, the feed-forward half, or all.
+
+    Every rank does so at the same place of its backward, so that the rows that travel again meet.
+    """
+    for block in _blocks(model):
+        for name in ("forward", "feed_forward"):
+            block.__dict__.pop(name, None)  # what an earlier call put before the method
+        if recompute == "ffn":
+            block.feed_forward = _recomputed(block.feed_forward, block.ffn)  # type: ignore[method-assign]
+        elif recompute == "block":
+            block.forward = _recomputed(block.forward, block.ffn)  # type: ignore[method-assign]
     return model
+
+
+def _recomputed(function: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """A function of which the backward finds only the inputs and the layer's routing, which is not made a second time.
+
+    Nothing random is drawn in a forward.
+    """
+
+    def call(*inputs: Any) -> Any:
+        saved: list[Routing] = []  # filled by the first forward, read by the second
+
+        def with_routing(*inputs: Any) -> Any:
+            with layer.reuse_routing(saved) if isinstance(layer, MoELayer) else nullcontext():
+                return function(*inputs)
+
+        return checkpoint(with_routing, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return call
+
+
+def apply_compile(model: DiT) -> DiT:
+    """Let torch.compile fuse what of each block needs no other rank; compiled at the first call."""
+    for block in _blocks(model):
+        block.attend = torch.compile(block.attend)  # type: ignore[method-assign]
+        if isinstance(block.ffn, MoELayer):
+            compile_layer(block.ffn)
+        else:
+            block.ffn.forward = torch.compile(block.ffn.forward)  # type: ignore[method-assign]
+    return model
+
+
+def compile_layer(layer: MoELayer) -> MoELayer:
+    """Let torch.compile fuse what of one layer needs no other rank: the predictor."""
+    if layer.predictor is not None:
+        layer.predictor.forward = torch.compile(layer.predictor.forward)  # type: ignore[method-assign]
+    return layer
+
+
+def _blocks(model: DiT) -> list[Block]:
+    return [block for block in model.blocks if isinstance(block, Block)]
 
 
 def shard_experts(model: DiT, mesh: Mesh, overlap: int = 1) -> DiT:

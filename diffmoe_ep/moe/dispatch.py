@@ -1,124 +1,45 @@
-"""Rows to the experts and answers back: `route` says where, `dispatch` brings the rows, `combine` brings the answers
-and adds them up.
+"""Rows to the experts and answers back: `prepare` says where rows go, `dispatch` brings them, `combine` brings the
+answers back and adds them up.
 
-Legend: S tokens on this rank, D hidden size, N experts (E = N / EP of them on this rank), R chosen (token, expert)
-pairs.
+Legend: S tokens on this rank, D hidden size, N experts (E = N / EP of them on this rank), R routed tokens at this
+rank's experts, one row each.
 
 Each chosen row moves once, in the compute type, to the copy of its expert in this rank's own expert group. The backward
-of one verb is the
-other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out. A token's answers
-are added in the order of the experts, so that sums are taken in the same order on every layout and in every run.
+of one verb is the other: what dispatch copies out, its backward adds up; what combine adds up, its backward copies out.
+A token's answers are added in the order of the experts, so that sums are taken in the same order on every layout and in
+every run.
 
-A route is made as soon as the choice is known and only starts to ask the other ranks; the host waits for numbers in the
-first verb, so that work in between (shared experts, the predictor's loss) hides the exchange. Where the choice itself
-says how many rows there are, nobody is asked.
+`prepare` only starts to ask the other ranks how many rows come; the host waits in `dispatch`, so that work in between
+(shared experts, the predictor's loss) hides the exchange. Where the choice itself says how many rows there are, nobody
+is asked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from diffmoe_ep.moe.permute import Pairs, add_up, copy_out, pairs_of
-from diffmoe_ep.moe.routing import Assignment
-from diffmoe_ep.moe.rows import permute_rows
-from diffmoe_ep.parallel.async_all_to_all import Counts, start_all_to_all
+from diffmoe_ep.moe.handle import DispatchHandle
+from diffmoe_ep.moe.permute import permute, unpermute
+from diffmoe_ep.moe.routing import Routing
+from diffmoe_ep.parallel.async_all_to_all import RowCounts, start_all_to_all
 from diffmoe_ep.parallel.collectives import Group, all_to_all
 
 
-@dataclass(frozen=True)
-class Part:
-    """Local experts [start, end) whose rows travel together: all of them, or one of the chunks that overlap."""
-
-    start: int
-    end: int
-    send: Sequence[int]  # rows that go to each rank of the expert group
-    receive: Sequence[int]  # rows that come from each rank
-    order: (
-        Tensor | None
-    )  # rows come ordered by (rank, expert): rows[order] is ordered by (expert, rank); None where that is the same
-    back: Tensor | None  # the inverse of order
-
-    def by_expert(self, rows: Tensor) -> Tensor:
-        """Rows as they came (R, D), grouped by expert."""
-        return rows if self.order is None or self.back is None else permute_rows(rows, self.order, self.back)
-
-    def by_rank(self, rows: Tensor) -> Tensor:
-        """Rows grouped by expert (R, D), as they go back."""
-        return rows if self.order is None or self.back is None else permute_rows(rows, self.back, self.order)
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where this rank's chosen rows go and what comes here. No gradient, and frozen, so that a recomputed forward uses
-    the same.
-    """
-
-    chosen: Tensor  # (S, N) bool
-    processed: Tensor  # (N,) rows that each expert of the layer takes from this rank's tokens
-    numbers: Counts  # rows to and from each expert and rank; the host waits when it first reads them
-    group: Group  # the ranks that rows travel over
-    per_expert: int | None = None  # rows that each local expert gets from all ranks, where that is known without asking
-    chunks: int = 1  # parts in which rows travel
-    compiled: bool = False  # whether `add_up` may use torch.compile
-
-    @cached_property
-    def counts(self) -> Sequence[int]:
-        """Rows of each local expert, (E,)."""
-        if self.per_expert is not None:
-            return [self.per_expert] * (len(self.processed) // self.group.size)
-        return [sum(column) for column in zip(*self.numbers.arriving, strict=True)]
-
-    @cached_property
-    def pairs(self) -> Pairs:
-        """This rank's chosen pairs, ordered by (chunk, expert, token), as their rows travel."""
-        total, experts = sum(self.numbers.sent), torch.arange(len(self.processed), device=self.chosen.device)
-        return pairs_of(self.chosen, total, None if len(self.cuts) == 1 else self._by_cut(experts))
-
-    @cached_property
-    def parts(self) -> Sequence[Part]:
-        """What travels together, one part for each chunk."""
-        ranks, here = self.group.size, len(self.processed) // self.group.size
-        arriving = self.numbers.tensor[1].view(ranks, here)
-        parts = []
-        for start, end in self.cuts:
-            send = [sum(self.numbers.sent[rank * here + start : rank * here + end]) for rank in range(ranks)]
-            receive = [sum(numbers[start:end]) for numbers in self.numbers.arriving]
-            order, back = (
-                _expert_major(arriving[:, start:end], sum(receive)) if end - start > 1 and ranks > 1 else (None, None)
-            )
-            parts.append(Part(start, end, send, receive, order, back))
-        return parts
-
-    @property
-    def cuts(self) -> Sequence[tuple[int, int]]:
-        """Local experts [start, end) of each chunk, as even as they come."""
-        here = len(self.processed) // self.group.size
-        chunks = min(self.chunks, here)
-        return [(here * chunk // chunks, here * (chunk + 1) // chunks) for chunk in range(chunks)]
-
-    def _by_cut(self, experts: Tensor) -> Tensor:
-        by_rank = experts.view(self.group.size, -1)
-        return torch.cat([by_rank[:, start:end].flatten() for start, end in self.cuts])
-
-
-class Dispatch(Protocol):
+class Dispatcher(Protocol):
     """The verbs that every dispatcher has."""
 
-    compiled: bool  # whether torch.compile may be used on a CPU
+    def prepare(self, routing: Routing) -> Routing:
+        """The routing with its handle; starts to ask the other ranks what comes, and does not wait."""
 
-    def route(self, assignment: Assignment) -> Route:
-        """Say where the chosen rows go; starts to ask the other ranks what comes, and does not wait."""
+    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, DispatchHandle]:
+        """Bring tokens (S, D) to the experts that chose them: rows (R, D) grouped by local expert, and the handle."""
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """Bring tokens (S, D) to the experts that chose them: rows (rows here, D) grouped by local expert."""
-
-    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
-        """Bring the experts' answers back and add them up by weight (S, N): (S, D); zero for a token that nobody
+    def combine(self, rows: Tensor, handle: DispatchHandle, weight: Tensor) -> Tensor:
+        """Bring the experts' answers (R, D) back and add them up by weight (S, N): (S, D); zero for a token that nobody
         chose.
         """
 
@@ -128,97 +49,90 @@ class LocalDispatch:
 
     def __init__(self) -> None:
         self.group = Group()  # of its own, so that its waits are counted apart
-        self.compiled = False
 
-    def route(self, assignment: Assignment) -> Route:
-        """See `Dispatch.route`."""
-        known = assignment.taken if assignment.ranks == 1 else None
-        processed = assignment.chosen.sum(0)  # (N,)
-        numbers = Counts(processed, self.group, known)
-        return Route(assignment.chosen, processed, numbers, self.group, known, compiled=self.compiled)
+    def prepare(self, routing: Routing) -> Routing:
+        """See `Dispatcher.prepare`."""
+        known = routing.tokens_per_expert if routing.ranks == 1 else None
+        processed = routing.chosen.sum(0)  # (N,)
+        row_counts = RowCounts(processed, self.group, known)
+        return replace(routing, handle=DispatchHandle(routing.chosen, processed, row_counts, self.group, known))
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """See `Dispatch.dispatch`."""
-        return copy_out(tokens, route.pairs)
+    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, DispatchHandle]:
+        """See `Dispatcher.dispatch`."""
+        handle = handle_of(routing)
+        return permute(tokens, handle.permutation), handle
 
-    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
-        """See `Dispatch.combine`."""
-        return add_up(rows, weight, route.pairs, route.compiled)
+    def combine(self, rows: Tensor, handle: DispatchHandle, weight: Tensor) -> Tensor:
+        """See `Dispatcher.combine`."""
+        return unpermute(rows, weight, handle.permutation)
 
 
 class AllToAllDispatch:
     """Experts are sharded over a group; rows travel by all-to-all with uneven splits, none included."""
 
-    def __init__(self, group: Group, chunks: int = 1) -> None:
-        self.group, self.chunks, self.compiled = group, chunks, False
+    def __init__(self, group: Group, num_chunks: int = 1) -> None:
+        self.group, self.num_chunks = group, num_chunks
 
-    def route(self, assignment: Assignment) -> Route:
-        """See `Dispatch.route`. Pools inside this rank say all splits, pools inside the expert group how many rows an
-        expert gets.
+    def prepare(self, routing: Routing) -> Routing:
+        """See `Dispatcher.prepare`. Pools inside this rank say all splits, pools inside the expert group how many rows
+        an expert gets.
         """
-        taken, ranks = assignment.taken, assignment.ranks
-        inside = taken is not None and self.group.size % ranks == 0
-        processed = assignment.chosen.sum(0)  # (N,)
-        numbers = Counts(processed, self.group, taken if ranks == 1 else None)
-        per_expert = taken * (self.group.size // ranks) if taken is not None and inside else None
-        return Route(assignment.chosen, processed, numbers, self.group, per_expert, self.chunks, self.compiled)
+        known, ranks, size = routing.tokens_per_expert, routing.ranks, self.group.size
+        processed = routing.chosen.sum(0)  # (N,)
+        row_counts = RowCounts(processed, self.group, known if ranks == 1 else None)
+        rows_per_expert = known * (size // ranks) if known is not None and size % ranks == 0 else None
+        handle = DispatchHandle(routing.chosen, processed, row_counts, self.group, rows_per_expert, self.num_chunks)
+        return replace(routing, handle=handle)
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """See `Dispatch.dispatch`: 1. permute locally, 2. exchange, 3. permute locally."""
-        leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
+    def dispatch(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, DispatchHandle]:
+        """See `Dispatcher.dispatch`: permute, exchange, group by expert."""
+        handle = handle_of(routing)
+        leaving = permute(tokens, handle.permutation).split([sum(chunk.send) for chunk in handle.chunks])
         exchanged = [
-            all_to_all(rows, part.send, part.receive, self.group)
-            for rows, part in zip(leaving, route.parts, strict=True)
+            chunk.by_expert(all_to_all(rows, chunk.send, chunk.receive, self.group))
+            for rows, chunk in zip(leaving, handle.chunks, strict=True)
         ]
-        return joined([part.by_expert(rows) for rows, part in zip(exchanged, route.parts, strict=True)])
+        return concat(exchanged), handle
 
-    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
-        """See `Dispatch.combine`."""
-        answers = rows.split([sum(part.receive) for part in route.parts])
-        leaving = [part.by_rank(rows) for rows, part in zip(answers, route.parts, strict=True)]
+    def combine(self, rows: Tensor, handle: DispatchHandle, weight: Tensor) -> Tensor:
+        """See `Dispatcher.combine`: group by rank, exchange, unpermute."""
+        answers = rows.split([sum(chunk.receive) for chunk in handle.chunks])
         exchanged = [
-            all_to_all(rows, part.receive, part.send, self.group)
-            for rows, part in zip(leaving, route.parts, strict=True)
+            all_to_all(chunk.by_rank(rows), chunk.receive, chunk.send, self.group)
+            for rows, chunk in zip(answers, handle.chunks, strict=True)
         ]
-        return add_up(joined(exchanged), weight, route.pairs, route.compiled)
+        return unpermute(concat(exchanged), weight, handle.permutation)
 
 
-def overlapped(experts: nn.Module, tokens: Tensor, route: Route, weight: Tensor) -> Tensor:
-    """What combine(experts(dispatch(tokens))) gives, in the route's parts: while one computes, the others' rows and
+def overlapped(experts: nn.Module, tokens: Tensor, handle: DispatchHandle, weight: Tensor) -> Tensor:
+    """What combine(experts(dispatch(tokens))) returns, in the handle's chunks: while one computes, the others' rows and
     answers travel.
 
-    Autograd goes through the parts in the opposite order, last started first landed, so that the backward overlaps in
-    the same way.
+    Autograd goes through the chunks in the opposite order, last started first waited for, so that the backward overlaps
+    in the same way.
     """
-    leaving = copy_out(tokens, route.pairs).split([sum(part.send) for part in route.parts])
-    flights = [
-        start_all_to_all(rows, part.send, part.receive, route.group)
-        for rows, part in zip(leaving, route.parts, strict=True)
+    chunks = handle.chunks
+    leaving = permute(tokens, handle.permutation).split([sum(chunk.send) for chunk in chunks])
+    coming = [
+        start_all_to_all(rows, chunk.send, chunk.receive, handle.group)
+        for rows, chunk in zip(leaving, chunks, strict=True)
     ]
-    sizes = [part.end - part.start for part in route.parts]
-    weights = {
-        name: parameter.split(sizes) for name, parameter in experts.named_parameters()
-    }  # one backward for all parts
+    sizes = [chunk.end - chunk.start for chunk in chunks]
+    weights = {name: parameter.split(sizes) for name, parameter in experts.named_parameters()}  # one backward for all
     returning = []
-    for number, (flight, part) in enumerate(zip(flights, route.parts, strict=True)):
-        rows, mine = part.by_expert(flight.land()), {name: parts[number] for name, parts in weights.items()}
-        answers = functional_call(experts, mine, (rows, route.counts[part.start : part.end]))
-        returning.append(start_all_to_all(part.by_rank(answers), part.receive, part.send, route.group))
-    return add_up(joined([flight.land() for flight in returning]), weight, route.pairs, route.compiled)
+    for number, (pending, chunk) in enumerate(zip(coming, chunks, strict=True)):
+        rows, mine = chunk.by_expert(pending.wait()), {name: parts[number] for name, parts in weights.items()}
+        answers = functional_call(experts, mine, (rows, handle.counts[chunk.start : chunk.end]))
+        returning.append(start_all_to_all(chunk.by_rank(answers), chunk.receive, chunk.send, handle.group))
+    return unpermute(concat([pending.wait() for pending in returning]), weight, handle.permutation)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def handle_of(routing: Routing) -> DispatchHandle:
+    """The handle of a prepared routing."""
+    assert routing.handle is not None, "a routing is prepared before its rows are dispatched"
+    return routing.handle
+
+
+def concat(parts: Sequence[Tensor]) -> Tensor:
     """Parts one after the other, without a copy where there is one only."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _expert_major(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank), and its
-    inverse.
-    """
-    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()  # where each run lies now
-    lengths = counts.T.flatten()
-    shift = starts - (lengths.cumsum(0) - lengths)
-    place = torch.arange(total, device=counts.device)
-    order = place + shift.repeat_interleave(lengths, output_size=total)
-    return order, torch.empty_like(order).scatter_(0, order, place)

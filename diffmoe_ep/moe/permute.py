@@ -1,15 +1,13 @@
-"""The chosen (token, expert) pairs of a rank as indices, and the two ends of their travel: tokens copied out, answers
-added up by weight.
+"""Permutations of rows: the chosen tokens copied out to travel (`permute`), the experts' answers added up by token
+(`unpermute`), and rows that came from several ranks grouped by expert (`reorder`).
 
-Legend: S tokens on this rank, D hidden size, N experts, R chosen pairs.
+Legend: S tokens on this rank, D hidden size, N experts (E of them on a rank of EP), R chosen (token, expert) pairs.
 
 A token's answers are added in the order of the experts, whatever the order in which rows travel, so that every layout
-and every run gives the same bits. The backward of one end is the other, without the weights.
+and every run returns the same bits. The backward of `permute` is `unpermute` without weights, and the other way round.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -18,92 +16,108 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Permutation:
     """Indices of the chosen pairs, in the order in which their rows travel."""
 
     token: Tensor  # (R,) the token of each pair
-    place: Tensor  # (R,) where each pair lies in (S, N) flattened
+    flat_index: Tensor  # (R,) where each pair lies in (S, N) flattened
     by_token: Tensor  # (R,) the pairs ordered by (token, expert)
-    first: Tensor  # (S,) where each token's pairs begin in by_token
+    offsets: Tensor  # (S,) where each token's pairs begin in by_token
 
 
-def pairs_of(chosen: Tensor, total: int, experts: Tensor | None = None) -> Pairs:
-    """The pairs of chosen (S, N), of which there are `total`, ordered by (expert, token); asks the device nothing.
+def permutation_of(chosen: Tensor, total: int, experts: Tensor | None = None) -> Permutation:
+    """The permutation that orders the `total` pairs of chosen (S, N) by (expert, token); asks the device nothing.
 
     experts (N,): the experts in the order in which their rows travel, if not in that of their numbers.
     """
     num_experts = chosen.shape[1]
-    columns = chosen.T if experts is None else chosen.T.index_select(0, experts)
-    expert, token = torch.nonzero_static(columns, size=total).unbind(1)
+    columns = chosen.T if experts is None else chosen.T.index_select(0, experts)  # (N, S)
+    expert, token = torch.nonzero_static(columns, size=total).unbind(1)  # (R,) each
     if experts is not None:
         expert = experts.index_select(0, expert)
-    place = token * num_experts + expert
+    flat_index = token * num_experts + expert
     per_token = chosen.sum(1)
-    return Pairs(token.contiguous(), place, place.argsort(), per_token.cumsum(0) - per_token)
+    return Permutation(token.contiguous(), flat_index, flat_index.argsort(), per_token.cumsum(0) - per_token)
 
 
-def copy_out(tokens: Tensor, pairs: Pairs) -> Tensor:
+def permute(tokens: Tensor, permutation: Permutation) -> Tensor:
     """Copy the rows of the chosen tokens (S, D) out: (R, D)."""
-    return cast(Tensor, _CopyOut.apply(tokens, pairs))
+    return cast(Tensor, _Permute.apply(tokens, permutation))
 
 
-def add_up(rows: Tensor, weight: Tensor, pairs: Pairs, compiled: bool = False) -> Tensor:
-    """Sum the pairs' rows (R, D), each times its entry of weight (S, N), by token, in at least float32: (S, D); 0 where
-    nobody chose.
+def unpermute(rows: Tensor, weight: Tensor, permutation: Permutation) -> Tensor:
+    """Sum rows (R, D), each times its pair's entry of weight (S, N), by token: (S, D), zero where nobody chose.
 
-    compiled: let torch.compile make one pass of the backward on a CPU (a compiler is needed, and seconds at the first
-    call).
+    Sums are taken in at least float32.
     """
-    return cast(Tensor, _AddUp.apply(rows, weight, pairs, compiled and rows.device.type == "cpu"))
+    return cast(Tensor, _Unpermute.apply(rows, weight, permutation))
 
 
-def _sums(rows: Tensor, by_token: Tensor, first: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sums (S, D) of rows by token, each in the order of by_token on every device; one pass, without a sorted copy of
-    the rows.
-    """
-    if not len(rows):
-        return rows.new_zeros((len(first), rows.shape[1]))
-    return F.embedding_bag(by_token, rows.contiguous(), first, mode="sum", per_sample_weights=weight)
-
-
-class _CopyOut(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(pairs.by_token, pairs.first)
-        return tokens.index_select(0, pairs.token)
+    def forward(ctx: Any, tokens: Tensor, permutation: Permutation) -> Tensor:
+        ctx.save_for_backward(permutation.by_token, permutation.offsets)
+        return tokens.index_select(0, permutation.token)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        by_token, first = ctx.saved_tensors
-        return _sums(gradients[0], by_token, first), None
+        by_token, offsets = ctx.saved_tensors
+        return _sum_by_token(gradients[0], by_token, offsets), None
 
 
-class _AddUp(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, pairs: Pairs, compiled: bool) -> Tensor:
-        ctx.shape, ctx.compiled = weight.shape, compiled
-        weight = weight.reshape(-1).index_select(0, pairs.place)  # (R,)
-        ctx.save_for_backward(rows, weight, pairs.token, pairs.place)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, permutation: Permutation) -> Tensor:
+        ctx.shape = weight.shape
+        weight = weight.reshape(-1).index_select(0, permutation.flat_index)  # (R,)
+        ctx.save_for_backward(rows, weight, permutation.token, permutation.flat_index)
         wide = torch.promote_types(rows.dtype, weight.dtype)
-        ordered = weight.to(wide).index_select(0, pairs.by_token)
-        return _sums(rows.to(wide), pairs.by_token, pairs.first, ordered).to(rows.dtype)
+        ordered = weight.to(wide).index_select(0, permutation.by_token)  # (R,)
+        return _sum_by_token(rows.to(wide), permutation.by_token, permutation.offsets, ordered).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, token, place = ctx.saved_tensors
-        of_rows, found = (_compiled(_of_pairs) if ctx.compiled else _of_pairs)(gradients[0], rows, weight, token)
-        of_weight = weight.new_zeros(ctx.shape.numel()).scatter_(0, place, found)
-        return of_rows, of_weight.view(ctx.shape), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, token, flat_index = ctx.saved_tensors
+        wide = torch.promote_types(rows.dtype, weight.dtype)
+        gradient = gradients[0].index_select(0, token).to(wide)  # (R, D)
+        of_pairs = (gradient * rows).sum(1).to(weight.dtype)  # (R,)
+        of_weight = weight.new_zeros(ctx.shape.numel()).scatter_(0, flat_index, of_pairs).view(ctx.shape)  # (S, N)
+        return gradient.mul_(weight[:, None]).to(rows.dtype), of_weight, None
 
 
-def _of_pairs(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by rows (R, D) and by their weights (R,), from that by the sums (S, D)."""
-    wide = torch.promote_types(rows.dtype, weight.dtype)
-    gradient = gradient.index_select(0, token).to(wide)  # (R, D)
-    of_weight = (gradient * rows).sum(1).to(weight.dtype)
-    return gradient.mul_(weight[:, None]).to(rows.dtype), of_weight
+def _sum_by_token(rows: Tensor, by_token: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sums (S, D) of rows by token, each in the order of by_token on every device; one pass, without a sorted copy of
+    the rows.
+    """
+    if rows.shape[0] == 0:
+        return rows.new_zeros((offsets.shape[0], rows.shape[1]))
+    return F.embedding_bag(by_token, rows.contiguous(), offsets, mode="sum", per_sample_weights=weight)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows (R, D) in another order (R,); the backward applies its inverse."""
+    return cast(Tensor, _Reorder.apply(rows, order, inverse))
+
+
+def order_by_expert(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The order that takes rows grouped by (rank, expert), counts (EP, E), to grouped by (expert, rank), and its
+    inverse, both (total,).
+    """
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()  # where each run lies now
+    lengths = counts.T.flatten()
+    shift = starts - (lengths.cumsum(0) - lengths)
+    position = torch.arange(total, device=counts.device)
+    order = position + shift.repeat_interleave(lengths, output_size=total)
+    return order, torch.empty_like(order).scatter_(0, order, position)
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None

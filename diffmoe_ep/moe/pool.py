@@ -12,7 +12,7 @@ inside one rank, or one pool over neighbouring ranks.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +28,16 @@ class Pools:
 
     tokens: int | None = None  # tokens P of a pool; None: all tokens of the call, over the group's ranks, are one pool
     group: Group = ALONE  # the ranks that one pool covers; this rank alone when pools lie inside it
-    algorithm: Literal["auto", "gather", "owner", "radix"] = "auto"  # all give the same bits; auto: by bytes and rounds
+    algorithm: Literal["auto", "gather", "owner", "radix"] = (
+        "auto"  # all return the same bits; auto: by bytes and rounds
+    )
 
     def size(self, local: int) -> int:
         """Tokens of one pool when this rank has `local` tokens."""
         return local * self.group.size if self.tokens is None else self.tokens
 
 
-@dataclass(frozen=True)
-class TopK:
+class TopK(NamedTuple):
     """What the experts chose of this rank's tokens."""
 
     chosen: Tensor  # (S, N) bool; its transpose is contiguous
@@ -47,10 +48,10 @@ class TopK:
 def topk_per_expert(scores: Tensor, k: int | Tensor, pools: Pools, extra: Tensor | None = None) -> TopK:
     """Let every expert take its k best tokens of each pool, those that other ranks hold included in the comparison.
 
-    scores (S, N): larger is better; compared as they are, so give them in float32 or float64.
+    scores (S, N): larger is better; compared as they are, so in float32 or float64.
     k: one number for all experts, or (N,) one for each; 0 allowed, at most P.
-    extra (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride in
-    the same search.
+    extra (S, M): further columns of which only the k-th largest value is wanted (M = N when k is a tensor); they ride
+    in the same search.
     """
     local, num_experts = scores.shape
     columns = scores.T if extra is None else torch.cat([scores.T, extra.T.to(scores.dtype)])
@@ -64,10 +65,11 @@ def topk_per_expert(scores: Tensor, k: int | Tensor, pools: Pools, extra: Tensor
         assert pools.size(local) == local * pools.group.size, "a pool over ranks holds all their tokens"
         found = SEARCHES[_algorithm(columns, num_experts, pools)](columns, k, num_experts, pools.group)
     kth = found.kth_value + 0.0  # one zero
-    chosen = _take(columns[:num_experts], kth[:num_experts, ..., None], found.tie_quota[..., None]).view(
-        num_experts, local
+    chosen = _take(columns[:num_experts], kth[:num_experts, ..., None], found.tie_quota[..., None])
+    return TopK(
+        chosen.view(num_experts, local).T,
+        None if extra is None else kth[num_experts:].view(len(columns) - num_experts, -1).T,
     )
-    return TopK(chosen.T, None if extra is None else kth[num_experts:].view(len(columns) - num_experts, -1).T)
 
 
 def _search_here(columns: Tensor, k: int | Tensor, experts: int) -> KthValue:

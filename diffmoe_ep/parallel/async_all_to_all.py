@@ -16,28 +16,28 @@ from torch import Tensor
 from diffmoe_ep.parallel.collectives import Group
 
 
-class Flight:
-    """Rows on their way from all ranks of a group; `land` waits for them."""
+class PendingRows:
+    """Rows on their way from all ranks of a group; `wait` waits for them."""
 
     def __init__(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> None:
-        self._way = _Way(list(send), list(receive), group)
-        self._rows = rows if group.size == 1 else cast(Tensor, _Start.apply(rows, self._way))
+        self._exchange = _Exchange(list(send), list(receive), group)
+        self._rows = rows if group.size == 1 else cast(Tensor, _Start.apply(rows, self._exchange))
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The rows received (sum(receive), ...), in rank order; the backward is the same exchange the other way, as
         early and as late.
         """
-        return self._rows if self._way.group.size == 1 else cast(Tensor, _Land.apply(self._rows, self._way))
+        return self._rows if self._exchange.group.size == 1 else cast(Tensor, _Wait.apply(self._rows, self._exchange))
 
 
-def start_all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Flight:
+def start_all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> PendingRows:
     """Start what `all_to_all` does: send[j] consecutive rows to rank j, receive[j] rows from it; splits may be uneven,
     zeros included.
     """
-    return Flight(rows, send, receive, group)
+    return PendingRows(rows, send, receive, group)
 
 
-class Counts:
+class RowCounts:
     """How many rows this rank sends to each expert, and receives from each rank for each of its own; soon on the host,
     too.
 
@@ -55,7 +55,7 @@ class Counts:
         if group.size > 1:
             group.traffic.count(self.tensor[0].nbytes // group.size * (group.size - 1))
         if sent.is_cuda:
-            self._start_beside()
+            self._start_on_side_stream()
         elif group.size > 1:
             self._work = dist.all_to_all_single(self.tensor[1], self.tensor[0], group=group.handle, async_op=True)
 
@@ -83,73 +83,73 @@ class Counts:
         numbers: list[list[int]] = (self._host if self.tensor.is_cuda else self.tensor).tolist()
         return numbers
 
-    def _start_beside(self) -> None:
+    def _start_on_side_stream(self) -> None:
         """On CUDA: exchange and copy on a stream beside the computing one, so that neither host nor device waits."""
-        beside = _stream_beside(self.tensor.device.index)
+        side = _side_stream(self.tensor.device.index)
         self._host = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=True)
         self._ready = torch.cuda.Event()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             if self.group.size > 1:
                 dist.all_to_all_single(self.tensor[1], self.tensor[0], group=self.group.handle)
             self._host.copy_(self.tensor, non_blocking=True)
             self._ready.record()
-        self.tensor.record_stream(beside)
+        self.tensor.record_stream(side)
 
 
 @functools.cache
-def _stream_beside(device: int) -> "torch.cuda.Stream":
+def _side_stream(device: int) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
-class _Way:
+class _Exchange:
     """One exchange of rows, there and, in the backward, back."""
 
     def __init__(self, send: list[int], receive: list[int], group: Group) -> None:
         self.send, self.receive, self.group = send, receive, group
-        self._flying: tuple[dist.Work, Tensor, Tensor] | None = None  # what is sent must live as long as what comes
+        self._pending: tuple[dist.Work, Tensor, Tensor] | None = None  # what is sent must live as long as what comes
 
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         rows = rows.contiguous()
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         work = dist.all_to_all_single(out, rows, receive, send, group=self.group.handle, async_op=True)
         self.group.traffic.count((sum(receive) - receive[self.group.rank]) * out[:1].nbytes)
-        self._flying = work, rows, out
+        self._pending = work, rows, out
         return out
 
     def wait(self) -> Tensor:
-        assert self._flying is not None, "rows were landed twice"
-        work, _, out = self._flying
+        assert self._pending is not None, "rows are waited for once"
+        work, _, out = self._pending
         work.wait()
-        self._flying = None
+        self._pending = None
         return out
 
 
 class _Start(torch.autograd.Function):
-    """Forward: start sending. Backward: wait for the gradients whose sending `_Land` has started."""
+    """Forward: start sending. Backward: wait for the gradients whose sending `_Wait` has started."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:
-        ctx.way = way
-        return way.start(rows, way.send, way.receive)
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(rows, exchange.send, exchange.receive)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.wait(), None
+        return ctx.exchange.wait(), None
 
 
-class _Land(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     """Forward: wait for the rows. Backward: start sending their gradients; what it returns only leads autograd on to
     `_Start`.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:
-        way.wait()
-        ctx.way = way
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        exchange.wait()
+        ctx.exchange = exchange
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.way.start(gradients[0], ctx.way.receive, ctx.way.send)
+        ctx.exchange.start(gradients[0], ctx.exchange.receive, ctx.exchange.send)
         return gradients[0], None

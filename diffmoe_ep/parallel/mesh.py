@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
 
 
@@ -94,13 +93,11 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     if where.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one process per GPU, "
-                "or set DS_ACCELERATOR=cpu to run on the CPU"
+                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} GPUs; start at most one "
+                "process per GPU, or set DS_ACCELERATOR=cpu to run on the CPU"
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
-    else:
-        keep_freed_memory()
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"

@@ -15,7 +15,7 @@ from diffmoe_ep.config import (
     pool_samples,
     tokens_per_expert,
 )
-from diffmoe_ep.model.block import Recompute
+from diffmoe_ep.model.parallelize import Recompute
 
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 

@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 
 from diffmoe_ep.config import Config
-from diffmoe_ep.model.block import Recompute
 from diffmoe_ep.model.count import expert_width
 from diffmoe_ep.model.dit import is_moe
-from diffmoe_ep.moe.experts import Kernel, choose_kernel
+from diffmoe_ep.model.parallelize import Recompute
+from diffmoe_ep.moe.kernels.choose import Kernel, choose_kernel
 from diffmoe_ep.moe.kernels.saved import keeps_cast_weights
 from diffmoe_ep.parallel.buckets import REDUCE_BUCKET, STAGE_0_BUCKET
 from diffmoe_ep.planner.layout import Layout, share

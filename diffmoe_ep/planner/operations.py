@@ -236,7 +236,7 @@ class _Maker:
     def experts(self) -> list[Operation]:
         """Rows to the experts, their networks, and the weighted sum of the answers."""
         load, wide = self.load, expert_width(self.model)
-        inner = saved_elements(load.kernel, self.rows, wide, load.experts, load.device, load.dtype) * self.width
+        inner = saved_elements(load.kernel, self.rows, wide, load.experts) * self.width
         received, answers = self.rows * self.hidden * self.width, self.pairs * self.hidden * self.width
         which = self.indices + self.pairs * FLOAT  # and their weights
         return [

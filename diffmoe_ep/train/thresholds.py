@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import CapacityPredictor
-from diffmoe_ep.moe.layer import LayerReport
+from diffmoe_ep.moe.layer_report import LayerReport
 from diffmoe_ep.parallel.collectives import all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 

@@ -29,7 +29,7 @@ from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import build_sharded, is_expert, widen_pools
+from diffmoe_ep.model.parallelize import apply_compile, build_sharded, is_expert, widen_pools
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import all_gather, all_sum
@@ -295,5 +295,5 @@ def build_model(config: Config, mesh: Mesh) -> DiT:
     channels = config.model.in_channels if config.train.objective == "flow" else None
     model = build_sharded(config, mesh, channels)
     if config.compute.compile:
-        model.compile_parts()
+        apply_compile(model)
     return initialize(widen_pools(model, mesh), config.seed)

@@ -18,9 +18,10 @@ from diffmoe_ep.config import ComputeConfig, ModelConfig, PoolConfig, tokens_per
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
-from diffmoe_ep.moe.experts import Experts, Kernel
+from diffmoe_ep.moe.experts import Experts
+from diffmoe_ep.moe.kernels.choose import Kernel
 from diffmoe_ep.moe.pool import Pools, topk_per_expert
-from diffmoe_ep.moe.routing import Assignment
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.collectives import ALONE, all_sum
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.verify.difference import Difference, compare, largest, over_ranks
@@ -199,8 +200,8 @@ def check_dispatch(mesh: Mesh) -> Difference:
             chosen[:, experts - 1] = True
         tokens.requires_grad_()
         weight.requires_grad_()
-        route = dispatcher.route(Assignment(chosen, weight))
-        mixed = dispatcher.combine(dispatcher.dispatch(tokens, route), route, weight)
+        rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
+        mixed = dispatcher.combine(rows, handle, weight)
         expected = tokens * (weight * chosen).sum(1, keepdim=True)
         name = f"{pattern}, {how}: "
         found.append(compare(f"{name}token of this rank, column", mixed, expected))

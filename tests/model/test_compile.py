@@ -11,6 +11,7 @@ from torch.func import functional_call
 from diffmoe_ep.config import ModelConfig
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
+from diffmoe_ep.model.parallelize import apply_compile, apply_recompute
 
 MODEL = ModelConfig(
     input_size=4, in_channels=2, out_channels=2, hidden_size=16, num_blocks=2, num_heads=2, num_classes=3, num_experts=2
@@ -29,8 +30,8 @@ def busy(model: DiT) -> DiT:
 )
 def test_compiled_blocks_are_the_same(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    plain, compiled = busy(DiT(MODEL)), busy(DiT(MODEL, recompute="block"))
-    compiled.compile_parts()
+    plain, compiled = busy(DiT(MODEL)), apply_recompute(busy(DiT(MODEL)), "block")
+    apply_compile(compiled)
     generator = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(3, 2, 4, 4, generator=generator), torch.rand(3, generator=generator), torch.tensor([0, 1, 3])
     gradients = []

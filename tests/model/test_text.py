@@ -19,7 +19,8 @@ from diffmoe_ep.model.embed import CaptionEmbed
 from diffmoe_ep.model.initialize import initialize
 
 SMALL = ModelConfig(
-    family="diffmoe", condition="text", text_width=6, text_length=5, input_size=6, in_channels=2, out_channels=2, hidden_size=8, num_heads=2,
+    family="diffmoe", condition="text", text_width=6, text_length=5, input_size=6, in_channels=2, out_channels=2,
+    hidden_size=8, num_heads=2,
     num_blocks=2, num_experts=3,
 )  # fmt: skip
 LENGTHS = [3, 0, 5, 1]  # 0 is the null caption

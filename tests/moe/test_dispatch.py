@@ -13,12 +13,12 @@ from torch import Tensor
 from diffmoe_ep.config import ModelConfig, PoolConfig
 from diffmoe_ep.moe import dispatch as dispatching
 from diffmoe_ep.moe.capacity import InferenceRule
-from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch, overlapped
+from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch, handle_of, overlapped
 from diffmoe_ep.moe.experts import Experts
-from diffmoe_ep.moe.layer import MoELayer, SavedRouting
-from diffmoe_ep.moe.permute import pairs_of
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.permute import permutation_of
 from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import Assignment
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import run
@@ -68,17 +68,16 @@ def against_the_dense_sum(rank: int, ep: int) -> None:
     dispatcher, first = dispatcher_of(ep)
     for case in CASES:
         tokens, weight, chosen = problem(case, rank)
-        route = dispatcher.route(Assignment(chosen, weight))
-        rows = dispatcher.dispatch(tokens, route)
-        assert len(route.counts) == N // ep
-        assert sum(route.counts) == len(rows)
-        scale = torch.arange(first + 1.0, first + len(route.counts) + 1, dtype=torch.float64).repeat_interleave(
-            torch.tensor(route.counts)
+        rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
+        assert len(handle.counts) == N // ep
+        assert sum(handle.counts) == len(rows)
+        scale = torch.arange(first + 1.0, first + len(handle.counts) + 1, dtype=torch.float64).repeat_interleave(
+            torch.tensor(handle.counts)
         )
-        mixed = dispatcher.combine(rows * scale[:, None], route, weight)
+        mixed = dispatcher.combine(rows * scale[:, None], handle, weight)
         expected = tokens * (weight * chosen * torch.arange(1.0, N + 1)).sum(1, keepdim=True)
         torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12, msg=lambda text, case=case: f"{case}: {text}")
-        assert route.processed.tolist() == chosen.sum(0).tolist()
+        assert handle.processed.tolist() == chosen.sum(0).tolist()
         slope = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         found = torch.autograd.grad(mixed, [tokens, weight], slope)
         for one, other in zip(found, torch.autograd.grad(expected, [tokens, weight], slope), strict=True):
@@ -95,12 +94,11 @@ def each_is_the_others_backward(rank: int, ep: int) -> None:
     for case in CASES:
         tokens, weight, chosen = problem(case, rank)
         ones = torch.ones_like(weight)
-        route = dispatcher.route(Assignment(chosen, weight))
-        rows = dispatcher.dispatch(tokens, route)
+        rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
         slope = torch.randn(
             rows.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
         ).requires_grad_()
-        back = dispatcher.combine(slope, route, ones)
+        back = dispatcher.combine(slope, handle, ones)
         assert torch.equal(torch.autograd.grad(rows, tokens, slope.detach())[0], back)
         assert torch.equal(torch.autograd.grad(back, slope, tokens.detach())[0], rows)
 
@@ -114,16 +112,16 @@ def in_bf16(rank: int, ep: int) -> None:
     """Rows are bf16, sums are taken in float32: one rounding of the answer, one of the gradient."""
     dispatcher, _ = dispatcher_of(ep)
     tokens, weight, chosen = problem("everybody", rank, torch.bfloat16)
-    route = dispatcher.route(Assignment(chosen, weight))
-    rows = dispatcher.dispatch(tokens, route)
-    mixed = dispatcher.combine(rows, route, weight)
+    routing = dispatcher.prepare(Routing(chosen))
+    rows, handle = dispatcher.dispatch(tokens, routing)
+    mixed = dispatcher.combine(rows, handle, weight)
     assert (rows.dtype, mixed.dtype, weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     expected = tokens.double() * (weight.double() * chosen).sum(1, keepdim=True)
     torch.testing.assert_close(mixed.double(), expected, rtol=2**-8, atol=1e-6)
     gradient = torch.autograd.grad(mixed, weight, torch.ones_like(mixed))[0]
     torch.testing.assert_close(gradient, tokens.float().sum(1, keepdim=True).expand(-1, N), rtol=1e-5, atol=1e-5)
     ones = torch.ones_like(rows)
-    copies = torch.autograd.grad(dispatcher.dispatch(tokens, route), tokens, ones)[0]
+    copies = torch.autograd.grad(dispatcher.dispatch(tokens, routing)[0], tokens, ones)[0]
     assert torch.equal(copies, torch.full_like(tokens, N))
 
 
@@ -135,21 +133,20 @@ def test_bf16_rows_are_summed_in_float32(world: int, ep: int) -> None:
 def test_many_small_answers_are_not_lost_in_bf16() -> None:
     tokens = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     dispatcher, chosen = LocalDispatch(), torch.ones(1, 1000, dtype=torch.bool)
-    route = dispatcher.route(Assignment(chosen, torch.full((1, 1000), 1e-3)))
-    rows = dispatcher.dispatch(tokens, route)
-    assert dispatcher.combine(rows, route, torch.full((1, 1000), 1e-3)).item() == 1.0
+    rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
+    assert dispatcher.combine(rows, handle, torch.full((1, 1000), 1e-3)).item() == 1.0
     assert torch.autograd.grad(rows, tokens, torch.ones_like(rows))[0].item() == 1000
 
 
 @pytest.mark.parametrize("order", [None, [2, 0, 1]])
 def test_pairs_are_listed_as_they_travel(order: list[int] | None) -> None:
     chosen = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    pairs = pairs_of(chosen, 5, None if order is None else torch.tensor(order))
+    permutation = permutation_of(chosen, 5, None if order is None else torch.tensor(order))
     listed = [(token, expert) for expert in order or range(3) for token in range(3) if chosen[token, expert]]
-    assert [divmod(place, 3) for place in pairs.place.tolist()] == listed
-    assert pairs.token.tolist() == [token for token, _ in listed]
-    assert [listed[pair] for pair in pairs.by_token.tolist()] == sorted(listed)
-    assert pairs.first.tolist() == [0, 2, 2]
+    assert [divmod(place, 3) for place in permutation.flat_index.tolist()] == listed
+    assert permutation.token.tolist() == [token for token, _ in listed]
+    assert [listed[pair] for pair in permutation.by_token.tolist()] == sorted(listed)
+    assert permutation.offsets.tolist() == [0, 2, 2]
 
 
 # -- in parts that overlap ---------------------------------------------------------------------------------------------
@@ -179,12 +176,14 @@ def in_parts(rank: int, ep: int) -> None:
         results = []
         for chunks in (1, 1, 2, 3, 4, 4, 99):
             dispatcher = AllToAllDispatch(group, chunks)
-            route = dispatcher.route(Assignment(chosen, weight))
+            routing = dispatcher.prepare(Routing(chosen))
             if chunks == 1:
-                mixed = dispatcher.combine(experts(dispatcher.dispatch(tokens, route), route.counts), route, weight)
+                rows, handle = dispatcher.dispatch(tokens, routing)
+                mixed = dispatcher.combine(experts(rows, handle.counts), handle, weight)
             else:
-                assert len(route.parts) == min(chunks, N // ep)
-                mixed = overlapped(experts, tokens, route, weight)
+                handle = handle_of(routing)
+                assert len(handle.chunks) == min(chunks, N // ep)
+                mixed = overlapped(experts, tokens, handle, weight)
             slope = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
             results.append(
                 [mixed.detach(), *torch.autograd.grad(mixed, [tokens, weight, *experts.parameters()], slope)]
@@ -202,20 +201,20 @@ def test_parts_give_the_same_bits(world: int, ep: int) -> None:
 def in_flight_at_once(rank: int) -> list[str]:
     """The order in which exchanges start and land, with two chunks, forward and backward."""
     group, told = init_mesh(2, 1, 1.0).expert, []
-    way = dispatching.start_all_to_all.__globals__["_Way"]
-    start, wait = way.start, way.wait
-    way.start = lambda self, *args: (told.append("start"), start(self, *args))[1]
-    way.wait = lambda self: (told.append("land"), wait(self))[1]
+    exchange = dispatching.start_all_to_all.__globals__["_Exchange"]
+    start, wait = exchange.start, exchange.wait
+    exchange.start = lambda self, *args: (told.append("start"), start(self, *args))[1]
+    exchange.wait = lambda self: (told.append("land"), wait(self))[1]
     try:
         tokens, weight, chosen = problem("ragged", rank, hidden=WIDE)
         experts = experts_of(group.rank * N // 2, N // 2, torch.float64, "loop")
         compute = experts.forward
         experts.forward = lambda rows, counts: (told.append("compute"), compute(rows, counts))[1]  # type: ignore[method-assign]
-        mixed = overlapped(experts, tokens, AllToAllDispatch(group, 2).route(Assignment(chosen, weight)), weight)
+        mixed = overlapped(experts, tokens, handle_of(AllToAllDispatch(group, 2).prepare(Routing(chosen))), weight)
         told.append("backward")
         mixed.sum().backward()
     finally:
-        way.start, way.wait = start, wait
+        exchange.start, exchange.wait = start, wait
     return told
 
 
@@ -271,16 +270,22 @@ def costs(rank: int, ep: int) -> None:
             layer.pools = Pools(None, mesh.pool)
         layer.train(training).rule = InferenceRule("threshold", 0.5)
         layer.dispatcher = AllToAllDispatch(mesh.expert, chunks)
-        kept, traffic, row = SavedRouting(), mesh.expert.traffic, 64 * 4
+        saved: list[Routing] = []
+        traffic, row = mesh.expert.traffic, 64 * 4
         traffic.reset()
-        layer(torch.randn(16, 16, 64, generator=torch.Generator().manual_seed(rank)), kept)
-        assert kept.choice is not None
+        with layer.reuse_routing(saved):
+            layer(torch.randn(16, 16, 64, generator=torch.Generator().manual_seed(rank)))
+        handle = handle_of(saved[0])
         elsewhere = torch.ones(8, dtype=torch.bool).view(ep, -1)
         elsewhere[mesh.expert.rank] = False
-        home = int(kept.choice.route.chosen.sum(0)[elsewhere.flatten()].sum()) * row
-        parts = kept.choice.route.parts
+        home = int(handle.chosen.sum(0)[elsewhere.flatten()].sum()) * row
         here = (
-            sum(count for part in parts for sender, count in enumerate(part.receive) if sender != mesh.expert.rank)
+            sum(
+                count
+                for chunk in handle.chunks
+                for sender, count in enumerate(chunk.receive)
+                if sender != mesh.expert.rank
+            )
             * row
         )
         assert home + here <= traffic.received <= 1.02 * (home + here), (family, training, chunks)
@@ -317,11 +322,12 @@ def known_before_asking(rank: int) -> None:
         dispatcher = AllToAllDispatch(group)
         chosen = torch.zeros(6, N, dtype=torch.bool)
         chosen[: 2 * (rank % pool)] = True  # 0, 2, ... rows of each rank: ragged splits, but one sum
-        route = dispatcher.route(Assignment(chosen, chosen.double(), taken=pool * (pool - 1), ranks=pool))
+        routing = dispatcher.prepare(Routing(chosen, tokens_per_expert=pool * (pool - 1), ranks=pool))
         before = group.traffic.syncs
-        assert list(route.counts) == [4 // pool * pool * (pool - 1)] * 2
+        assert list(handle_of(routing).counts) == [4 // pool * pool * (pool - 1)] * 2
         assert group.traffic.syncs == before
-        assert len(dispatcher.dispatch(torch.ones(6, D), route)) == sum(route.counts)
+        rows, handle = dispatcher.dispatch(torch.ones(6, D), routing)
+        assert len(rows) == sum(handle.counts)
         assert group.traffic.syncs == before + 1
     wide = AllToAllDispatch(Group(2, rank % 2, group.handle))
     assert wide.group.size % 4  # a pool wider than the expert group says nothing of one group's rows

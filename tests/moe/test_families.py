@@ -16,7 +16,7 @@ from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import balance_loss, choices, choose_by_token
+from diffmoe_ep.moe.routing import balance_loss, choices_per_pool, route_by_token
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world, pool_ranks
 from ranks import run
 
@@ -130,7 +130,7 @@ def test_inference_without_a_rule_of_ones_own(family: str) -> None:
 
 
 def test_equal_scores_go_to_the_first_expert() -> None:
-    assert choose_by_token(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4]]), 1).chosen.tolist() == [
+    assert route_by_token(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4]]), 1).chosen.tolist() == [
         [True, False, False, False], [False, True, False, False],
     ]  # fmt: skip
 
@@ -140,17 +140,17 @@ def test_balance_loss(pool: int | None) -> None:
     scores = torch.softmax(
         torch.randn(32, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1
     ).requires_grad_()
-    chosen = choose_by_token(scores, 2).chosen
+    chosen = route_by_token(scores, 2).chosen
     size, expected = pool or 32, torch.zeros((), dtype=torch.float64)
     for first in range(0, 32, size):
         for e in range(4):
             f = chosen[first : first + size, e].sum() / (size * 2)
             expected = expected + 4 * f * scores[first : first + size, e].mean() / (32 // size)
-    found = balance_loss(scores, choices(chosen, Pools(pool)))
+    found = balance_loss(scores, choices_per_pool(chosen, Pools(pool)))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, scores)[0], torch.autograd.grad(expected, scores)[0])
     uniform = torch.full((8, 4), 0.25)
-    perfect = choices(torch.eye(4, dtype=torch.bool).repeat(2, 1), Pools())
+    perfect = choices_per_pool(torch.eye(4, dtype=torch.bool).repeat(2, 1), Pools())
     assert balance_loss(uniform, perfect).item() == pytest.approx(1.0)
 
 
@@ -174,7 +174,8 @@ def on_ranks(rank: int, family: str, ep: int, span: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("family", "world", "ep", "span"), [
-    ("tc", 2, 2, "all"), ("tc, two experts", 4, 2, 4), ("ec", 2, 2, "all"), ("shared", 4, 4, "all"), ("fine-grained", 2, 2, 4),
+    ("tc", 2, 2, "all"), ("tc, two experts", 4, 2, 4), ("ec", 2, 2, "all"), ("shared", 4, 4, "all"),
+    ("fine-grained", 2, 2, 4),
 ])  # fmt: skip
 def test_ranks_do_what_one_rank_does(family: str, world: int, ep: int, span: Any) -> None:
     """Law 1 for every family: outputs, balance loss and gradients to 1e-12."""

@@ -17,7 +17,7 @@ from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.layer import MoELayer
-from diffmoe_ep.moe.routing import Assignment
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world, pool_ranks
 from ranks import run
@@ -187,11 +187,11 @@ def test_identity_experts_give_the_gate_sum(density: float, dispatcher: Any) -> 
     tokens = torch.randn(10, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(10, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     chosen = torch.rand(10, 4, generator=generator) < density
-    route = dispatcher.route(Assignment(chosen, weight))
-    mixed = dispatcher.combine(dispatcher.dispatch(tokens, route), route, weight)
+    rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
+    mixed = dispatcher.combine(rows, handle, weight)
     expected = tokens * (weight * chosen).sum(1, keepdim=True)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-13)
-    assert list(route.counts) == chosen.sum(0).tolist()
+    assert list(handle.counts) == chosen.sum(0).tolist()
     for one, other in zip(
         torch.autograd.grad(mixed.square().sum(), [tokens, weight]),
         torch.autograd.grad(expected.square().sum(), [tokens, weight]),
@@ -286,9 +286,8 @@ def lopsided(rank: int, wanted_by: list[int]) -> Tensor:
     chosen[:, wanted_by] = True
     dispatcher = AllToAllDispatch(mesh.expert)
     weight = torch.full((len(tokens), 8), 0.5, dtype=torch.float64)
-    route = dispatcher.route(Assignment(chosen, weight))
-    rows = dispatcher.dispatch(tokens, route)
-    return dispatcher.combine(rows * (1 + mesh.expert.rank), route, weight) - 0.5 * tokens * sum(
+    rows, handle = dispatcher.dispatch(tokens, dispatcher.prepare(Routing(chosen)))
+    return dispatcher.combine(rows * (1 + mesh.expert.rank), handle, weight) - 0.5 * tokens * sum(
         1 + expert // 2 for expert in wanted_by
     )
 

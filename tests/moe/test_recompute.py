@@ -1,5 +1,6 @@
 """Activation recomputation: the same bits from less memory, by the choice that was made, which is never made twice."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor
 from diffmoe_ep.config import Config, ModelConfig, PoolConfig
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.model.dit import DiT
-from diffmoe_ep.model.parallelize import shard_experts, widen_pools
+from diffmoe_ep.model.parallelize import apply_recompute, shard_experts, widen_pools
 from diffmoe_ep.moe import layer as layers
 from diffmoe_ep.moe.capacity import CapacityPredictor
-from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
-from diffmoe_ep.moe.layer import Choice, MoELayer, SavedRouting
+from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch, handle_of
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.thresholds import predictors_of
@@ -40,7 +42,8 @@ AGAIN = ["ffn", "block"]
 def make(
     model: ModelConfig, span: Any = "all", compute: torch.dtype | None = None, dtype: torch.dtype = torch.float64
 ) -> DiT:
-    made = DiT(model, PoolConfig(span=span), compute).to(dtype)
+    made = DiT(model, PoolConfig(span=span)).to(dtype)
+    made.compute_type = compute
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     return made
@@ -56,7 +59,7 @@ def pass_through(
     model: DiT, recompute: Any, given: tuple[Tensor, Tensor, Tensor], between: Callable[[], None] | None = None
 ) -> list[Tensor]:
     """Prediction, auxiliary loss, what each layer reports and all gradients."""
-    model.recompute = recompute
+    apply_recompute(model, recompute)
     output = model(*given)
     if between is not None:
         between()
@@ -98,7 +101,7 @@ def test_the_same_bits(family: str, dtype: torch.dtype, compute: torch.dtype | N
 @pytest.mark.parametrize("recompute", AGAIN)
 def test_without_gradient_nothing_is_kept(recompute: Any) -> None:
     model, given = make(SMALL), inputs()
-    model.recompute = recompute
+    apply_recompute(model, recompute)
     with torch.no_grad():
         assert torch.equal(model(*given).prediction, model.eval().train()(*given).prediction)
         model.eval()
@@ -110,19 +113,18 @@ def test_without_gradient_nothing_is_kept(recompute: Any) -> None:
 
 def drifting() -> Any:
     """A selection that would choose otherwise if it were asked again: each call rolls the scores on by one token."""
-    calls, choose = [0], layers.choose_by_pool
+    calls, choose = [0], layers.route_by_pool
 
     def drift(scores: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        assignment, selection = choose(scores.roll(calls[0], 0), *args, **kwargs)
-        return dataclasses.replace(assignment, weight=scores), selection
+        return choose(scores.roll(calls[0], 0), *args, **kwargs)
 
-    return mock.patch.object(layers, "choose_by_pool", drift)
+    return mock.patch.object(layers, "route_by_pool", drift)
 
 
 def choosing_anew() -> Any:
     """The planted fault: the second forward chooses again."""
-    return mock.patch.object(SavedRouting, "once", lambda self, choose: choose())
+    return mock.patch.object(MoELayer, "reuse_routing", return_value=contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("recompute", AGAIN)
@@ -139,11 +141,11 @@ def test_a_choice_that_would_differ_is_not_repeated(recompute: str) -> None:
 @pytest.mark.parametrize("recompute", AGAIN)
 @pytest.mark.parametrize("family", ["diffmoe", "ec", "tc", "shared"])
 def test_the_second_forward_goes_the_first_ones_way(family: str, recompute: str) -> None:
-    """One route a layer for two dispatches of it; and what a layer kept is small beside one of its activations."""
+    """One routing of a layer for two dispatches of it; and what a layer kept is small beside one of its activations."""
     model, routes, used = make(FAMILIES[family]), [], []
-    route, dispatch = LocalDispatch.route, LocalDispatch.dispatch
+    prepare, dispatch = LocalDispatch.prepare, LocalDispatch.dispatch
     with (
-        mock.patch.object(LocalDispatch, "route", lambda self, a: routes.append(route(self, a)) or routes[-1]),
+        mock.patch.object(LocalDispatch, "prepare", lambda self, a: routes.append(prepare(self, a)) or routes[-1]),
         mock.patch.object(
             LocalDispatch, "dispatch", lambda self, tokens, way: used.append(way) or dispatch(self, tokens, way)
         ),
@@ -198,7 +200,7 @@ def saved_bytes(blocks: int, recompute: Any) -> int:
         inputs(8, torch.float32),
         {},
     )
-    model.recompute = recompute
+    apply_recompute(model, recompute)
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ def saved_bytes(blocks: int, recompute: Any) -> int:
     checkpoint = torch.utils.checkpoint.checkpoint
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        mock.patch("diffmoe_ep.model.block.checkpoint", inputs_of),
+        mock.patch("diffmoe_ep.model.parallelize.checkpoint", inputs_of),
     ):
         output = model(*given)
     total = sum(size for size, _ in held.values())
@@ -239,19 +241,21 @@ def test_memory_falls_to_the_blocks_inputs() -> None:
 
 
 def test_what_is_kept_of_a_choice_is_small() -> None:
-    layer, kept, wide = MoELayer(dataclasses.replace(SMALL, hidden_size=384), PoolConfig()), SavedRouting(), 384 * 4
+    layer, wide = MoELayer(dataclasses.replace(SMALL, hidden_size=384), PoolConfig()), 384 * 4
+    saved: list[Routing] = []
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1)
-    layer(torch.randn(4, 16, 384), kept)
-    assert isinstance(kept.choice, Choice)
-    route = kept.choice.route
+    with layer.reuse_routing(saved):
+        layer(torch.randn(4, 16, 384))
+    handle = handle_of(saved[0])
+    permutation = handle.permutation
     indices = [
-        route.chosen,
-        route.processed,
-        route.pairs.token,
-        route.pairs.place,
-        route.pairs.by_token,
-        route.pairs.first,
+        handle.chosen,
+        handle.processed,
+        permutation.token,
+        permutation.flat_index,
+        permutation.by_token,
+        permutation.offsets,
     ]
     assert sum(tensor.nbytes for tensor in indices) <= 0.05 * 4 * 16 * wide
 
@@ -277,10 +281,10 @@ def trained(rank: int, given: Config, recompute: str, overlap: int = 1) -> dict[
     with mock.patch.object(training, "initialize", busy(0.1)), mock.patch.object(CapacityPredictor, "forward", watch):
         mesh = training.start_mesh(given)
         trainer = training.Trainer(given, mesh, Mixture.open(given.data))
-        trainer.model.recompute = recompute  # type: ignore[assignment]
+        apply_recompute(trainer.model, recompute)  # type: ignore[arg-type]
         for layer in trainer.model.moe_layers():
             if isinstance(layer.dispatcher, AllToAllDispatch):
-                layer.dispatcher.chunks = overlap
+                layer.dispatcher.num_chunks = overlap
         backward = trainer.engine.backward
 
         def flagged(loss: Tensor) -> None:

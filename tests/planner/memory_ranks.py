@@ -41,8 +41,8 @@ def built(config: Config) -> tuple[DiT, Mesh]:
     local = config.train.micro_step_samples // launched_world()
     ranks = pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
     mesh = init_mesh(config.parallel.expert_parallel, ranks, 5)
-    compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
-    model = DiT(config.model, config.pool, compute_type, config.compute.recompute)
+    model = DiT(config.model, config.pool)
+    model.compute_type = torch.bfloat16 if config.train.precision == "bf16" else None
     apply_compute(model, config.compute)
     initialize(widen_pools(shard_experts(model, mesh), mesh), 0)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from diffmoe_ep.config import Config, ConfigError, from_tree, keys, load, to_tre
 from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.moe.capacity import InferenceRule
+from diffmoe_ep.moe.kernels import onednn
 from diffmoe_ep.planner.plan import Plan, plan
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def counted(model: DiT, backward: bool = False) -> Counter[str]:
     config = model.config
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, config.in_channels, config.input_size, config.input_size, generator=generator)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=onednn.flop_formulas())
     text = CaptionFeatures(
         torch.randn(BATCH, config.text_length, config.text_width, generator=generator), torch.arange(BATCH)
     )

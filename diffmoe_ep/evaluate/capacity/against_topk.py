@@ -10,9 +10,9 @@ from torch import Tensor
 from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_predictor, num_tokens, tokens_per_expert
 from diffmoe_ep.evaluate.capacity.sample_fn import Requested, SampleFn
 from diffmoe_ep.model.dit import DiT
-from diffmoe_ep.moe.dispatch import Dispatch, Route
-from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import Assignment, choose_by_pool
+from diffmoe_ep.moe.layer import MoELayer
+from diffmoe_ep.moe.pool import Pools, topk_per_expert
+from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.collectives import collect_objects
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.sample import Samples
@@ -50,33 +50,22 @@ def _shared(counts: Tensor) -> Tensor:
 
 
 class _Watch:
-    """Stands before a layer's dispatcher and counts, sample by sample, what the layer chose and what a top-k would
-    have.
-    """
+    """Stands before a layer's `route` and counts, sample by sample, what the layer chose and what a top-k would have."""
 
-    def __init__(self, inner: Dispatch, tokens: int, k: int, counts: Tensor) -> None:
-        self.inner, self.pools, self.k = inner, Pools(tokens), k
-        self.compiled = inner.compiled
+    def __init__(self, layer: MoELayer, tokens: int, k: int, counts: Tensor) -> None:
+        self.route, self.pools, self.k = layer.route, Pools(tokens), k
         self.counts = counts  # (steps, 3) a layer's part of AgainstTopK.counts
         self.step = 0
 
-    def route(self, assignment: Assignment) -> Route:
-        """See `Dispatch.route`."""
-        if assignment.chosen.shape[0]:
-            ours = assignment.chosen
-            theirs = choose_by_pool(assignment.weight, self.k, self.pools)[0].chosen
+    def __call__(self, scores: Tensor, logits: Tensor | None) -> Routing:
+        """See `MoELayer.route`."""
+        routing = self.route(scores, logits)
+        if scores.shape[0]:
+            ours, theirs = routing.chosen, topk_per_expert(scores, self.k, self.pools).chosen
             self.counts[self.step] += (
                 torch.stack([chosen.sum() for chosen in (ours, theirs, ours & theirs)]).double().cpu()
             )
-        return self.inner.route(assignment)
-
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """See `Dispatch.dispatch`."""
-        return self.inner.dispatch(tokens, route)
-
-    def combine(self, rows: Tensor, route: Route, weight: Tensor) -> Tensor:
-        """See `Dispatch.combine`."""
-        return self.inner.combine(rows, route, weight)
+        return routing
 
 
 @contextlib.contextmanager
@@ -84,16 +73,15 @@ def _watched(module: DiT, k: int, counts: Tensor) -> Iterator[list[_Watch]]:
     """Count each layer's choices into counts (steps, layers, 3) for as long as it lasts."""
     layers = module.moe_layers()
     watches = [
-        _Watch(layer.dispatcher, num_tokens(module.config), k, part)
-        for layer, part in zip(layers, counts.unbind(1), strict=True)
+        _Watch(layer, num_tokens(module.config), k, part) for layer, part in zip(layers, counts.unbind(1), strict=True)
     ]
     for layer, watch in zip(layers, watches, strict=True):
-        layer.dispatcher = watch
+        layer.route = watch  # type: ignore[method-assign]
     try:
         yield watches
     finally:
-        for layer, watch in zip(layers, watches, strict=True):
-            layer.dispatcher = watch.inner
+        for layer in layers:
+            del layer.route  # the method again
 
 
 @contextlib.contextmanager

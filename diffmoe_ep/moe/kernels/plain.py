@@ -1,5 +1,5 @@
 """Ways to apply N stacked feed-forward networks to rows that are grouped by expert; `loop` is the reference, all others
-give its numbers.
+return its numbers.
 
 Legend: N experts, D hidden size, F width of an expert, R rows.
 
@@ -38,38 +38,38 @@ def batched(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
         stacked = pad_sequence(rows.split(list(counts)), batch_first=True)
     hidden = F.gelu(torch.baddbmm(b1[:, None], stacked, w1), approximate="tanh")
     out = torch.baddbmm(b2[:, None], hidden, w2)
-    return (
-        out.flatten(0, 1)
-        if even(counts)
-        else torch.cat([part[:count] for part, count in zip(out.unbind(), counts, strict=True)])
-    )
+    if even(counts):
+        return out.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(out.unbind(), counts, strict=True)])
 
 
 def grouped(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     """One grouped matmul for all experts, however ragged."""
-    kind = compute_type(rows)
-    reason = cannot_group(kind, rows.shape[1], weights[0].shape[2])
+    dtype = compute_type(rows)
+    reason = cannot_group(dtype, rows.shape[1], weights[0].shape[2])
     if reason:
         raise ConfigError(f"compute.kernel grouped: {reason}; set compute.kernel=auto")
-    w1, b1, w2, b2 = (weight.to(kind) for weight in weights)  # autocast does not know this matmul
-    rows = rows.to(kind)
+    w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)  # autocast does not know this matmul
+    rows = rows.to(dtype)
     numbers = torch.tensor(counts, dtype=torch.int32, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
     ends = numbers.cumsum(0, dtype=torch.int32)
     # Which expert each row belongs to, as a 0/1 matrix: biases by a matmul, so that their gradients are summed in a
     # fixed order.
     mine = torch.arange(len(counts), device=rows.device).repeat_interleave(numbers, output_size=rows.shape[0])
-    member = F.one_hot(mine, len(counts)).to(kind)  # (R, N)
+    member = F.one_hot(mine, len(counts)).to(dtype)  # (R, N)
     with torch.autocast(rows.device.type, enabled=False):
         hidden = F.gelu(_contiguous_gradient(grouped_mm(rows, w1, offs=ends)) + member @ b1, approximate="tanh")
         return _contiguous_gradient(grouped_mm(hidden, w2, offs=ends)) + member @ b2
 
 
-def cannot_group(kind: torch.dtype, hidden: int, width: int) -> str | None:
+def cannot_group(dtype: torch.dtype, hidden: int, width: int) -> str | None:
     """Why torch's grouped matmul cannot run in this type at these sizes; None when it can."""
-    if kind not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"torch's grouped matmul computes in bfloat16, float16 and float32, not in {str(kind).removeprefix('torch.')}"
-    if hidden * kind.itemsize % 16 or width * kind.itemsize % 16:
-        return f"torch's grouped matmul reads 16 bytes at a time, and rows of {hidden} and {width} numbers of {kind.itemsize} bytes do not fit"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        return f"torch's grouped matmul computes in bfloat16, float16 and float32, not in {name}"
+    if hidden * dtype.itemsize % 16 or width * dtype.itemsize % 16:
+        sizes = f"rows of {hidden} and {width} numbers of {dtype.itemsize} bytes"
+        return f"torch's grouped matmul reads 16 bytes at a time, and {sizes} do not fit"
     return None
 
 

@@ -1,17 +1,13 @@
-"""What each expert kernel keeps for the backward: the planner asks here."""
-
-import torch
-
-from diffmoe_ep.moe.kernels.fused import keeps_all
+"""What each expert kernel saves for the backward: the planner asks here."""
 
 
-def saved_elements(kernel: str, rows: int, width: int, experts: int, device: str, dtype: torch.dtype) -> int:
-    """Elements of the compute type that a kernel keeps between its two matmuls, for `rows` rows of `experts` experts.
+def saved_elements(kernel: str, rows: int, width: int, experts: int) -> int:
+    """Elements of the compute type that a kernel saves between its two matmuls, for `rows` rows of `experts` experts.
 
-    All keep (R, F) before and after GELU, but for `fused`, which computes the second again where it is not small;
-    `grouped` also keeps which expert each row is of, (R, E).
+    All save (R, F) before and after GELU, but for `fused`, which computes the second again; `grouped` also saves which
+    expert each row is of, (R, E).
     """
-    if kernel == "fused" and not keeps_all(rows, width, device, dtype):
+    if kernel == "fused":
         return rows * width
     return 2 * rows * width + (rows * experts if kernel == "grouped" else 0)
 

@@ -3,10 +3,10 @@ may still take.
 
 Legend: S tokens on each rank, C columns, N of them experts, W ranks, P = W S tokens in the pool.
 
-All get the same arguments and give the same bits: columns (C, S), the experts' first, without NaN and with +0 for -0;
-ranks (C,), a k for each column. The order is total: value descending, then rank and token ascending. So of the values
-equal to the k-th, the earlier ranks' are taken first, up to k in all: that is a rank's `tie_quota`, which may be more than
-it has, or negative for none.
+All are called with the same arguments and return the same bits: columns (C, S), the experts' first, without NaN and
+with +0 for -0; k, one number or one for each column (C,). The order is total: value descending, then rank and token
+ascending. So of the values equal to the k-th, the earlier ranks' are taken first, up to k in all: that is a rank's
+`tie_quota`, which may be more than it has, or negative for none.
 
 gather  every rank gets all scores and sorts for itself: the simple reference
 owner   the columns are shared out; their owners get all scores of them and send back what each rank must know
@@ -15,7 +15,7 @@ radix   the k-th key is found byte by byte from histograms that are summed over 
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from diffmoe_ep.moe.topk.cost import BINS, Algorithm
 from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_all
 
 
-@dataclass(frozen=True)
-class KthValue:
+class KthValue(NamedTuple):
     """What a rank must know to choose among its own tokens."""
 
     kth_value: Tensor  # (C, ...) the k-th largest value of each column; +inf where k is 0
@@ -34,7 +33,7 @@ class KthValue:
 
 
 def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
-    """Find the bound from all ranks' scores."""
+    """Find the k-th values from all ranks' scores."""
     tokens = columns.shape[1]
     pooled = all_gather(columns, group).view(group.size, *columns.shape)  # (W, C, S)
     pooled = pooled.transpose(0, 1).flatten(1)  # (C, P)
@@ -45,8 +44,8 @@ def search_gather(columns: Tensor, k: int | Tensor, experts: int, group: Group) 
 
 
 def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
-    """Find the bound where the columns are owned, each rank a run of them; some none, where there are more ranks than
-    columns.
+    """Find the k-th values where the columns are owned, each rank a run of them; some none, where there are more ranks
+    than columns.
     """
     num_columns, tokens = columns.shape
     starts = [num_columns * rank // group.size for rank in range(group.size + 1)]
@@ -69,7 +68,7 @@ def search_owner(columns: Tensor, k: int | Tensor, experts: int, group: Group) -
 
 
 def search_radix(columns: Tensor, k: int | Tensor, experts: int, group: Group) -> KthValue:
-    """Find the bound's key from its highest byte down: the k-th largest lies where the counts, from the top, first
+    """Find the k-th value's key from its highest byte down: the k-th largest lies where the counts, from the top, first
     reach k.
     """
     keys = ordered_keys(columns)  # (C, S)
