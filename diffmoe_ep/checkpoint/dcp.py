@@ -147,12 +147,12 @@ class FragmentLoadPlanner(LoadPlanner):
                 self.targets.append(box.view(fragment.data))
             if numel != fragment.data.numel():
                 raise ValueError(
-                    f"it has {numel} of the {fragment.data.numel()} elements of {fragment.name} that are asked for"
+                    f"it has {numel} of the {fragment.data.numel()} elements of {fragment.name} that are requested"
                 )
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Each rank reads what it asked for."""
+        """Each rank reads what it requested."""
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:

@@ -69,8 +69,8 @@ def import_published(
 ) -> Path:
     """Read a published checkpoint into a new folder that `load_model` reads, and return that folder.
 
-    The tensors' shapes tell the sizes; `heads` cannot be told, nor `input_size` of a file without positions, nor what a
-    model was trained to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the
+    The sizes follow from the tensors' shapes; `heads` does not, nor `input_size` of a file without positions, nor what
+    a model was trained to predict (`objective`). weights: which of the two sets; both: keep the other one too, for the
     way back. Raises CheckpointError.
     """
     where = str(file)
@@ -198,7 +198,7 @@ def _config(
     weights: Weights,
     objective: str,
 ) -> Config:
-    """The config that the shapes tell, with what was asked for; raises CheckpointError."""
+    """The config that follows from the shapes, with what was requested; raises CheckpointError."""
     hidden, in_channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
     features, _ = _shape(tensors, "final_layer.linear.weight", 2, where)
     rows, _ = _shape(tensors, "y_embedder.embedding_table.weight", 2, where)

@@ -291,7 +291,8 @@ def _sha256(path: Path) -> str:
 
 
 def _damaged(folder: Path, name: str) -> str:
-    return f"{folder} is damaged: its file {name} is not as it was saved (by {SUMS}). Use another checkpoint or a sound copy"
+    remedy = "Use another checkpoint or a sound copy"
+    return f"{folder} is damaged: its file {name} is not as it was saved (by {SUMS}). {remedy}"
 
 
 def _metadata(folder: Path) -> Metadata:

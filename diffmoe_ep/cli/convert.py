@@ -15,7 +15,7 @@ class Import:
 
     published: Path = required("its checkpoint", "FILE.pt")
     out: Path = required("new folder, which load_model reads")
-    heads: int | None = option(None, "attention heads, which a checkpoint does not tell")
+    heads: int | None = option(None, "attention heads, which a checkpoint does not hold")
     input_size: int | None = option(None, "height of the latent, if the checkpoint has no positions")
     weights: Literal["ema", "model"] = option("ema", "which set to load")
     objective: Literal["flow", "ddpm"] = option("flow", "what it was trained to predict")

@@ -11,7 +11,7 @@ from diffmoe_ep.config.names import answer, meant_by
 
 ROLES = {
     "identity": "what is computed, or which data in which order; a resume with another value is refused",
-    "recipe": "may change at a resume, for the steps that follow; told, and kept with the run",
+    "recipe": "may change at a resume, for the steps that follow; printed, and kept with the run",
     "execution": "how the same numbers are computed; a change passes in silence",
     "reporting": "what is written, and how samples are drawn; a change passes in silence",
 }

@@ -113,7 +113,7 @@ def _default(declared: _Declared) -> Any:
 
 
 def _help(declared: _Declared, inner: Any) -> str:
-    """The help, with the default where there is one to tell and the help does not tell it."""
+    """The help, with the default where there is one and the text does not say it."""
     tells = declared.default in (None, MISSING, (), "") or inner is bool or "default" in declared.text
     text = declared.text.replace("%", "%%")
     return text if tells else f"{text} (default {declared.default})"

@@ -42,7 +42,7 @@ def _words(options: Options) -> list[str]:
 
 
 def _asked(options: Options, samples: int, words: list[str], config: Config) -> "Tensor | list[str]":
-    """Labels or prompts, as the model takes them; ConfigError where the command gives the other kind, or none."""
+    """Labels or prompts, as the model takes them; ConfigError where the command names the other kind, or none."""
     from diffmoe_ep.sampling.sample import check_labels, classes_in_turn
 
     if config.model.condition == "text":

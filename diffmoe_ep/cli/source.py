@@ -103,7 +103,7 @@ def encoded(source: Source, mesh: "Mesh", words: Sequence[str]) -> "Prompts":
             )
             for line in said:
                 print(f"diffmoe: {line}", file=sys.stderr)
-        except ValueError as error:  # ConfigError: told on all ranks
+        except ValueError as error:  # ConfigError: agreed over all ranks
             problem = str(error)
     mesh.agree(problem)
     shared = mesh.same(found)
@@ -195,7 +195,7 @@ def numbers(text: str) -> list[int]:
 
 
 def images(source: Source, drawn: "Samples", negative: str | None) -> dict[str, Any]:
-    """What each image was asked for: with its prompt and seed alone it can be drawn again."""
+    """The prompt and seed of each image: with its prompt and seed alone it can be drawn again."""
     images = [{"prompt": text, "seed": source.seed + number} for number, text in enumerate(drawn.prompts)]
     return {**protocol(source), "negative": negative, "images": images}
 

@@ -1,7 +1,7 @@
 """How a key is declared: default, manual line, limits, and its role: what a change of it means for a run that goes on.
 
 identity    what is computed, or which data in which order: another value is another run, a resume refuses it
-recipe      may change at a resume and changes the steps that follow: told, and kept with the run
+recipe      may change at a resume and changes the steps that follow: printed, and kept with the run
 execution   how the same numbers are computed, and by what means the data come: passes in silence
 reporting   what is written, where and how often; how samples are drawn: passes in silence
 """

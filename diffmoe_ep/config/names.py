@@ -146,7 +146,7 @@ MEANINGS = {
     ),
 }
 
-# What is asked for and is no key.
+# What is looked for and is no key.
 EXPLAINED = {
     "epochs max_epochs num_epochs num_train_epochs n_epochs": "there is none, a run is counted in steps: set "
     "train.steps to epochs * samples of the dataset / train.global_batch",

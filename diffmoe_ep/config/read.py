@@ -57,9 +57,7 @@ def read_section(path: str | Path, kind: type[T]) -> T:
     needed = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING]  # type: ignore[arg-type]
     missing = [name for name in needed if name not in tree]
     try:
-        if missing and set(tree) <= set(
-            get_type_hints(kind)
-        ):  # an unknown key is told first: it may be a missing one, misspelt
+        if missing and set(tree) <= set(get_type_hints(kind)):  # an unknown key comes first: it may be a missing one
             raise ConfigError(f"lacks {', '.join(missing)}; the keys are {', '.join(get_type_hints(kind))}")
         built = _build(kind, tree, "")
         _check_limits(built, "")
