@@ -40,7 +40,7 @@ def test_identity_is_refused_recipe_is_told_and_kept_execution_passes(digits: Pa
         "train.steps=4",
         "train.optimizer.lr=1e-4",
         "parallel.zero_stage=2",
-        "data.workers=1",
+        "data.prefetch=2",
         "compute.kernel=loop",
     )
     code, _, err = run(1, call, *train(digits, folder, *more))[0]
