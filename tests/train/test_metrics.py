@@ -11,9 +11,10 @@ import torch
 from diffmoe_ep.config import Config, ConfigError, TrainConfig
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.planner.plan import plan
 from diffmoe_ep.train import metrics as measuring
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.metrics import Clock, TrafficMeter
+from diffmoe_ep.train.metrics import Clock, TrafficMeter, Utilization, peak_memory, peak_tflops
 from diffmoe_ep.train.progress import Progress, duration
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from ranks import run
@@ -160,3 +161,31 @@ def test_the_meter_counts_training_steps_alone() -> None:
     }  # fmt: skip
     assert set(meter.lap().values()) == {0.0}
     assert TrafficMeter(Mesh()).lap() == {}
+
+
+def test_utilization_is_the_plans_flops_over_the_peak_of_all_ranks() -> None:
+    given = Config()
+    mesh = Mesh(world=Group(4))
+    assert Utilization(given, mesh).of(100.0) == {}  # a CPU's peak is not known
+    with mock.patch.object(measuring, "peak_tflops", return_value=989.0):
+        found = Utilization(given, mesh).of(100.0)
+    assert found == {"mfu": pytest.approx(plan(given).training * 100 / (4 * 989e12))}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H20", 148),
+     ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("Another", 0)],
+)  # fmt: skip
+def test_peaks_are_known_by_the_device_s_name(name: str, peak: float) -> None:
+    with mock.patch.object(torch.cuda, "get_device_name", return_value=name):
+        assert peak_tflops(torch.device("cuda", 0)) == peak
+
+
+def test_memory_of_a_process_on_a_cpu_is_what_it_had_resident() -> None:
+    """Pages that are written count; in bytes, whatever the unit of the system's counter."""
+    before = peak_memory(torch.device("cpu"))
+    assert 50e6 < before < 50e9
+    held = torch.ones(6 * before // 5 // 8, dtype=torch.float64)  # more than ever before
+    assert peak_memory(torch.device("cpu")) > 1.1 * before
+    del held
