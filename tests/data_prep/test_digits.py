@@ -47,9 +47,7 @@ def test_sizes_shards_and_range(out: Path) -> None:
         10,
         tuple("0123456789"),
     )
-    latents = np.stack(
-        [final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(300)]
-    )
+    latents = np.stack([final_latent(read_sample(train, 0, sample)[0], train.manifest, None) for sample in range(300)])
     assert (latents.min(), latents.max()) == (-1, 1)
 
 

@@ -111,9 +111,7 @@ def test_the_command_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFi
     train, heldout = Dataset.open(tmp_path / "one" / "train"), Dataset.open(tmp_path / "one" / "heldout")
     assert (train.sizes, heldout.sizes) == ((25, 25, 20), (25, 5))
     assert train.manifest.shape == (1, 24, 24)
-    latents = np.stack(
-        [final_latent(read_sample(train, 0, sample)[0], train.manifest, False, 0, 0) for sample in range(25)]
-    )
+    latents = np.stack([final_latent(read_sample(train, 0, sample)[0], train.manifest, None) for sample in range(25)])
     assert (latents.min(), latents.max()) == (-1, 1)
 
 

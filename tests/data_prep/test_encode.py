@@ -11,7 +11,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.image import square
 from diffmoe_ep.data.checked import read_sample
-from diffmoe_ep.data.latent import final_latent
+from diffmoe_ep.data.latent import final_latent, oriented
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.encoders.text import load_text_encoder
 from diffmoe_ep.encoders.vae import load_vae
@@ -111,7 +111,9 @@ def test_latents_and_features_are_stored(
                 captions[0].features[0].astype(float), t5.features([text])[0][0].astype(float), rtol=5e-3, atol=5e-3
             )
     array, _ = read_sample(dataset, 0, 0)
-    assert np.abs(final_latent(array, manifest, False, 0, 0) - final_latent(array, manifest, True, 0, 0)).max() > 0.01
+    normal = np.random.default_rng(0).standard_normal(manifest.shape, dtype=np.float32)
+    one, other = (final_latent(oriented(array, manifest, flipped), manifest, normal) for flipped in (False, True))
+    assert np.abs(one - other).max() > 0.01
 
 
 def test_the_same_bytes_on_three_ranks(models: Path, source: Path, tmp_path: Path) -> None:
