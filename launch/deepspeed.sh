@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a training under DeepSpeed's launcher, on this machine or on the hosts of a hostfile (over ssh, by pdsh).
 #
-#   ./launch/deepspeed.sh configs/digits.yaml train.steps=100                   this machine: all its GPUs, or one process without any
+#   ./launch/deepspeed.sh configs/digits.yaml train.steps=100                   all GPUs of this machine, or one process
 #   ./launch/deepspeed.sh --gpus 2 configs/digits.yaml                          this machine: two ranks
 #   ./launch/deepspeed.sh --hostfile hosts configs/digits.yaml parallel.expert_parallel=8
 #   ./launch/deepspeed.sh --hostfile hosts --verb verify                        another verb than train
@@ -15,10 +15,10 @@
 #   --verb VERB        what to start: train (default), verify, ...
 #   --print            show the environment and the command, and start nothing
 #
-# Ranks are numbered host by host in the file's order and expert groups are runs of neighbours: parallel.expert_parallel up to the slots of a host
-# keeps experts inside hosts, a larger one shards them across. All hosts need the project and its environment at the same path (a shared
-# file system) and ssh without a password from here. Relative paths in settings start at the project's folder.
-# Variables for the ranks: launch/environment.sh.
+# Ranks are numbered host by host in the file's order and expert groups are runs of neighbours: parallel.expert_parallel
+# up to the slots of a host keeps experts inside hosts, a larger one shards them across. All hosts need the project and
+# its environment at the same path (a shared file system) and ssh without a password from here. Relative paths in
+# settings start at the project's folder. Variables for the ranks: launch/environment.sh.
 
 extras="log"
 # shellcheck source=launch/setup.sh
