@@ -44,24 +44,24 @@ class Block(nn.Module):
         """Tokens x (B, T, D), condition c (B, D) and, if the model takes text, the caption -> tokens (B, T, D), and
         what the MoE layer did.
         """
-        modulation = self.modulation(F.silu(c))                                                   # (B, 6 D)
+        modulation = self.modulation(F.silu(c))                                                         # (B, 6 D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=1)  # (B, D) each
-        x = self.attend(x, shift_attn, scale_attn, gate_attn, caption)                            # (B, T, D)
-        return self.feed_forward(x, shift_ffn, scale_ffn, gate_ffn)                               # (B, T, D)
+        x = self.attend(x, shift_attn, scale_attn, gate_attn, caption)                                  # (B, T, D)
+        return self.feed_forward(x, shift_ffn, scale_ffn, gate_ffn)                                     # (B, T, D)
 
     def attend(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, caption: Caption | None) -> Tensor:
         """The attention half: tokens x (B, T, D) by vectors (B, D) -> (B, T, D)."""
-        x = x + gate[:, None] * self.attention(modulate(normalize(x), shift, scale))              # (B, T, D)
+        x = x + gate[:, None] * self.attention(modulate(normalize(x), shift, scale))                    # (B, T, D)
         if self.cross_attention is not None:
             assert caption is not None
-            x = x + self.cross_attention(normalize(x), *caption)                                  # (B, T, D)
+            x = x + self.cross_attention(normalize(x), *caption)                                        # (B, T, D)
         return x
 
     def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor, LayerReport | None]:
         """The feed-forward half: tokens x (B, T, D) by vectors (B, D) -> (B, T, D), and what the MoE layer did."""
-        tokens = modulate(normalize(x), shift, scale)                                             # (B, T, D)
+        tokens = modulate(normalize(x), shift, scale)                                                   # (B, T, D)
         mixed, report = self.ffn(tokens) if isinstance(self.ffn, MoELayer) else (self.ffn(tokens), None)
-        return x + gate[:, None] * mixed, report                                                  # (B, T, D)
+        return x + gate[:, None] * mixed, report                                                        # (B, T, D)
     # fmt: on
 
 

@@ -139,7 +139,7 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     pool = ALONE
     if pool_ranks > 1:  # a group object of its own, so that its traffic is counted apart
         known = next((group.handle for group in (everyone, experts) if group.size == pool_ranks), None)
-        pool = _group(known or _neighbours(pool_ranks, everyone, timeout), hosts)
+        pool = _group(known or _neighbors(pool_ranks, everyone, timeout), hosts)
     return Mesh(everyone, experts, replicas, pool, where, hosts[rank])
 
 
@@ -163,7 +163,7 @@ def _group(handle: dist.ProcessGroup, hosts: list[str]) -> Group:
     return Group(dist.get_world_size(handle), dist.get_rank(handle), handle, nodes)
 
 
-def _neighbours(size: int, world: Group, timeout: datetime.timedelta) -> dist.ProcessGroup:
+def _neighbors(size: int, world: Group, timeout: datetime.timedelta) -> dist.ProcessGroup:
     """Cut all ranks into runs of `size` neighbours; every rank makes every group, as torch demands."""
     mine = None
     for first in range(0, world.size, size):

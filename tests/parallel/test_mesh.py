@@ -18,7 +18,7 @@ def members(rank: int, expert: int, pool: int) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(("expert", "pool"), [(1, 1), (2, 2), (4, 1), (1, 2), (2, 4)])
-def test_groups_are_runs_of_neighbours_and_their_copies(expert: int, pool: int) -> None:
+def test_groups_are_runs_of_neighbors_and_their_copies(expert: int, pool: int) -> None:
     for rank, found in enumerate(run(4, members, expert, pool)):
         assert found["world"] == [0, 1, 2, 3]
         assert found["expert"] == [r for r in range(4) if r // expert == rank // expert]
