@@ -99,13 +99,13 @@ def unshared_training_pools() -> Any:
 
 def thresholds_twice() -> Any:
     """Thresholds move twice a step."""
-    original: Callable[..., None] = CapacityPredictor.move
+    original: Callable[..., None] = CapacityPredictor.update
 
-    def move(self: CapacityPredictor, quantile: Tensor) -> None:
+    def update(self: CapacityPredictor, quantile: Tensor) -> None:
         original(self, quantile)
         original(self, quantile)
 
-    return mock.patch.object(CapacityPredictor, "move", move)
+    return mock.patch.object(CapacityPredictor, "update", update)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
