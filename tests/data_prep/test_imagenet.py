@@ -44,7 +44,7 @@ def lay_out(folder: Path, layout: str) -> Path:
 def samples(folder: Path) -> dict[str, tuple[bytes, int]]:
     dataset = Dataset.open(folder)
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
-    read = {dataset.key(*place): read_sample(dataset, *place) for place in places}
+    read = {dataset.address(*place)[1]: read_sample(dataset, *place) for place in places}
     return {key: (array.tobytes(), label) for key, (array, label) in read.items() if isinstance(label, int)}
 
 

@@ -70,7 +70,7 @@ def test_prompts_and_captions_with_their_weights(published: Path, tmp_path: Path
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.sizes == (3, 1, 3)
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
-    found = {dataset.key(*place): read_sample(dataset, *place)[1] for place in places}
+    found = {dataset.address(*place)[1]: read_sample(dataset, *place)[1] for place in places}
     assert found["000000-000000"] == (Caption("prompt 000 0 --v 4", 0.5), Caption("caption 000 0", 2.0))
     assert found["000001-000001"] == (Caption("prompt 001 1 --v 4", 0.5),)
     assert found["000001-000002"] == (Caption("caption 001 2", 2.0),)

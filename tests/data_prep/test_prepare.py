@@ -280,7 +280,7 @@ def test_bad_samples_are_listed_and_leave_their_place_out(images: Path, tmp_path
     dataset.verify()
     assert sum(dataset.sizes) == COUNT - 2
     assert max(dataset.sizes) == 4 and len(dataset.sizes) == 6  # the cut is by samples of the source
-    keys = {dataset.key(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)}
+    keys = {dataset.address(shard, sample)[1] for shard, size in enumerate(dataset.sizes) for sample in range(size)}
     assert keys == {f"p{number:02d}" for number in range(COUNT)} - {"p04", "p05"}
 
 
@@ -370,7 +370,7 @@ def test_shards_are_read_by_plain_webdataset(images: Path, tars: Path, tmp_path:
         assert len(found) == len(places) > 10
         for sample, place in zip(found, places, strict=True):
             array, condition = read_sample(dataset, *place)
-            assert sample["__key__"] == dataset.key(*place)
+            assert sample["__key__"] == dataset.address(*place)[1]
             np.testing.assert_array_equal(sample["pixels.npy"], array)
             if isinstance(condition, int):
                 assert sample["cls"] == condition

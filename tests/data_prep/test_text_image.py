@@ -53,7 +53,7 @@ def test_what_is_no_caption(members: dict[str, bytes], reason: str) -> None:
 def read(folder: Path) -> dict[str, tuple[bytes, object]]:
     dataset = Dataset.open(folder)
     places = [(shard, sample) for shard, size in enumerate(dataset.sizes) for sample in range(size)]
-    found = {dataset.key(*place): read_sample(dataset, *place) for place in places}
+    found = {dataset.address(*place)[1]: read_sample(dataset, *place) for place in places}
     return {key: (array.tobytes(), condition) for key, (array, condition) in found.items()}
 
 
