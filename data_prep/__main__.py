@@ -71,13 +71,13 @@ def prepare_digits_captions(options: argparse.Namespace) -> None:
 def prepare_imagenet(options: argparse.Namespace) -> None:
     """Write labelled images."""
     source = imagenet.source(options.source, options.shard_size, options.min_side)
-    _prepare(options, options.out, source, _encoding(options), options.name, options.licence)
+    _prepare(options, options.out, source, _encoding(options), options.name, options.license)
 
 
 def prepare_text_image(options: argparse.Namespace) -> None:
     """Write images with captions."""
     source = text_image.source(options.source, options.shard_size, options.min_side)
-    _prepare(options, options.out, source, _encoding(options), options.name, options.licence)
+    _prepare(options, options.out, source, _encoding(options), options.name, options.license)
 
 
 def prepare_journeydb(options: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ def prepare_journeydb(options: argparse.Namespace) -> None:
     source = journeydb.source(
         options.source, options.annotations, options.rank, options.world, *weights, options.min_side
     )
-    _prepare(options, options.out, source, _encoding(options), options.name, options.licence)
+    _prepare(options, options.out, source, _encoding(options), options.name, options.license)
 
 
 def prepare_tiny_t5(options: argparse.Namespace) -> None:
@@ -347,7 +347,7 @@ def _add_images(source: argparse.ArgumentParser, name: str, licence: str, min_si
         "--min-side", type=_number, default=min_side, help="images with a shorter side below this are bad"
     )
     source.add_argument("--name", default=name, help="of the dataset and its shards")
-    source.add_argument("--licence", default=licence, help="note on the rights to the data, kept in the manifest")
+    source.add_argument("--license", default=licence, help="note on the rights to the data, kept in the manifest")
 
 
 def _add_text(source: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """The verbs of `diffmoe data`, on good and on damaged folders."""
 
-import argparse
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.write import write_dataset
-from diffmoe_ep.cli import data
+from diffmoe_ep.cli import parse
 from diffmoe_ep.config import UserError
 from diffmoe_ep.data.codec import Caption, encode
 from diffmoe_ep.data.inspect import colours
@@ -26,10 +25,8 @@ CAPTIONED = replace(MOMENTS, condition="text", num_classes=0, text=(TextEncoderI
 
 
 def call(*words: str | Path) -> None:
-    parser = argparse.ArgumentParser()
-    data.add(parser.add_subparsers())
-    options = parser.parse_args(["data", *map(str, words)])
-    options.run(options)
+    verb, options = parse(["data", *map(str, words)])
+    verb.run(options)
 
 
 def write(folder: Path, manifest: Manifest, count: int = 10) -> Path:

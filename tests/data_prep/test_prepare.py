@@ -119,7 +119,7 @@ def test_processes_that_run_at_once_meet_in_the_folder(
         "0.5",
         "--name",
         "tiny",
-        "--licence",
+        "--license",
         "made up",
         "--patience",
         "1",
