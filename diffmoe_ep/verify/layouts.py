@@ -1,17 +1,20 @@
-"""Draws the losses of one training in several layouts on one another: `python -m diffmoe_ep.verify.layouts OUT RUN...`.
+"""Draws the losses of one training in several layouts: `python -m diffmoe_ep.verify.layouts OUT.png FIRST_RUN RUN...`.
 
 The first run is the one that the others are compared with; `launch/same_run.sh` trains them.
 """
 
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from diffmoe_ep.config import Config, ConfigError, load
 
 COLOURS = ("#f2b134", "#ed553b", "#c05a9d", "#6a4c93", "#2a7ab9", "#14213d")
-EPSILON = 2.0**-24  # half a unit in the last place of a float32 between 1 and 2
+EQUAL = 2e-8  # where equal losses are drawn on the logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class Run:
 
     label: str
     losses: tuple[float, ...]
+
+    def differences(self, first: "Run") -> list[float]:
+        """Distance of each loss from that of the first run at the same step."""
+        return [abs(one - other) for one, other in zip(self.losses, first.losses, strict=True)]
 
 
 def read(folder: Path) -> Run:
@@ -39,39 +46,46 @@ def _label(config: Config, ranks: int) -> str:
     return f"{ranks} rank{'s' * (ranks > 1)}, EP {layout.expert_parallel}, ZeRO {layout.zero_stage}"
 
 
-def largest_difference(runs: list[Run]) -> float:
-    """The largest distance of a loss from that of the first run at the same step."""
-    return max(abs(one - other) for run in runs[1:] for one, other in zip(run.losses, runs[0].losses, strict=True))
+def summary(runs: list[Run]) -> str:
+    """How far losses are from the first run's."""
+    differences = [difference for run in runs[1:] for difference in run.differences(runs[0])]
+    return f"largest difference {max(differences):.1e}, median {statistics.median(differences):.1e}"
 
 
 def draw(runs: list[Run], out: Path) -> None:
     """Write the picture: losses above, their distances from the first run's below, on a logarithmic axis."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    figure = Figure(figsize=(9.2, 4.9), layout="constrained")
+    figure = Figure(figsize=(9.2, 5.0), layout="constrained")
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     steps = range(1, len(runs[0].losses) + 1)
     for number, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
         width = 1.2 + 2.4 * (len(runs) - 1 - number)  # what was drawn before shows at both sides of what lies on it
         losses.plot(steps, run.losses, color=colour, linewidth=width, solid_capstyle="round", label=run.label)
         if number:
-            apart = [max(abs(one - other), EPSILON / 4) for one, other in zip(run.losses, runs[0].losses, strict=True)]
-            differences.plot(steps, apart, color=colour, linewidth=1.1, marker=".", markersize=3)
-    figure.suptitle(
-        f"One training, {len(runs)} layouts: losses differ by at most {largest_difference(runs):.1e}", fontsize=13
-    )
+            apart = [max(difference, EQUAL) for difference in run.differences(runs[0])]
+            beside = [step + 0.12 * (number - 3) for step in steps]  # or all but the last would be hidden
+            differences.plot(beside, apart, ".", color=colour, markersize=4.5, markeredgewidth=0)
+    figure.suptitle(f"One training in {len(runs)} layouts", fontsize=14)
     losses.set_ylabel("loss")
-    losses.legend(frameon=False, fontsize=9.5)
-    differences.set_yscale("log")
+    losses.legend(frameon=False, fontsize=9.5, labelspacing=0.7)
+    differences.set_title(summary(runs), fontsize=10.5, loc="left")
     differences.set_ylabel("distance from\n" + runs[0].label.split(",")[0])
-    differences.axhline(EPSILON, color="#888888", linewidth=0.8, linestyle="--")
-    differences.text(steps[-1], EPSILON, "rounding of a float32 ", color="#666666", fontsize=8, ha="right", va="bottom")
+    differences.set_yscale("log")
+    differences.set_ylim(EQUAL / 1.6, 1e-3)
+    differences.set_yticks([EQUAL, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3], ["equal", *(f"1e-{n}" for n in (7, 6, 5, 4, 3))])
+    differences.minorticks_off()
+    unit = float(np.spacing(np.float32(statistics.median(runs[0].losses))))
+    differences.axhline(unit, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
+    differences.text(1, 5 * unit, "the last bit of a float32 loss", color="#666666", fontsize=8.5, va="bottom")
     differences.set_xlabel("step")
     differences.margins(x=0.01)
     for axes in (losses, differences):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    figure.savefig(out, dpi=180, pil_kwargs={"optimize": True})
+    figure.savefig(out, dpi=150)
+    Image.open(out).convert("RGB").quantize(128).save(out, optimize=True)  # a quarter of the bytes
 
 
 def main(arguments: list[str]) -> None:
@@ -80,7 +94,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m diffmoe_ep.verify.layouts OUT.png FIRST_RUN RUN...")
     runs = [read(Path(folder)) for folder in arguments[1:]]
     draw(runs, Path(arguments[0]))
-    print(f"{len(runs)} layouts, {len(runs[0].losses)} steps: losses differ by at most {largest_difference(runs):.2e}")
+    print(f"{len(runs)} layouts, {len(runs[0].losses)} steps: {summary(runs)}")
     print(f"written to {arguments[0]}")
 
 
