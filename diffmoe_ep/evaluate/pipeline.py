@@ -142,8 +142,8 @@ def _subset(features: Features, count: int) -> Features:
 
 
 def check_real(num_samples: int, shape: tuple[int, ...], sides: dict[str, Images]) -> None:
-    """Raise ConfigError, before anything is sampled, unless samples of this number and shape can be scored against these
-    real images.
+    """Raise ConfigError, before anything is sampled, unless samples of this number and shape can be scored against
+    these real images.
     """
     if find_spec("sklearn") is None:
         raise ConfigError("scores need scikit-learn, which is not installed: pip install 'diffmoe_ep[eval]'")

@@ -118,6 +118,7 @@ def test_damaged_data_end_every_rank(digits: Path, tmp_path: Path, damage: str) 
         assert shard.name in told
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_told_and_its_samples_replaced_where_some_may_be_bad(digits: Path, tmp_path: Path) -> None:
     data = tmp_path / "train"
     shutil.copytree(digits / "train", data)

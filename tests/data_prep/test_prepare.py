@@ -95,6 +95,7 @@ def test_the_same_bytes_for_any_number_of_ranks(
     assert content(tmp_path / "tiny") == prepared[source.name]
 
 
+@pytest.mark.slow
 def test_processes_that_run_at_once_meet_in_the_folder(
     images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -201,6 +202,7 @@ def test_killed_at_any_write_it_goes_on_where_it_was(
     assert content(folder) == prepared[source.name]
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_it_goes_on(images: Path, prepared: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
     """Two processes die by SIGKILL when the first shard is there; two others finish."""
     many = tmp_path / "imagenet-many"

@@ -111,6 +111,7 @@ def test_ancestral_samples_of_a_gaussian_have_the_moments_that_its_linear_chain_
     assert variance == pytest.approx(0.25, rel=0.08)  # the posterior's variance alone is known to be too little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "bias"), [(1000, 0.005), (250, 0.015)])
 def test_ancestral_samples_of_a_mixture_have_its_moments_and_its_distribution(steps, bias):
     mixture, count = Mixture(), 20_000
@@ -144,6 +145,7 @@ def _exact_end(mixture: Mixture, x: Tensor, schedule: Schedule) -> Tensor:
     return heun(lambda x, s: begin * mixture.velocity(x, begin * s), x * (straight(begin).sigma / sigma), 4000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture", [GAUSSIAN, Mixture()], ids=["gaussian", "mixture"])
 def test_ddim_converges_to_its_ode_at_first_order(mixture):
     """And so DDPM's oracle and the flow's field lead the same noise to the same points."""

@@ -168,6 +168,7 @@ def test_what_was_set_up_counts_until_the_pins_change(project: Path) -> None:
     assert "is not set up yet" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failed_installation_shows_why_and_counts_for_nothing(project: Path, tmp_path: Path) -> None:
     nowhere = {
         "PIP_NO_INDEX": "1",

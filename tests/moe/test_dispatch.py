@@ -193,6 +193,7 @@ def in_parts(rank: int, ep: int) -> None:
             assert all(same), f"{case}, {dtype}, {kernel}: {same}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4)])
 def test_parts_give_the_same_bits(world: int, ep: int) -> None:
     run(world, in_parts, ep)

@@ -173,6 +173,7 @@ def on_ranks(rank: int, family: str, ep: int, span: Any) -> dict[str, Any]:
     return {"y": y.detach(), "grads": found, "balance": report.balance, "expert_rank": mesh.expert.rank}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "world", "ep", "span"), [
     ("tc", 2, 2, "all"), ("tc, two experts", 4, 2, 4), ("ec", 2, 2, "all"), ("shared", 4, 4, "all"),
     ("fine-grained", 2, 2, 4),

@@ -26,6 +26,8 @@ from diffmoe_ep.train.thresholds import predictors_of
 from ranks import run
 from train.runs import busy, config, layout
 
+pytestmark = pytest.mark.slow
+
 SMALL = ModelConfig(
     input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_heads=2, num_blocks=4, num_classes=3, num_experts=8
 )

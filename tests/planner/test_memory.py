@@ -89,6 +89,7 @@ def within(predicted: float, found: float, tolerance: float = 0.05) -> bool:
     return abs(predicted - found) <= tolerance * found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("family", "precision", "world", "expert", "zero"), LAYOUTS)
 def test_every_part_is_what_the_tensors_hold(

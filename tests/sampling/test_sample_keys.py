@@ -267,6 +267,7 @@ def test_a_key_changes_what_it_says(key: str) -> None:
         case()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_grids_follow_their_keys(digits: Path, tmp_path: Path, weights: str) -> None:
     """grid_every (and the last step), grid_size, weights."""

@@ -106,6 +106,7 @@ def diverges(rank: int, given: Config) -> tuple[str, bool, list[str]]:
     return "", False, []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_a_diverged_run_stops_on_every_rank_and_is_not_saved(digits: Path, tmp_path: Path, zero: int) -> None:
     given = config(
@@ -123,6 +124,7 @@ def finishes(rank: int, given: Config) -> list[str]:
     return sorted(str(path.relative_to(given.folder)) for path in Path(given.folder).rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_costs_no_run(digits: Path, tmp_path: Path) -> None:
     """A folder stands where the grid should go: the run says so and saves its checkpoint all the same."""
     (tmp_path / "run/samples/step-0000002.png").mkdir(parents=True)

@@ -50,7 +50,7 @@ def _shared(counts: Tensor) -> Tensor:
 
 
 class _Watch:
-    """Stands before a layer's `route` and counts, sample by sample, what the layer chose and what a top-k would have."""
+    """Stands before the layer's `route` and counts, sample by sample, what it chose and what a top-k would have."""
 
     def __init__(self, layer: MoELayer, tokens: int, k: int, counts: Tensor) -> None:
         self.route, self.pools, self.k = layer.route, Pools(tokens), k

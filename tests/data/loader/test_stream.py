@@ -225,6 +225,7 @@ source.close()
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported(pixels: Dataset) -> None:
     """In a process of its own: torch raises the error from a signal handler, wherever the main thread is."""
     command = [sys.executable, "-c", KILL_A_WORKER, str(pixels.folder)]

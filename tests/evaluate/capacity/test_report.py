@@ -23,6 +23,8 @@ from diffmoe_ep.sampling.sample import Samples, sample
 from ranks import run
 from train.runs import busy
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(
     input_size=8, in_channels=1, out_channels=1, hidden_size=32, num_blocks=4, num_heads=2, num_classes=4, num_experts=8
 )  # 16 tokens, MoE in blocks 1 and 3
