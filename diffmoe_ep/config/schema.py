@@ -298,7 +298,7 @@ class ComputeConfig:
         POSITIVE,
     )
     compile: bool = execution(
-        False, "compile adaLN, attention, dense FFNs and parts of MoE layers (torch.compile; needs a compiler)"
+        False, "compile adaLN with attention, dense FFNs and predictors (torch.compile; needs a compiler)"
     )
 
 
