@@ -87,7 +87,7 @@ def test_the_block_looks_between_attention_and_feed_forward_without_modulation()
     h = x + gate_a * block.attention(F.layer_norm(x, (8,), eps=1e-6) * (1 + scale_a) + shift_a)
     h = h + block.cross_attention(F.layer_norm(h, (8,), eps=1e-6), *caption)
     h = h + gate_m * block.ffn(F.layer_norm(h, (8,), eps=1e-6) * (1 + scale_m) + shift_m)
-    torch.testing.assert_close(block(x, c, "none", caption)[0], h, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, c, caption)[0], h, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("filling", [0.0, 1e30, math.inf, math.nan])

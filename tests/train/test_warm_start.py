@@ -21,6 +21,7 @@ from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.train import trainer as training
+from diffmoe_ep.train.metrics import MACHINE_METRICS
 from diffmoe_ep.train.warm_start import match
 from ranks import RankError, run
 from train.runs import config, layout
@@ -131,10 +132,7 @@ def test_thresholds_mean_the_same_under_another_decay(digits: Path, source: Path
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in MACHINE_METRICS} for line in lines]
 
 
 @pytest.mark.timeout(300)
