@@ -19,6 +19,7 @@ from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.parallel.mesh import init_mesh
 from diffmoe_ep.train import trainer as training
+from diffmoe_ep.train.metrics import MACHINE_METRICS
 from ranks import run
 from train.runs import config, layout
 
@@ -36,10 +37,7 @@ def until(rank: int, given: Config) -> None:
 
 def told(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("samples_per_second", "data_wait", "seconds")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in MACHINE_METRICS} for line in lines]
 
 
 def given_for(data: Path, folder: Path, kind: str, expert: int, zero: int) -> Config:
