@@ -68,7 +68,7 @@ def formula(m: DiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         e = torch.cat([angles.cos(), angles.sin()])
         e = w["time.fc2.weight"] @ F.silu(w["time.fc1.weight"] @ e + w["time.fc1.bias"]) + w["time.fc2.bias"]
         cond = F.silu(e + w["label.table.weight"][label])
-        for i in range(c.blocks):
+        for i in range(c.num_blocks):
             b = f"blocks.{i}."
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
                 w[b + "modulation.weight"] @ cond + w[b + "modulation.bias"]
