@@ -7,6 +7,8 @@ Legend: N experts.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -16,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from diffmoe_ep.config import ComputeConfig, Config
 from diffmoe_ep.model.block import Block
 from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.moe.dispatch import AllToAllDispatch
+from diffmoe_ep.moe.experts import FeedForward
 from diffmoe_ep.moe.layer import MoELayer
 from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.mesh import Mesh
@@ -59,46 +63,59 @@ def apply_recompute(model: DiT, recompute: Recompute) -> DiT:
         for name in ("forward", "feed_forward"):
             block.__dict__.pop(name, None)  # what an earlier call put before the method
         if recompute == "ffn":
-            block.feed_forward = _recomputed(block.feed_forward, block.ffn)  # type: ignore[method-assign]
+            _put_before(block, "feed_forward", _feed_forward_recomputed)
         elif recompute == "block":
-            block.forward = _recomputed(block.forward, block.ffn)  # type: ignore[method-assign]
+            _put_before(block, "forward", _block_recomputed)
     return model
 
 
-def _recomputed(function: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
-    """A function of which the backward finds only the inputs and the layer's routing, which is not made a second time.
+def _feed_forward_recomputed(block: Block, *inputs: Any) -> Any:
+    return _recomputed(Block.feed_forward, block, *inputs)
 
-    Nothing random is drawn in a forward.
+
+def _block_recomputed(block: Block, *inputs: Any) -> Any:
+    return _recomputed(Block.forward, block, *inputs)
+
+
+def _recomputed(function: Callable[..., Any], block: Block, *inputs: Any) -> Any:
+    """What function(block, *inputs) returns. The backward finds only the inputs and the layer's routing, which is not
+    made a second time; nothing random is drawn in a forward.
     """
+    saved: list[Routing] = []  # filled by the first forward, read by the second
 
-    def call(*inputs: Any) -> Any:
-        saved: list[Routing] = []  # filled by the first forward, read by the second
+    def with_routing(*inputs: Any) -> Any:
+        with block.ffn.reuse_routing(saved) if isinstance(block.ffn, MoELayer) else nullcontext():
+            return function(block, *inputs)
 
-        def with_routing(*inputs: Any) -> Any:
-            with layer.reuse_routing(saved) if isinstance(layer, MoELayer) else nullcontext():
-                return function(*inputs)
-
-        return checkpoint(with_routing, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-    return call
+    return checkpoint(with_routing, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_compile(model: DiT) -> DiT:
-    """Let torch.compile fuse what of each block needs no other rank; compiled at the first call."""
+    """Let torch.compile fuse what of each block needs no other rank, at the first call and once for all blocks."""
     for block in _blocks(model):
-        block.attend = torch.compile(block.attend)  # type: ignore[method-assign]
+        _put_before(block, "attend", _compiled(Block.attend))
         if isinstance(block.ffn, MoELayer):
             compile_layer(block.ffn)
         else:
-            block.ffn.forward = torch.compile(block.ffn.forward)  # type: ignore[method-assign]
+            _put_before(block.ffn, "forward", _compiled(FeedForward.forward))
     return model
 
 
 def compile_layer(layer: MoELayer) -> MoELayer:
     """Let torch.compile fuse what of one layer needs no other rank: the predictor."""
     if layer.predictor is not None:
-        layer.predictor.forward = torch.compile(layer.predictor.forward)  # type: ignore[method-assign]
+        _put_before(layer.predictor, "forward", _compiled(CapacityPredictor.forward))
     return layer
+
+
+@cache
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(method)
+
+
+def _put_before(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Let a module's method be another function, bound as methods are: that of a copied module is bound to the copy."""
+    module.__dict__[name] = MethodType(function, module)
 
 
 def _blocks(model: DiT) -> list[Block]:

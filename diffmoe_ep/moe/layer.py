@@ -6,6 +6,7 @@ this rank's experts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from diffmoe_ep.moe.dispatch import Dispatcher, LocalDispatch, handle_of, overla
 from diffmoe_ep.moe.experts import Experts, FeedForward
 from diffmoe_ep.moe.layer_report import LayerReport, report_layer
 from diffmoe_ep.moe.pool import Pools
-from diffmoe_ep.moe.routing import Router, Routing, route_by_pool, route_by_rule, route_by_token
+from diffmoe_ep.moe.routing import Router, Routing, choices_per_pool, route_by_pool, route_by_rule, route_by_token
 
 
 class MoELayer(nn.Module):
@@ -72,18 +73,20 @@ class MoELayer(nn.Module):
         if self._saved:
             return self._saved[0]
         routing = self.dispatcher.prepare(self._choose(scores, logits))
+        if self.top_k is not None and self.training:
+            routing = replace(routing, pool_choices=choices_per_pool(routing.chosen, self.pools))
         if self._saved is not None:
             self._saved.append(routing)
         return routing
 
     def _choose(self, scores: Tensor, logits: Tensor | None) -> Routing:
         if self.top_k is not None:
-            return route_by_token(scores, self.top_k, self.pools if self.training else None)
+            return route_by_token(scores, self.top_k)
         if not self.training:
             return route_by_rule(scores, logits, self.rule, self.predictor, self.pools.tokens, self.granularity)
         pool_size = self.pools.size(scores.shape[0])
         k = tokens_per_expert(pool_size, self.capacity, self.num_experts, "pool.capacity", self.granularity)
-        return route_by_pool(scores, k, self.pools, logits, self.predictor)
+        return route_by_pool(scores, k, self.pools, logits)
 
     @contextmanager
     def reuse_routing(self, saved: list[Routing]) -> Iterator[None]:

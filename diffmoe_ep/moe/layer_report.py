@@ -5,9 +5,10 @@ Legend: S tokens on this rank, N experts, C capacity.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from diffmoe_ep.moe.capacity import CapacityPredictor
+from diffmoe_ep.moe.capacity import CapacityPredictor, InferenceRule
 from diffmoe_ep.moe.dispatch import handle_of
 from diffmoe_ep.moe.routing import Routing, balance_loss
 
@@ -33,14 +34,17 @@ def report_layer(
     scores: Tensor, logits: Tensor | None, routing: Routing, predictor: CapacityPredictor | None, granularity: int
 ) -> LayerReport:
     """Report a routing by scores (S, N) and the predictor's logits (S, N); nothing here waits for another rank."""
-    processed, over_threshold = handle_of(routing).processed, routing.over_threshold
-    if granularity > 1:
-        processed = processed / granularity
-        over_threshold = None if over_threshold is None else over_threshold / granularity
-    loss = None
-    if predictor is not None and logits is not None and routing.quantile is not None:
-        loss = predictor.loss(logits, routing.chosen)
-    balance = None if routing.pool_choices is None else balance_loss(scores, routing.pool_choices)
-    if over_threshold is None:
-        over_threshold = processed
-    return LayerReport(processed, scores.shape[0], over_threshold, routing.quantile, loss, balance)
+    processed = _by_width(handle_of(routing).processed, granularity)
+    if routing.pool_choices is not None:
+        return LayerReport(processed, scores.shape[0], processed, balance=balance_loss(scores, routing.pool_choices))
+    if predictor is None or logits is None or routing.kth_logit is None:
+        return LayerReport(processed, scores.shape[0], processed)
+    over_threshold = predictor.over_threshold(logits.detach(), InferenceRule()).sum(0)
+    return LayerReport(
+        processed, scores.shape[0], _by_width(over_threshold, granularity),
+        quantile=torch.sigmoid(routing.kth_logit).mean(0), loss=predictor.loss(logits, routing.chosen),
+    )  # fmt: skip
+
+
+def _by_width(counts: Tensor, granularity: int) -> Tensor:
+    return counts if granularity == 1 else counts / granularity

@@ -20,7 +20,7 @@ from diffmoe_ep.parallel.collectives import all_sum
 
 @dataclass(frozen=True)
 class Routing:
-    """Which expert takes which of this rank's tokens in one forward, and what was measured with it.
+    """Which expert takes which of this rank's tokens in one forward, and what the same search found with it.
 
     Without gradient: it is what activation recomputation saves, so that nothing is chosen or exchanged twice. The gates
     that weigh the answers are the scores, and recomputed with their gradient.
@@ -29,8 +29,7 @@ class Routing:
     chosen: Tensor  # (S, N) bool
     tokens_per_expert: int | None = None  # that each expert takes on `ranks` neighboring ranks, where all know it alike
     ranks: int = 1
-    over_threshold: Tensor | None = None  # (N,) tokens over the dynamic thresholds; training with a predictor only
-    quantile: Tensor | None = None  # (N,) k-th largest prediction, mean over this rank's pools; likewise
+    kth_logit: Tensor | None = None  # (pools, N) k-th largest logit of the predictor; training with a predictor only
     pool_choices: Tensor | None = None  # (pools, N) choices of each pool by expert; training of token choice only
     handle: DispatchHandle | None = None  # where the chosen rows go; `Dispatcher.prepare` sets it
 
@@ -50,13 +49,7 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def route_by_pool(
-    scores: Tensor,
-    k: int,
-    pools: Pools,
-    logits: Tensor | None = None,
-    predictor: CapacityPredictor | None = None,
-) -> Routing:
+def route_by_pool(scores: Tensor, k: int, pools: Pools, logits: Tensor | None = None) -> Routing:
     """Training: let every expert take the k tokens of a pool with its largest scores (Eq. 6); a pool of one sample is
     expert choice.
 
@@ -64,23 +57,16 @@ def route_by_pool(
     """
     topk = topk_per_expert(scores, k, pools, extra=logits)
     tokens, ranks = scores.shape[0], pools.group.size
-    per_expert = k * (tokens * ranks // pools.size(tokens))
-    if predictor is None or logits is None or topk.kth_value is None:
-        return Routing(topk.chosen, per_expert, ranks)
-    over_threshold = predictor.over_threshold(logits, InferenceRule()).sum(0)
-    return Routing(topk.chosen, per_expert, ranks, over_threshold, torch.sigmoid(topk.kth_value).mean(0))
+    return Routing(topk.chosen, k * (tokens * ranks // pools.size(tokens)), ranks, topk.kth_value)
 
 
 @torch.no_grad()
-def route_by_token(scores: Tensor, top_k: int, pools: Pools | None = None) -> Routing:
+def route_by_token(scores: Tensor, top_k: int) -> Routing:
     """Let every token take the top_k experts of its largest scores (Eq. 2), the first of equal ones; nothing is dropped
     or renormalized.
-
-    pools: also count each pool's choices, for the balance loss of training.
     """
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]  # (S, K)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-    return Routing(chosen, pool_choices=None if pools is None else choices_per_pool(chosen, pools))
+    return Routing(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True))
 
 
 @torch.no_grad()

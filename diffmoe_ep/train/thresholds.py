@@ -3,7 +3,7 @@
 Legend: N experts; layers are the MoE layers, first to last; reports hold, for each micro-step, one report per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +49,17 @@ def threshold_capacity(reports: Reports) -> dict[str, Tensor]:
         return {}
     counts = torch.stack([torch.stack([layer.over_threshold.float() for layer in step]) for step in reports]).mean(0)
     return {"capacity": counts * counts.shape[1] / reports[0][0].num_tokens}  # (layers, N)
+
+
+def rescale_thresholds(model: DiT, decay: float, averaged: Mapping[str, Tensor] | None = None) -> None:
+    """Rescale thresholds that were averaged with another decay, so that their bias-corrected values stay the same.
+
+    averaged: averaged weights by name, whose thresholds are rescaled likewise.
+    """
+    for name, predictor in model.named_modules():
+        if isinstance(predictor, CapacityPredictor) and predictor.decay != decay and predictor.updates > 0:
+            updates = int(predictor.updates)
+            factor = (1 - predictor.decay**updates) / (1 - decay**updates)
+            predictor.threshold.mul_(factor)
+            if averaged is not None and f"{name}.threshold" in averaged:
+                averaged[f"{name}.threshold"].mul_(factor)

@@ -45,8 +45,8 @@ from diffmoe_ep.train.preflight import prepare
 from diffmoe_ep.train.progress import Progress, banner
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from diffmoe_ep.train.schedule import learning_rate
-from diffmoe_ep.train.thresholds import predictors_of, threshold_capacity, update_thresholds
-from diffmoe_ep.train.warm_start import load_initial_weights, rescale_thresholds, resolve_init
+from diffmoe_ep.train.thresholds import predictors_of, rescale_thresholds, threshold_capacity, update_thresholds
+from diffmoe_ep.train.warm_start import load_initial_weights, resolve_init
 
 
 def train(config: Config) -> None:
@@ -164,8 +164,9 @@ class Trainer:
     def train_step(self, clock: Clock) -> dict[str, Tensor]:
         """One optimizer step over `grad_accumulation` micro-steps; returns what it measured, still on the device.
 
-        Collective in every line that runs the model or moves its weights. Nothing here brings a number to the host but
-        the layers' one count of rows each, so that the device stays busy while the host prepares the next micro-step.
+        Collective in every line that runs the model or moves its weights. On a GPU the host waits here for the copy of
+        a batch, for captions that are encoded online, for a layer's row counts where experts are sharded, and for what
+        DeepSpeed checks of the gradients; for no number that is only reported.
         """
         accumulation, losses, reports = self.config.train.grad_accumulation, [], []
         for _ in range(accumulation):

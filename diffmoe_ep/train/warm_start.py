@@ -7,14 +7,13 @@ tokens that come.
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffmoe_ep.checkpoint.exported import CONFIG, is_exported, read_exported
 from diffmoe_ep.checkpoint.load import config_of, load_into, resolve_model_path
@@ -24,8 +23,8 @@ from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.model.dit import DiT
-from diffmoe_ep.moe.capacity import CapacityPredictor
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.thresholds import rescale_thresholds
 
 # path, step (None: not known), weights (ema or model), fingerprint: sha256 of the file that vouches for it
 Ancestor = dict[str, Any]
@@ -100,20 +99,6 @@ def load_initial_weights(model: DiT, start: WarmStart, config: Config, mesh: Mes
         if name in start.frozen:
             parameter.requires_grad_(False)
     return model
-
-
-def rescale_thresholds(model: DiT, decay: float, averaged: Mapping[str, Tensor] | None = None) -> None:
-    """Rescale thresholds that were averaged with another decay, so that their bias-corrected values stay the same.
-
-    averaged: averaged weights by name, whose thresholds are rescaled likewise.
-    """
-    for name, predictor in model.named_modules():
-        if isinstance(predictor, CapacityPredictor) and predictor.decay != decay and predictor.updates > 0:
-            updates = int(predictor.updates)
-            factor = (1 - predictor.decay**updates) / (1 - decay**updates)
-            predictor.threshold.mul_(factor)
-            if averaged is not None and f"{name}.threshold" in averaged:
-                averaged[f"{name}.threshold"].mul_(factor)
 
 
 # -- freezing ----------------------------------------------------------------------------------------------------------

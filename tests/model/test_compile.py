@@ -6,15 +6,17 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 
-from diffmoe_ep.config import ModelConfig
+from diffmoe_ep.config import ComputeConfig, Config, ModelConfig, TrainConfig
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import apply_compile, apply_recompute
+from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.trainer import build_model
 
 MODEL = ModelConfig(
-    input_size=4, in_channels=2, out_channels=2, hidden_size=16, num_blocks=2, num_heads=2, num_classes=3, num_experts=2
+    input_size=4, in_channels=2, out_channels=2, hidden_size=16, num_blocks=4, num_heads=2, num_classes=3, num_experts=2
 )
 
 
@@ -25,13 +27,20 @@ def busy(model: DiT) -> DiT:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
 )
 def test_compiled_blocks_are_the_same(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    plain, compiled = busy(DiT(MODEL)), apply_recompute(busy(DiT(MODEL)), "block")
-    apply_compile(compiled)
+    asked = Config(
+        model=MODEL, train=TrainConfig(precision="float32"), compute=ComputeConfig(compile=True, recompute="block")
+    )
+    plain, compiled = busy(DiT(MODEL)), busy(build_model(asked, Mesh()))
+    compiled.channels = plain.channels
+    torch._dynamo.reset()
+    frames = counters["frames"]
+    compiled_before, seen_before = frames["ok"], frames["total"]
     generator = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(3, 2, 4, 4, generator=generator), torch.rand(3, generator=generator), torch.tensor([0, 1, 3])
     gradients = []
@@ -39,6 +48,8 @@ def test_compiled_blocks_are_the_same(tmp_path: object, monkeypatch: pytest.Monk
         output = model(x, t, y)
         (output.prediction.square().mean() + output.auxiliary).backward()
         gradients.append([output.prediction.detach(), *(parameter.grad for parameter in model.parameters())])
+    kinds = 3  # attention halves, dense feed-forward networks and predictors, each compiled once for all blocks
+    assert frames["ok"] - compiled_before == frames["total"] - seen_before == kinds
     for ours, reference in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
     halved = {

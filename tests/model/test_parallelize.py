@@ -1,8 +1,10 @@
 """A rank's part of a model: cut before it has any memory, and started the same for every layout."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from diffmoe_ep.config import from_tree
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import build_sharded, is_expert
+from diffmoe_ep.model.parallelize import apply_recompute, build_sharded, is_expert
+from diffmoe_ep.moe.dispatch import AllToAllDispatch
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 
@@ -69,3 +72,29 @@ def test_a_rank_never_holds_much_more_than_its_share() -> None:
     peak, share = map(int, done.stdout.split())
     assert share > 200e6
     assert peak < 1.5 * share, f"{peak / share:.2f} times this rank's share"
+
+
+@pytest.mark.parametrize("overlap", [1, 4])
+def test_compute_keys_reach_the_layers(overlap: int) -> None:
+    given = from_tree({"model": SMALL, "compute": {"overlap": overlap, "kernel": "batched", "topk": "owner"}})
+    layers = build_sharded(given, Mesh(expert=Group(2, 1))).moe_layers()
+    assert len(layers) == 2
+    for layer in layers:
+        assert isinstance(layer.dispatcher, AllToAllDispatch) and layer.dispatcher.num_chunks == overlap
+        assert layer.experts.kernel == "batched" and layer.pools.algorithm == "owner"
+
+
+@pytest.mark.parametrize("recompute", ["ffn", "block"])
+def test_a_copied_model_computes_with_its_own_weights(recompute: Literal["ffn", "block"]) -> None:
+    model = initialize(DiT(from_tree({"model": SMALL}).model), 0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1)
+    given = torch.ones(2, 1, 8, 8), torch.full((2,), 0.5), torch.tensor([0, 1])
+    before = model(*given).prediction
+    copied = copy.deepcopy(apply_recompute(model, recompute))
+    for parameter in copied.parameters():
+        parameter.data.mul_(2)
+    assert torch.equal(model(*given).prediction, before)
+    found = copied(*given).prediction
+    assert torch.equal(found, apply_recompute(copied, "none")(*given).prediction)
+    assert (found - before).abs().max() > 1e-3

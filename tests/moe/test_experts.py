@@ -264,6 +264,21 @@ def test_auto_can_always_run(case: str, kind: torch.dtype) -> None:
     experts("auto", len(counts), kind)(rows, counts)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "even_counts", "width", "kernel"),
+    [
+        (torch.bfloat16, True, 4096, "batched"),
+        (torch.float32, True, 4096, "batched"),
+        (torch.bfloat16, False, 4096, "grouped"),
+        (torch.bfloat16, False, 4097, "fused"),  # rows that torch's grouped matmul cannot read
+        (torch.float32, False, 4096, "fused"),
+        (torch.float64, False, 4096, "fused"),
+    ],
+)
+def test_auto_on_a_gpu(dtype: torch.dtype, even_counts: bool, width: int, kernel: Kernel) -> None:
+    assert choose_kernel("cuda", dtype, even_counts, 1024, width) == kernel
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["auto", "batched", "grouped", "fused"])
 @pytest.mark.parametrize("case", COUNTS)

@@ -115,8 +115,9 @@ FORGOTTEN = [  # as if a key were not read: the run gets another value of it tha
 def test_forgotten_keys_are_seen(data: Path, override: str) -> None:
     steps = 5 if override.startswith(("train.schedule", "train.ema.decay")) else 2
     traces = run(1, runs.trace, runs.layout(runs.config(data, override), 1, 0), steps)
-    try:
-        found = differences(runs.config(data), traces, 1)
-    except (AssertionError, RuntimeError):  # not even the same tensors
+    if override == "model.shared_experts=0":  # not even the same tensors
+        with pytest.raises((AssertionError, RuntimeError)):
+            differences(runs.config(data), traces, 1)
         return
+    found = differences(runs.config(data), traces, 1)
     assert not holds(found), f"{override} went unseen"

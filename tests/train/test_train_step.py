@@ -9,10 +9,11 @@ from torch import Tensor
 
 from diffmoe_ep.config import Config, EmaConfig, ModelConfig, PoolConfig, from_tree
 from diffmoe_ep.model.dit import DiT
+from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.metrics import Clock
-from diffmoe_ep.train.thresholds import predictors_of, threshold_capacity, update_thresholds
+from diffmoe_ep.train.thresholds import predictors_of, rescale_thresholds, threshold_capacity, update_thresholds
 from diffmoe_ep.train.trainer import Trainer
 from train.runs import busy
 
@@ -101,6 +102,26 @@ def test_averaged_thresholds_see_the_moved_ones() -> None:
     made.train_step(Clock(0))
     for name, mean in (("blocks.1.ffn.predictor.threshold", 0.03), ("blocks.3.ffn.predictor.threshold", 0.06)):
         torch.testing.assert_close(made.ema.tensors[name], 0.5 * 0.1 * mean * SCALE)
+
+
+def test_a_changed_decay_leaves_the_corrected_thresholds_where_they_are() -> None:
+    """As at a resume with another model.threshold_decay: live and averaged ones alike, after any number of updates."""
+    model, other = (DiT(ModelConfig(**{**vars(MODEL), "threshold_decay": decay})) for decay in (0.95, 0.8))
+    for predictor, follower, updates in zip(predictors_of(model), predictors_of(other), (1, 40), strict=True):
+        for step in range(updates):
+            predictor.update((0.1 + 0.01 * step) * SCALE)
+        follower.threshold.copy_(predictor.threshold)
+        follower.updates.copy_(predictor.updates)
+    averaged = {f"blocks.{i}.ffn.predictor.threshold": 0.5 * predictors_of(other)[i // 2].threshold for i in (1, 3)}
+    rescale_thresholds(other, 0.95, averaged)
+    for number, (predictor, follower) in enumerate(zip(predictors_of(model), predictors_of(other), strict=True)):
+        wanted = predictor.threshold_for(InferenceRule())
+        torch.testing.assert_close(follower.threshold_for(InferenceRule()), wanted)
+        half = averaged[f"blocks.{2 * number + 1}.ffn.predictor.threshold"] / (1 - 0.8 ** int(follower.updates))
+        torch.testing.assert_close(half, 0.5 * wanted)
+    unmoved = DiT(MODEL)
+    rescale_thresholds(unmoved, 0.5)  # a threshold that never moved stays at its start
+    assert all(predictor.threshold.tolist() == [0.0] * EXPERTS for predictor in predictors_of(unmoved))
 
 
 def test_a_dense_model_has_neither_thresholds_nor_capacity() -> None:

@@ -2,8 +2,8 @@
 
 Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
 
-Experts are taken in runs (`_cut`): neighbors with equally many rows make one batched matmul, which gives each thread
-experts of its own; ragged ones go one by one. Of the activations only those before GELU are saved, and GELU is computed
+Experts are taken in runs (`_cut`): neighbors with equally many rows make one batched matmul, which on a CPU gives each
+thread experts of its own; ragged ones go one by one. Of the activations only those before GELU are saved, and GELU is computed
 again in the backward. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no
 second copy of all experts.
 """
@@ -31,7 +31,7 @@ def fused(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     rows = rows.to(compute_type(rows)).contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, *weights)):
         return cast(Tensor, _Fused.apply(rows, tuple(counts), *weights))
-    return _forward(rows, list(_cut(counts, weights[0].shape[2])), weights, None)
+    return _forward(rows, list(_cut(counts, weights[0].shape[2], rows.device)), weights, None)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class _Run:
         return self.number == 1
 
 
-def _cut(counts: Sequence[int], width: int) -> Iterator[_Run]:
+def _cut(counts: Sequence[int], width: int, device: torch.device) -> Iterator[_Run]:
     """Cut the experts into runs; those without rows, too, since their gradients are zeros."""
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     expert, row = 0, 0
     while expert < len(counts):
         each, last = counts[expert], expert + 1
@@ -97,7 +97,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, rows: Tensor, counts: tuple[int, ...], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
     ) -> Tensor:
         saved: list[Tensor] = []
-        ctx.runs, ctx.bias_types = list(_cut(counts, w1.shape[2])), (b1.dtype, b2.dtype)
+        ctx.runs, ctx.bias_types = list(_cut(counts, w1.shape[2], rows.device)), (b1.dtype, b2.dtype)
         out = _forward(rows, ctx.runs, (w1, b1, w2, b2), saved)
         ctx.save_for_backward(rows, w1, w2, *saved)
         return out
