@@ -279,8 +279,8 @@ class ComputeConfig:
     kernel: Literal["auto", "loop", "batched", "grouped", "fused"] = execution(
         "auto",
         "how experts compute, all with one result: one by one; one batched matmul, padded where rows are ragged; "
-        "torch's grouped matmul (no float64); one function that writes gradients in place; auto: what was measured "
-        "quickest for device, type and evenness",
+        "torch's grouped matmul (no float64); one function that writes gradients in place; auto: by device, "
+        "type and evenness",
     )
     topk: Literal["auto", "gather", "owner", "radix"] = execution(
         "auto",

@@ -3,9 +3,9 @@
 Legend: N experts, D hidden size, F width of an expert, R rows, n rows of one expert.
 
 Experts are taken in runs (`_cut`): neighbors with equally many rows make one batched matmul, which on a CPU gives each
-thread experts of its own; ragged ones go one by one. Of the activations only those before GELU are saved, and GELU is computed
-again in the backward. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16 needs no
-second copy of all experts.
+thread experts of its own; ragged ones go one by one. Of the activations only those before GELU are saved, and GELU is
+computed again in the backward. Weights are cast run by run to the type of the rows, in both passes, so that bfloat16
+needs no second copy of all experts.
 """
 
 from collections.abc import Iterator, Sequence
