@@ -7,6 +7,7 @@ and remedy.
 
 from diffmoe_ep.config.check import (
     check,
+    check_limits,
     check_world,
     has_experts,
     has_predictor,
@@ -40,7 +41,7 @@ from diffmoe_ep.config.schema import (
 __all__ = [
     "SIZES", "Change", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "Key",
     "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PartConfig", "PoolConfig", "Role", "SampleConfig",
-    "ScheduleConfig", "TextConfig", "TrainConfig", "UserError", "changes", "check", "check_world", "dump", "flat",
-    "from_tree", "has_experts", "has_predictor", "keys", "load", "nested", "num_tokens", "of_role", "override",
-    "pool_samples", "read_section", "to_tree", "today", "tokens_per_expert",
+    "ScheduleConfig", "TextConfig", "TrainConfig", "UserError", "changes", "check", "check_limits", "check_world",
+    "dump", "flat", "from_tree", "has_experts", "has_predictor", "keys", "load", "nested", "num_tokens", "of_role",
+    "override", "pool_samples", "read_section", "to_tree", "today", "tokens_per_expert",
 ]  # fmt: skip

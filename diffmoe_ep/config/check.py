@@ -13,7 +13,7 @@ from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
     model, train = config.model, config.train
-    _check_limits(config, "")
+    check_limits(config)
     if model.size is not None and (model.hidden_size, model.num_blocks, model.num_heads) != SIZES[model.size]:
         hidden, blocks, heads = SIZES[model.size]
         raise ConfigError(
@@ -147,14 +147,17 @@ def _check_sampling(config: Config) -> None:
         )
 
 
-def _check_limits(part: Any, prefix: str) -> None:
+def check_limits(part: Any, prefix: str = "") -> None:
+    """Check that each number of a section lies within the limits of its key, which `prefix` begins; raises
+    ConfigError.
+    """
     for entry in fields(part):
         value, limits = getattr(part, entry.name), entry.metadata.get("limits")
         if is_dataclass(value):
-            _check_limits(value, f"{prefix}{entry.name}.")
+            check_limits(value, f"{prefix}{entry.name}.")
         elif isinstance(value, tuple) and value and is_dataclass(value[0]):
             for number, each in enumerate(value):
-                _check_limits(each, f"{prefix}{entry.name}[{number}].")
+                check_limits(each, f"{prefix}{entry.name}[{number}].")
         elif limits is not None and not limits[0](value):
             raise ConfigError(f"{prefix}{entry.name} is {value}; it must be {limits[1]}")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from diffmoe_ep.config.check import _check_limits, check
+from diffmoe_ep.config.check import check, check_limits
 from diffmoe_ep.config.knob import ConfigError, Key
 from diffmoe_ep.config.names import answer
 from diffmoe_ep.config.schema import SIZES, Config
@@ -60,7 +60,7 @@ def read_section(path: str | Path, kind: type[T]) -> T:
         if missing and set(tree) <= set(get_type_hints(kind)):  # an unknown key comes first: it may be a missing one
             raise ConfigError(f"lacks {', '.join(missing)}; the keys are {', '.join(get_type_hints(kind))}")
         built = _build(kind, tree, "")
-        _check_limits(built, "")
+        check_limits(built)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return built

@@ -51,7 +51,9 @@ class SampleStore(Protocol):
 
 
 class BatchSource(Protocol):
-    """What a `Stream` reads: indexed datasets (`mixture.Mixture`), or plain tars (`loader.resampled.PlainTars`)."""
+    """What `mixture.Mixture` (indexed datasets) and `loader.resampled.PlainTars` have in common; a `Stream` reads these
+    two.
+    """
 
     @property
     def names(self) -> tuple[str, ...]:

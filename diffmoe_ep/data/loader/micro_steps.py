@@ -32,14 +32,21 @@ class RankSlice:
 
     @classmethod
     def of(cls, batch: int, accumulation: int, rank: int, world: int) -> "RankSlice":
-        """batch: samples of a step over all ranks, in `accumulation` micro-steps. ConfigError if they do not divide."""
+        """batch: samples of a step over all ranks, in `accumulation` micro-steps. ConfigError if they do not divide, or
+        for a number below 1 or a rank that is none of the world's.
+        """
+        numbers = {"train.global_batch": batch, "train.grad_accumulation": accumulation, "the number of ranks": world}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ConfigError(f"{name} is {number}; it must be greater than 0")
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} is none of {world} ranks; they are 0 to {world - 1}")
         parts = accumulation * world
-        if batch < parts or batch % parts:
+        if batch % parts:
             fitting = sorted({max(batch // parts, 1) * parts, (batch // parts + 1) * parts})
             raise ConfigError(
                 f"train.global_batch = {batch} does not divide into train.grad_accumulation = {accumulation} "
-                "micro-steps "
-                f"on {world} ranks; use a multiple of {parts}, such as {' or '.join(map(str, fitting))}"
+                f"micro-steps on {world} ranks; use a multiple of {parts}, such as {' or '.join(map(str, fitting))}"
             )
         return cls(batch // accumulation, rank, world)
 
@@ -62,7 +69,7 @@ class IndexedSteps(IterableDataset["Result"]):
         condition is a label.
         """
         size = of_rank.micro_step_samples
-        if data.lanes < 1 or size % data.lanes:
+        if size % data.lanes:
             raise ConfigError(
                 f"data.lanes = {data.lanes} does not divide the {size} samples of a micro-step; use a divisor of these"
             )

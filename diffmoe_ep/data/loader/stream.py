@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from diffmoe_ep.config import ConfigError, DataConfig
+from diffmoe_ep.config import ConfigError, DataConfig, check_limits
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec, check_text
 from diffmoe_ep.data.loader import quarantine
@@ -60,13 +60,19 @@ class Stream:
         text: CaptionSpec | None = None,
         quarantine_file: Path | None = None,
     ) -> None:
-        """ConfigError where the numbers do not divide or the source has not what is requested; costs nothing before
-        the first batch.
+        """ConfigError where numbers are beyond their limits or do not divide, or the source has not what is requested;
+        costs nothing before the first batch. TypeError for a source that is neither `Mixture` nor `PlainTars`.
 
         data: how samples are drawn; where they lie is the source's. batch: samples of a step over all ranks, in
         `accumulation` micro-steps. text: what is wanted of captions; None: the condition is a label. quarantine_file:
         where replaced samples are listed.
         """
+        if not isinstance(source, Mixture | PlainTars):
+            raise TypeError(
+                f"a Stream reads a Mixture or PlainTars, not {type(source).__name__}; of one prepared dataset make "
+                "Mixture([dataset])"
+            )
+        check_limits(data, "data.")
         of_rank = RankSlice.of(batch, accumulation, rank, world)
         if samples_consumed < 0 or samples_consumed % of_rank.micro_step_samples:
             raise ConfigError(
@@ -86,7 +92,11 @@ class Stream:
         self._data, self._size = data, of_rank.micro_step_samples
         self._first = samples_consumed
         self._quarantine_file = quarantine_file
-        self._steps = _steps(source, data, seed, of_rank, text)
+        self._steps: MicroSteps
+        if isinstance(source, PlainTars):
+            self._steps = ResampledSteps(source, data, seed, of_rank, text)
+        else:
+            self._steps = IndexedSteps(source, data, seed, of_rank, text)
         self._results: Iterator[Result | PackedResult] | None = None
 
     def __iter__(self) -> "Stream":
@@ -173,15 +183,6 @@ class Stream:
             self._results._shutdown_workers()  # type: ignore[attr-defined]
         self._results = None
         self.source.close()
-
-
-def _steps(
-    source: BatchSource, data: DataConfig, seed: int, of_rank: RankSlice, text: CaptionSpec | None
-) -> MicroSteps:
-    if isinstance(source, PlainTars):
-        return ResampledSteps(source, data, seed, of_rank, text)
-    assert isinstance(source, Mixture)
-    return IndexedSteps(source, data, seed, of_rank, text)
 
 
 def _packed(result: Any) -> PackedResult:

@@ -1,5 +1,6 @@
 """The stream: bit-identical for any number of ranks and workers, resumed anywhere, and loud about bad samples."""
 
+import math
 import multiprocessing
 import re
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from data.loader.streams import open_stream
 from data_prep.write import write_dataset
-from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.codec import encode
 from diffmoe_ep.data.loader.stream import Stream
@@ -135,6 +136,28 @@ def test_a_batch_is_what_its_positions_say(pixels: Dataset, flip: bool) -> None:
         assert batch.condition[row].item() == (4 if dropped else (shard * 8 + sample) % 4)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_batch_of_moments_is_what_its_positions_say(moments: Dataset, flip: bool) -> None:
+    """An independent reference in float64: mean + deviation * posterior of the stored image, or of its stored mirror
+    image, scaled.
+    """
+    batch = join(take(stream(moments, flip=flip), 5))
+    order, content = Order(moments.sizes, 5, 2), stored(MOMENTS).astype(np.float64)  # (50, flips, 2C, H, W)
+    for row, position in enumerate(range(120)):
+        shard, sample = order.locate(position)
+        mirrored = flip and generator_for(5, position, "flip").random() < 0.5
+        mean, log_variance = np.split(content[shard * 8 + sample, int(mirrored)], 2)
+        drawn = generator_for(5, position, "posterior").standard_normal((2, 2, 2), dtype=np.float32)
+        latent = 0.18215 * (mean + np.exp(log_variance / 2) * drawn)
+        dropped = generator_for(5, position, "drop").random() < 0.25
+        np.testing.assert_allclose(batch.latent[row].numpy(), latent, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(
+            batch.noise[row].numpy(), generator_for(5, position, "noise").standard_normal((2, 2, 2), dtype=np.float32)
+        )
+        assert batch.u[row].item() == generator_for(5, position, "time").random(dtype=np.float32)
+        assert batch.condition[row].item() == (4 if dropped else (shard * 8 + sample) % 4)
+
+
 def test_draws_have_their_distributions(pixels: Dataset) -> None:
     batch = join(take(stream(pixels), 100))  # 2,400 samples
     dropped = (batch.condition == 4).float().mean().item()
@@ -148,7 +171,7 @@ def test_draws_have_their_distributions(pixels: Dataset) -> None:
     assert abs(np.mean(drawn) - 0.5) < 0.05
 
 
-@pytest.mark.parametrize(("condition_dropout", "share"), [(0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("condition_dropout", "share"), [(0.0, 0.0), (math.nextafter(1, 0), 1.0)])
 def test_dropping_never_and_always(pixels: Dataset, condition_dropout: float, share: float) -> None:
     batch = join(take(stream(pixels, condition_dropout=condition_dropout), 4))
     assert (batch.condition == 4).float().mean().item() == share
@@ -247,11 +270,31 @@ def test_a_worker_that_dies_is_reported(pixels: Dataset) -> None:
         ({"batch": 2, "world": 4}, "such as 4"),
         ({"samples_consumed": 25}, "25 samples are consumed, which is not a whole number of micro-steps of 24"),
         ({"samples_consumed": -24}, "-24 samples"),
+        ({"batch": 0}, r"train\.global_batch is 0; it must be greater than 0"),
+        ({"batch": -24}, r"train\.global_batch is -24"),
+        ({"accumulation": 0}, r"train\.grad_accumulation is 0"),
+        ({"world": 0}, "the number of ranks is 0"),
+        ({"rank": 2, "world": 2}, "rank 2 is none of 2 ranks; they are 0 to 1"),
+        ({"rank": -1}, "rank -1 is none of 1 ranks"),
+        ({"condition_dropout": 1.5}, r"data\.condition_dropout is 1\.5; it must be at least 0 and less than 1"),
+        ({"shuffle_block": -1}, r"data\.shuffle_block is -1; it must be at least 0"),
+        ({"lanes": 0}, r"data\.lanes is 0"),
+        ({"max_bad_fraction": 1.0}, r"data\.max_bad_fraction is 1\.0"),
+        ({"retries": -1}, r"data\.retries is -1"),
+        ({"workers": -1}, r"data\.workers is -1"),
+        ({"workers": 1, "prefetch": 0}, r"data\.prefetch is 0"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(pixels: Dataset, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         stream(pixels, **changes)
+
+
+def test_what_no_stream_reads_is_refused(pixels: Dataset) -> None:
+    for source in (pixels, torch.utils.data.TensorDataset(torch.zeros(4))):
+        told = rf"reads a Mixture or PlainTars, not {type(source).__name__}; of one prepared dataset make Mixture"
+        with pytest.raises(TypeError, match=told):
+            Stream(source, DataConfig(), seed=5, batch=24)  # type: ignore[arg-type]
 
 
 def test_flips_that_are_not_stored_are_refused(tmp_path: Path) -> None:

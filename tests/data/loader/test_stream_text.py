@@ -4,6 +4,7 @@ it.
 
 import io
 import json
+import math
 import os
 import zlib
 from collections import Counter
@@ -193,7 +194,7 @@ def test_captions_leave_every_other_draw_as_it_is(tiny: Dataset, tmp_path: Path)
 
 
 def test_everything_dropped_is_the_null_caption(tiny: Dataset) -> None:
-    batch = joined(tiny, 3, condition_dropout=1.0)
+    batch = joined(tiny, 3, condition_dropout=math.nextafter(1, 0))
     assert isinstance(batch.condition, CaptionFeatures)
     assert batch.condition.features.shape == (24, 4, 3)
     assert not batch.condition.features.any()
