@@ -1,9 +1,9 @@
 """DDPM's chain of noising steps, its posterior, and the variational bound that teaches the variance.
 
-Legend: index t = 0 .. T - 1, t = 0 is the least noise; beta the variance that a step adds, signal the product of all (1
-- beta) up to t, so x_t = sqrt(signal) x_0 + sqrt(1 - signal) eps. A model predicts [eps; v]: the noise, and v in [-1,
-1], which places the log variance of the step back between the posterior's (v = -1) and beta's (v = 1). Tables and what
-is computed from them are float64.
+Legend: index t = 0 .. T - 1, t = 0 is the least noise; beta the variance that a step adds, signal the product of all
+(1 - beta) up to t, so x_t = sqrt(signal) x_0 + sqrt(1 - signal) eps. A model predicts [eps; v]: the noise, and v in
+[-1, 1], which places the log variance of the step back between the posterior's (v = -1) and beta's (v = 1). Tables and
+what is computed from them are float64.
 """
 
 import math

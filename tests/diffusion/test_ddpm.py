@@ -112,6 +112,18 @@ def test_a_stride_is_added_up_in_floating_point_as_published(count):
     assert kept == np.rint(sums).astype(int).tolist()
 
 
+def test_283_odd_counts_keep_other_steps_than_an_exact_stride_by_one_at_most():
+    others = []
+    for count in range(2, 1001):
+        exact = [round(Fraction(number * 999, count - 1)) for number in range(count)]
+        moved = np.abs(np.subtract(SCHEDULE.respaced(count).index.tolist(), exact)).max()
+        assert moved <= 1
+        if moved:
+            others.append(count)
+    assert len(others) == 283
+    assert all(count % 2 for count in others)
+
+
 @pytest.mark.parametrize("count", [10, 25, 50, 100, 200, 250, 500, 1000])
 def test_usual_counts_keep_what_an_exact_stride_keeps(count):
     exact = [round(Fraction(number * 999, count - 1)) for number in range(count)]
