@@ -33,13 +33,6 @@ class CaptionFeatures:
 Condition = Tensor | CaptionFeatures  # labels (B,) int64, the number of classes being the null class; or captions
 
 
-def null_like(condition: Condition, num_classes: int) -> Condition:
-    """As many null conditions."""
-    if isinstance(condition, CaptionFeatures):
-        return CaptionFeatures(condition.features, torch.zeros_like(condition.lengths))
-    return torch.full_like(condition, num_classes)
-
-
 def joined(conditions: Sequence[Condition]) -> Condition:
     """Conditions of one kind, and captions of as many places, one after the other."""
     texts = [condition for condition in conditions if isinstance(condition, CaptionFeatures)]

@@ -1,11 +1,10 @@
-"""The straight path between data (t = 0) and noise (t = 1), Eq. 24, its velocity, Eq. 31, and how a velocity and a
-noise estimate convert into each other.
+"""The straight path between data (t = 0) and noise (t = 1), Eq. 24, its velocity, Eq. 31, and how a noise estimate
+becomes a velocity.
 
-On any path x_t = alpha x_0 + sigma eps the two say the same: v = alpha' x_0 + sigma' eps, with x_0 = (x_t - sigma eps)
-/ alpha.
+On any path x_t = alpha x_0 + sigma eps the two say the same: v = alpha' x_0 + sigma' eps, with
+x_0 = (x_t - sigma eps) / alpha.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,19 +39,6 @@ def straight(t: float) -> Point:
     return Point(1 - t, t, -1.0, 1.0)
 
 
-def variance_preserving(t: float, first: float = 0.1, last: float = 20.0) -> Point:
-    """DDPM's path in continuous time: alpha^2 + sigma^2 = 1, with a noise rate that grows linearly from `first` to
-    `last`.
-
-    It is the limit of many steps of betas from first / steps to last / steps; t in [0, 1]; at t = 0 sigma's rate is
-    infinite.
-    """
-    log_alpha = -first * t / 2 - (last - first) * t**2 / 4
-    rate = -(first + (last - first) * t) / 2  # of log alpha
-    alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
-    return Point(alpha, sigma, alpha * rate, math.inf if sigma == 0 else -rate * alpha**2 / sigma)
-
-
 def velocity_of(eps: Tensor, x: Tensor, point: Point) -> Tensor:
     """The velocity that a noise estimate implies at x: v = (alpha' / alpha) x + (sigma' - sigma alpha' / alpha) eps.
 
@@ -62,11 +48,3 @@ def velocity_of(eps: Tensor, x: Tensor, point: Point) -> Tensor:
         raise ValueError(f"alpha = {point.alpha:g}: a noise estimate has no velocity where nothing is left of the data")
     ratio = point.alpha_rate / point.alpha
     return ratio * x + (point.sigma_rate - point.sigma * ratio) * eps
-
-
-def epsilon_of(velocity: Tensor, x: Tensor, point: Point) -> Tensor:
-    """The noise estimate that a velocity implies at x, the inverse of `velocity_of`; defined at every time of the
-    straight path.
-    """
-    determinant = point.alpha * point.sigma_rate - point.sigma * point.alpha_rate  # 1 on the straight path
-    return (point.alpha * velocity - point.alpha_rate * x) / determinant

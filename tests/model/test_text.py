@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_ep.config import ModelConfig
-from diffmoe_ep.data.condition import CaptionFeatures, joined, null_like, padded
+from diffmoe_ep.data.condition import CaptionFeatures, joined, padded
 from diffmoe_ep.model.attention import CrossAttention
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, Output
@@ -126,8 +126,7 @@ def test_a_caption_acts_and_each_on_its_own_sample() -> None:
 
 def test_null_captions_are_one_trained_row() -> None:
     model, text = busy(SMALL), captions(SMALL)
-    nothing = null_like(text, 0)
-    assert isinstance(nothing, CaptionFeatures) and len(nothing) == len(text)
+    nothing = CaptionFeatures(text.features, torch.zeros_like(text.lengths))
     output, gradients = told(model, nothing)
     assert gradients["caption.null"].abs().max() > 0
     embed = model.caption
