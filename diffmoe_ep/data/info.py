@@ -1,9 +1,10 @@
 """What a model has to know of the data that it was trained on; checkpoints and exported folders keep it as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from diffmoe_ep.config import to_tree
 from diffmoe_ep.data.manifest import KEYS, Manifest, TextEncoderInfo
 
 
@@ -48,7 +49,10 @@ class DataInfo:
         for key, kinds in {"kind": ("pixels", "moments", ""), "condition": ("class", "text")}.items():
             if found.get(key, kinds[-1]) not in kinds:
                 raise ValueError(f"{key} of the data is {found[key]!r}, expected {kinds[0]} or {kinds[1]}")
-        if found.get("kind") == "pixels" and not {"shape", "scale", "shift"} <= found.keys():
+        shape = found.get("shape", [])
+        if shape and not (len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)):
+            raise ValueError(f"shape of the data is {shape}, expected [C, H, W]")
+        if found.get("kind") == "pixels" and not (shape and {"scale", "shift"} <= found.keys()):
             raise ValueError("data of kind pixels lack shape, scale or shift")
         for key in {"shape", "class_names"} & found.keys():
             found[key] = tuple(found[key])
@@ -59,8 +63,8 @@ class DataInfo:
         return cls(**found)
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of a JSON file; `from_json` reads it."""
-        return asdict(self)
+        """As an object of a JSON file, lists for tuples; `from_json` reads it."""
+        return to_tree(self)
 
     def text_encoder(self, name: str) -> TextEncoderInfo | None:
         """The encoder of this name whose features of the captions are stored, if there are such."""

@@ -44,7 +44,7 @@ def _load(sample: SampleConfig, data_info: DataInfo, device: torch.device) -> De
         raise ConfigError(
             f"sample.vae {sample.vae} scales its latents otherwise {here} than the model's are {there}; {remedy}"
         )
-    if vae.channels != data_info.shape[0]:
+    if data_info.shape and vae.channels != data_info.shape[0]:
         raise ConfigError(
             f"sample.vae {sample.vae} has latents of {vae.channels} channels, the model of {data_info.shape[0]}; "
             f"{remedy}"

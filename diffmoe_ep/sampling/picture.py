@@ -38,11 +38,16 @@ def check_pictures(data_info: DataInfo, vae: str | None) -> None:
                 "or sample.grid_every=0"
             )
         return
-    if data_info.kind != "pixels" or data_info.shape[0] not in (1, 3) or not 1 <= highest(data_info) <= 255:
+    if not are_pictures(data_info):
         raise ConfigError(
             f"the data {data_info.name} (shape {data_info.shape}, scale {data_info.scale}, shift {data_info.shift}) "
             "are no pictures of 1 or 3 channels with values up to 255; set sample.grid_every=0"
         )
+
+
+def are_pictures(data_info: DataInfo) -> bool:
+    """Whether stored samples can be shown: pixels of 1 or 3 channels, with values up to 255."""
+    return data_info.kind == "pixels" and data_info.shape[:1] in ((1,), (3,)) and 1 <= highest(data_info) <= 255
 
 
 def check_pixels(data_info: DataInfo) -> None:

@@ -219,7 +219,9 @@ def vae() -> None:
     with mock.patch.object(encoders, "load_vae", load):
         assert load_decoder(replace(PLAIN, vae=None), info, Mesh()) is None
         assert load_decoder(replace(PLAIN, vae="some/vae"), info, Mesh()) is not None
-    assert loaded == [Path("some/vae")]
+        unknown = DataInfo(kind="moments")
+        assert load_decoder(replace(PLAIN, vae="some/vae"), unknown, Mesh()) is not None
+    assert loaded == [Path("some/vae")] * 2
 
 
 def grids(rank: int, data: Path, folder: Path, weights: str) -> list[tuple[int, int, bool]]:

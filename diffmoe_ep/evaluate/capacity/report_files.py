@@ -9,7 +9,7 @@ import torch
 
 from diffmoe_ep.evaluate.capacity import plots
 from diffmoe_ep.evaluate.capacity.report import EXTREMES, Report
-from diffmoe_ep.sampling.picture import highest, pixels_of
+from diffmoe_ep.sampling.picture import are_pictures, highest, pixels_of
 from diffmoe_ep.sampling.sample import Samples
 
 
@@ -95,8 +95,7 @@ def _as_pictures(report: Report) -> Callable[[Samples], plots.Pictures] | None:
     """How samples are shown: as numbers in 0..1 (n, H, W, C); None for what is no picture of 1 or 3 channels."""
     data_info = report.data_info
     decoded = any(one.samples is not None and one.samples.decoded is not None for one in report.classes)
-    kind, channels = data_info.kind, data_info.shape[0]
-    if not decoded and (kind != "pixels" or channels not in (1, 3) or not 1 <= highest(data_info) <= 255):
+    if not decoded and not are_pictures(data_info):
         return None
     return lambda samples: pixels_of(samples, data_info).permute(0, 2, 3, 1).double().numpy() / highest(data_info)
 

@@ -248,9 +248,9 @@ def test_the_summary_is_aligned_and_the_dictionary_is_json(written):
     assert json.loads(json.dumps(found.as_dict()))["capacity"] == found.record.average()
 
 
-def test_latents_of_a_vae_are_measured_but_not_shown(module, tmp_path):
-    latents = replace(INFO, kind="moments", class_names=())
-    found = report(module, sample_fn(module), SAMPLE, latents, Mesh(), per_class=1, seed=SEED)
+@pytest.mark.parametrize("info", [replace(INFO, kind="moments", class_names=()), DataInfo()])
+def test_latents_of_a_vae_and_what_nobody_knows_are_measured_but_not_shown(module, tmp_path, info):
+    found = report(module, sample_fn(module), SAMPLE, info, Mesh(), per_class=1, seed=SEED)
     write(found, tmp_path)
     assert not (tmp_path / "hardest_easiest.png").exists()
     assert (tmp_path / "topk_against_predictor.png").exists()
