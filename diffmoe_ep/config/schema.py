@@ -312,7 +312,7 @@ class SampleConfig:
         "euler", "the solver; ddpm (ancestral) and ddim need objective ddpm"
     )
     steps: int = reporting(250, "steps of the solver; heun evaluates twice in each; dopri5 chooses its own", POSITIVE)
-    eta: float = reporting(0.0, "noise of ddim: 0 none, 1 as ddpm", NON_NEGATIVE)
+    eta: float = reporting(0.0, "noise of ddim: 0 none, 1 as ddpm", (lambda value: 0 <= value <= 1, "from 0 to 1"))
     rtol: float = reporting(1e-5, "relative tolerance of dopri5", POSITIVE)
     atol: float = reporting(1e-5, "absolute tolerance of dopri5", POSITIVE)
     guidance: float = reporting(1.5, "classifier-free guidance scale; 1 = none")

@@ -88,6 +88,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (["sample.guidance_interval=[0.8,0.2]"], "sample.guidance_interval is"),
         (["sample.guidance_channels=5"], "it must be 1 to 4"),
         (["train.ema.decay=1"], "train.ema.decay is 1.0; it must be at least 0 and less than 1"),
+        (["sample.eta=1.5"], "sample.eta is 1.5; it must be from 0 to 1"),
+        (["sample.eta=-0.1"], "sample.eta is -0.1; it must be from 0 to 1"),
         (["model.out_channels=2"], "model.out_channels 2 is less than model.in_channels 4"),
     ],
 )
