@@ -24,11 +24,8 @@ GRID = 3  # the canvas has 3 x 3 cells, a digit to a cell
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 COUNTS = ("one", "two", "three")
 Weights = tuple[float, float, float]
-WEIGHTS: Weights = (
-    2.0,
-    1.0,
-    1.0,
-)  # of captions that tell every place, the counts, and for two digits how they stand to each other
+# Of captions that tell every place, the counts, and for two digits how they stand to each other.
+WEIGHTS: Weights = (2.0, 1.0, 1.0)
 Split = Literal["train", "heldout"]
 
 

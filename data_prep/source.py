@@ -22,9 +22,7 @@ class Raw:
 
     place: str  # where it lies in the source, for the list of bad samples
     key: str  # of the sample in the shards: letters, digits, '_', '-'
-    image: (
-        Callable[[], bytes] | np.ndarray | None
-    )  # reads the file's bytes; or pixels (C, H, W) uint8; None: see problem
+    image: Callable[[], bytes] | np.ndarray | None  # reads the file; or pixels (C, H, W) uint8; None: see problem
     condition: StoredCondition | None  # label, or captions without features
     problem: str = ""  # why the sample cannot be used, if that shows already
 

@@ -30,9 +30,8 @@ MADE_OF = "questions on the captions of the digits; 1"  # of the recipe; the num
 STEPS, BATCH = 2400, 32
 CANVAS = 24  # captions do not depend on it
 CELLS = GRID * GRID
-QUESTIONS = (
-    CELLS + 10 + 3
-)  # the digit in each cell; the number of each digit; the two of a relation, and which is above
+# The digit in each cell; the number of each digit; the two of a relation, and which is above.
+QUESTIONS = CELLS + 10 + 3
 ANSWERS = 11  # digits and, in a cell, none; numbers; no and yes
 UNTOLD = -100  # the answer to a question that a text says nothing about
 KINDS = (0, 0, 1, 0, 0, 2)  # of captions, step by step: places, counts, relation
@@ -52,7 +51,7 @@ def make_tiny_t5(
     seed: int = 0,
     width: int = 64,
     layers: int = 3,
-    rate: float = 3e-3,
+    lr: float = 3e-3,
     progress: Callable[[float], object] = lambda _: None,
 ) -> bool:
     """Make the encoder and its tokenizer in a folder; returns whether there was anything to do.
@@ -61,7 +60,8 @@ def make_tiny_t5(
     random. The weights follow from the arguments alone, one thread computes them. progress is called with each step's
     loss. ConfigError where the folder holds anything else.
     """
-    recipe = {"steps": steps, "seed": seed, "width": width, "layers": layers, "rate": rate, "made_of": MADE_OF}
+    # "rate", as in the folders that are there already.
+    recipe = {"steps": steps, "seed": seed, "width": width, "layers": layers, "rate": lr, "made_of": MADE_OF}
     if _is_there(folder, recipe):
         return False
     try:
@@ -85,7 +85,7 @@ def make_tiny_t5(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder, heads = T5EncoderModel(config), _Heads(width)
-        _learn(encoder, heads, tokenizer, steps, rate, progress)
+        _learn(encoder, heads, tokenizer, steps, lr, progress)
     finally:
         torch.set_num_threads(threads)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -140,15 +140,15 @@ class _Heads(nn.Module):
 
 
 def _learn(
-    encoder: Any, heads: _Heads, tokenizer: Any, steps: int, rate: float, progress: Callable[[float], object]
+    encoder: Any, heads: _Heads, tokenizer: Any, steps: int, lr: float, progress: Callable[[float], object]
 ) -> None:
-    """Teach encoder and heads the lessons, at a rate that rises for a tenth of the steps and then falls to zero."""
+    """Teach encoder and heads the lessons; the learning rate rises for a tenth of the steps and then falls to zero."""
     weights = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         taught = lesson(step)
         tokens = tokenizer(list(taught.texts), padding=True, return_tensors="pt")
         mask = tokens["attention_mask"]

@@ -105,9 +105,8 @@ def write_dataset(
         with aside(folder / MANIFEST_NAME) as file:
             file.write(manifest.to_json().encode())
         expected = {MANIFEST_NAME} | {name for shard in shards for name in (shard.name, shard.index_name)}
-        for path in (
-            folder.iterdir()
-        ):  # leftovers of a run that was cut short; `existing_dataset` saw that there are no other files
+        # Leftovers of a run that was cut short; `existing_dataset` saw that there are no other files.
+        for path in folder.iterdir():
             if path.name not in expected:
                 path.unlink()
     dataset = Dataset.open(folder)

@@ -31,6 +31,7 @@ from diffmoe_ep.data.manifest import MANIFEST_NAME, Manifest
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.order import Order
 from diffmoe_ep.data.shards import Dataset, fastest_crc32
+from diffmoe_ep.tables import table
 
 SEED, BLOCK, BATCH, DROP = 0, 8, 64, 0.1
 
@@ -60,7 +61,7 @@ class StreamBench:
 
     def lines(self) -> list[str]:
         """As text."""
-        beside = f"  {self.undrawn / self.pread:.2f} of (a); {self.undrawn / self.webdataset:.1f} times (b)"
+        beside = f"{self.undrawn / self.pread:.2f} of (a); {self.undrawn / self.webdataset:.1f} times (b)"
         rows = [
             ("(a) pread + frombuffer + collate", self.pread, ""),
             ("(b) plain webdataset, decoded", self.webdataset, ""),
@@ -69,10 +70,10 @@ class StreamBench:
             ("stream less its draws", self.undrawn, beside),
         ]
         memory = ", ".join(f"{size / 1e6:.0f} MB" for size in self.worker_bytes)
+        cells = [(name, f"{rate:,.0f}", f"{1e6 / rate:.1f}", note) for name, rate, note in rows]
         return [
-            f"{self.samples} samples of {self.sample_bytes} bytes, {self.turns} turns, one process, samples per "
-            "second:",
-            *(f"  {name:34}{rate:10,.0f}{1e6 / rate:10.1f} µs each{note}" for name, rate, note in rows),
+            f"{self.samples} samples of {self.sample_bytes} bytes, {self.turns} turns, one process",
+            *table([("reader", "samples/s", "µs each", ""), *cells], "<>><"),
             f"first batch from the middle after {self.start_seconds:.3f} s",
             f"{self.workers} workers, steps of {self.step_seconds:g} s for {BATCH} samples: "
             f"{self.wait:.2%} of the time waits for data",

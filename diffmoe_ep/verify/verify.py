@@ -138,9 +138,7 @@ def _checks(
 
 
 def run(device: str | None, timeout_minutes: float) -> None:
-    """The verb: print the checks on the first rank; exit code 1 on every rank
-    if one failed.
-    """
+    """The verb: print the checks on the first rank; exit code 1 on every rank if one failed."""
     first = launched_rank() == 0
 
     def show(check: Check) -> None:

@@ -16,9 +16,7 @@ class Draws:
     """The draws of B positions."""
 
     noise: np.ndarray  # (B, C, H, W) float32, standard normal
-    posterior: (
-        np.ndarray | None
-    )  # (B, C, H, W) float32, standard normal, that moments are sampled with; or pixels: None
+    posterior: np.ndarray | None  # the same, that moments are sampled with; None for pixels
     u: np.ndarray  # (B,) float32 in [0, 1), which the objective maps to a time
     flip: list[bool]  # whether the sample is mirrored
     drop: list[bool]  # whether its condition is replaced by the null condition

@@ -273,8 +273,7 @@ def topk(
     """Batch 1: samples with top-k above those with the predictor, what both cost, and how far they agree (Figure 6).
 
     strips: (n, H, W, C) with top-k, with the predictor; capacities: C (steps,) of the same; agreement (steps, layers),
-    and
-    together: over all layers (steps,), and over all steps.
+    and together: over all layers (steps,), and over all steps.
     """
     columns = 0 if strips is None else len(strips[0])
     figure = new_figure(11, 3.9 + (2.3 if columns else 0))

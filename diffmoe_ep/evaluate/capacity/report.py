@@ -15,6 +15,7 @@ from diffmoe_ep.config import ConfigError, ModelConfig, SampleConfig, has_expert
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.evaluate.capacity.against_topk import AgainstTopK, against_topk, topk_of_a_sample
 from diffmoe_ep.evaluate.capacity.sample_fn import Requested, SampleFn
+from diffmoe_ep.evaluate.capacity.strokes import evenly_spaced
 from diffmoe_ep.model.count import count, equation_40
 from diffmoe_ep.model.dit import DiT, is_moe
 from diffmoe_ep.parallel.mesh import Mesh
@@ -22,6 +23,7 @@ from diffmoe_ep.sampling.capacity_record import CapacityRecord
 from diffmoe_ep.sampling.generate import Progress
 from diffmoe_ep.sampling.prompts import Prompts
 from diffmoe_ep.sampling.sample import Samples, check_labels
+from diffmoe_ep.tables import table
 
 EXTREMES = 10  # classes or prompts at either end of the ranking whose samples are kept
 
@@ -121,8 +123,7 @@ class Report:
                     f"predictor takes {ours / theirs:.3f} times as much",
                 )
             )
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {text}" for name, text in rows]
+        return table(rows, "<", rule=False)
 
     def as_dict(self) -> dict[str, object]:
         """The summary, ready for JSON; the tables hold the rest."""
@@ -220,7 +221,7 @@ def report(
             measured.sort(key=lambda one: -one.capacity)  # stable: equal ones stay in order
             middle = measured[EXTREMES:-EXTREMES]
             measured[EXTREMES:-EXTREMES] = [replace(one, samples=None) for one in middle]
-    some = [labels[place] for place in _spread(len(labels), EXTREMES)]
+    some = [labels[place] for place in evenly_spaced(len(labels), EXTREMES)]
     some_names = [names[label] for label in some]
     against = against_topk(module, sample_fn, conditions(some), some_names, config, mesh, k) if k else None
     if progress is not None:
@@ -251,8 +252,3 @@ def _unsteady(samples: Samples, config: SampleConfig) -> str | None:
         f"the solver took {steps} steps of its own where sample.steps is {config.steps}; "
         "set sample.sampler=heun or euler for a report"
     )
-
-
-def _spread(number: int, most: int) -> list[int]:
-    """Up to `most` of the places 0..number-1, evenly spread."""
-    return sorted({round(place * (number - 1) / max(1, min(number, most) - 1)) for place in range(min(number, most))})

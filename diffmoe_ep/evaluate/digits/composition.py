@@ -34,9 +34,8 @@ class Prompt:
     text: str
     task: str
     digits: tuple[int, ...]  # requested, each as often as it is to be there
-    cells: tuple[
-        tuple[int, int], ...
-    ] = ()  # (row, column) of each digit, where places are named; a single digit may be anywhere
+    # (row, column) of each digit, where places are named; a single digit may be anywhere
+    cells: tuple[tuple[int, int], ...] = ()
     relation: str = ""  # above or to the left of: how the first of two digits stands to the second
 
     def holds(self, seen: np.ndarray) -> bool:
@@ -222,9 +221,8 @@ def _judged(seen: np.ndarray, requested: Sequence[Prompt]) -> tuple[dict[str, Sh
     shares, verdicts = {}, np.zeros(len(requested), dtype=bool)
     for task in TASKS:
         of_task = [number for number, prompt in enumerate(requested) if prompt.task == task]
-        table = np.array(
-            [[requested[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task]
-        )  # (pictures, prompts)
+        # (pictures, prompts)
+        table = np.array([[requested[prompt].holds(seen[picture]) for prompt in of_task] for picture in of_task])
         num = len(of_task)
         right = table.diagonal() if num else np.zeros(0, dtype=bool)
         verdicts[of_task] = right
