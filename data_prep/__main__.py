@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranks(source)
 
     encoder = sources.add_parser(
-        "tiny_t5", help="a T5 encoder of bytes for those captions, trained here in a minute or two"
+        "tiny_t5", help="a T5 encoder of bytes for those captions, trained here in a few minutes"
     )
     encoder.add_argument("--out", type=Path, required=True, help="folder to write")
     encoder.add_argument(

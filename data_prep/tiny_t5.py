@@ -2,7 +2,7 @@
 downloaded.
 
 Its classes, files and tokenizer (of bytes) are those of every T5, so `load_text_encoder` loads it like any other. Its
-weights are its own, trained here for a minute or two on captions alone, without any image: it learns to answer which
+weights are its own, trained here for a few minutes on captions alone, without any image: it learns to answer which
 digit stands in which cell, how many there are of each, and how two stand to each other. That is supervision which a
 real T5 has no need of: from a random or hardly trained encoder of bytes, which digit stands where is hard to read (a
 digit is a byte, its place the fifteen bytes behind it). It knows the wording of these captions and no English.

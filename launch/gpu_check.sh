@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks and measures everything that needs a GPU, in one call of under ten minutes on one card: the tests marked `gpu`, the laws
-# (diffmoe verify), an MoE layer and whole steps of L-E16 in bf16 beside their dense twins, real training steps of the 4.6B
-# text-to-image model beside the plan (where a card holds 130 GB), and the digits. A table comes last; files go to gpu_check/.
-# Sets up its environment first (launch/setup.sh).
+# Checks and measures everything that needs a GPU in one call, made for about ten minutes on one card; no GPU has run it yet.
+# It runs the tests marked `gpu`, the laws (diffmoe verify), an MoE layer and whole steps of L-E16 in bf16 beside their dense
+# twins, real training steps of the 4.6B text-to-image model beside the plan (where a card holds 130 GB), and the digits. A
+# table comes last; files go to gpu_check/. Sets up its environment first (launch/setup.sh).
 #
 #   ./launch/gpu_check.sh                                     with configs/cluster/h200x1.yaml
 #   CLUSTER=mine.yaml ./launch/gpu_check.sh                    on another card

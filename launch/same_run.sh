@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The promise as a picture: trains the digits in six layouts of ranks, expert parallelism and ZeRO stage, and draws their
-# losses on one another and their distances from the run on one rank. The rate is the paper's 1e-4: at the digits' own
-# 4e-3 a training amplifies rounding, whatever its layout. Four ranks at most, on CPUs: a few minutes on two cores. Sets up
-# its environment first (launch/setup.sh). Finished runs are kept. Arguments are overrides (key=value) of every run.
+# losses on one another and their distances from the run on one rank. The learning rate is the paper's 1e-4: at the digits'
+# own 4e-3 a training amplifies rounding, whatever its layout. Four ranks at most, on CPUs: a few minutes on two cores. Sets
+# up its environment first (launch/setup.sh). Finished runs are kept. Arguments are overrides (key=value) of every run.
 #
 #   ./launch/same_run.sh                                              .github/same_run.png, from runs/same_run
 #   RUNS=runs/short OUT=a.png ./launch/same_run.sh train.steps=40      another training, elsewhere

@@ -374,7 +374,7 @@ class Dataset:
 
 @cache
 def fastest_crc32() -> Callable[[Content], int]:
-    """The checksum of members: isal's crc32 where that is installed, which takes a tenth of the time; else zlib's. The
+    """The checksum of members: isal's crc32 where that is installed, which is several times as fast; else zlib's. The
     numbers are the same.
     """
     try:
