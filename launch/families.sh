@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the four model families on the digits at equal activated compute, with the same seeds, scores them and lays them side by side.
-# Does its own set-up. About three minutes for each of the twelve runs on one CPU core. Arguments are overrides (key=value) of every run.
+# Does its own set-up. Three to four minutes for each of the twelve runs on one CPU core beside other work (2026-11-21). Arguments are
+# overrides (key=value) of every run.
 #
 #   ./launch/families.sh
 #   SEEDS="0" FAMILIES="dense diffmoe" ./launch/families.sh train.steps=200
