@@ -2,6 +2,7 @@
 expert parallelism.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import fill, is_exported, load_exported, read_exported
+from diffmoe_ep.checkpoint.exported import CONFIG, fill, is_exported, load_exported, read_exported
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
-from diffmoe_ep.checkpoint.store import CheckpointError, load, read_meta, resolve, tensors
+from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, today
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
@@ -121,6 +122,11 @@ def data_info_of(folder: Path) -> DataInfo:
         return DataInfo.from_json(_meta(folder)["data"])
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}; use a sound copy") from error
+
+
+def fingerprint_of(folder: Path) -> str:
+    """The sha256 of the file that vouches for a checkpoint or an exported folder."""
+    return hashlib.sha256((folder / (CONFIG if is_exported(folder) else SUMS)).read_bytes()).hexdigest()
 
 
 def _meta(folder: Path) -> dict[str, Any]:

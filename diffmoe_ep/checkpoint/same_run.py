@@ -11,31 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.checkpoint.exported import is_exported
-from diffmoe_ep.checkpoint.load import config_of, data_info_of
+from diffmoe_ep.checkpoint.load import config_of, data_info_of, fingerprint_of, resolve_model_path
 from diffmoe_ep.checkpoint.store import CheckpointError, read_meta
-from diffmoe_ep.config import Config, changes, has_experts, has_predictor, of_role
+from diffmoe_ep.config import Change, Config, changes, effective, setting
 from diffmoe_ep.data.info import DataInfo
 
 
-def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
-    """Raise CheckpointError, naming the first differing key, unless a run with this config continues a checkpoint.
-
-    fingerprint: of the data that the config names; it decides, where they lie does not.
+def check_continues(folder: Path, config: Config) -> None:
+    """Raise CheckpointError, naming the first differing key, unless a run with this config continues a checkpoint; the
+    data are compared apart (`check_same_data`).
     """
     there, meta = config_of(folder), read_meta(folder)["meta"]
     for change in changes(there, config, "identity"):
-        if change.key.by_fingerprint:
+        key = change.key.name
+        if change.key.by_fingerprint and (key != "init_from" or _same_ancestor(change, meta)):
             continue
-        key, before, now = change.key.name, shown(change.there), shown(change.here)
+        before, now, remedy = shown(change.there), shown(change.here), setting(key, change.there)
         if key.startswith(("model.", "pool.")):
             raise CheckpointError(
                 f"{folder} is a checkpoint of another model: {key} is {before} there and {now} here; give this run "
-                f"another folder, or set {key}={before}"
+                f"another folder, or set {remedy}"
             )
         raise CheckpointError(
             f"{folder} was trained with {key} {before}, this run has {now}, so it would not be the same run; set "
-            f"{key}={before}, or give this run another folder"
+            f"{remedy}, or give this run another folder"
         )
+
+
+def check_same_data(folder: Path, config: Config, fingerprint: str) -> None:
+    """Raise CheckpointError unless a checkpoint was trained on the data that the config names.
+
+    fingerprint: of these data; it decides, where they lie does not.
+    """
+    there, meta = config_of(folder), read_meta(folder)["meta"]
     if fingerprint != meta["fingerprint"]:
         raise CheckpointError(
             f"{folder} was trained on other data than {_data(config)} holds now: it had {_data(there)}, of fingerprint "
@@ -44,13 +52,50 @@ def check_continues(folder: Path, config: Config, fingerprint: str) -> None:
         )
 
 
+def check_same_encoder(folder: Path, config: Config, fingerprint: str) -> None:
+    """Raise CheckpointError unless a checkpoint was trained on the features of the same text encoder, stored or made
+    while training.
+
+    fingerprint: of this run's. A checkpoint that does not know its own passes.
+    """
+    there = read_meta(folder)["meta"].get("text_encoder")
+    if there is None and not config_of(folder).text.online:
+        stored = data_info_of(folder).text_encoder(config.text.encoder)
+        there = stored and stored.fingerprint
+    if there is not None and there != fingerprint:
+        now, also = f"the one in text.folder {config.text.folder}", ""
+        if not config.text.online:
+            now, also = f"that of the features in {_data(config)}", " and text.online=true"
+        raise CheckpointError(
+            f"{folder} was trained with a text encoder of fingerprint {there[:12]}, {now} is of {fingerprint[:12]}; "
+            f"set text.folder to the encoder that the run was trained with{also}, or give this run another folder"
+        )
+
+
+def _same_ancestor(change: Change, meta: Mapping[str, Any]) -> bool:
+    """Whether init_from, written otherwise, names what the run started from: the same place, or the same weights, which
+    may have moved and, in a run folder, have newer ones beside them.
+    """
+    if change.there is None or change.here is None:
+        return False
+    if Path(change.there).resolve() == Path(change.here).resolve():
+        return True
+    ancestor: dict[str, Any] = next(iter(meta.get("ancestry") or ()), {})
+    try:
+        found = resolve_model_path(Path(change.here))
+    except CheckpointError:
+        return False
+    places = (found, found.with_name(Path(ancestor.get("path", "")).name or found.name))
+    return ancestor.get("fingerprint") in {fingerprint_of(place) for place in places if place.is_dir()}
+
+
 def _data(config: Config) -> str:
     parts = [part.folder for part in config.data.mixture]
     return f"data.mixture ({', '.join(parts)})" if parts else f"data.folder {config.data.folder}"
 
 
 def shown(value: Any) -> str:
-    """A value as an override takes it."""
+    """A value as it is read in a message; `setting` writes what can be pasted."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -101,8 +146,8 @@ def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
         )
     for key, here, there in _differences(_architecture(config), _architecture(source)):
         raise CheckpointError(
-            f"{folder} holds weights of another model: {key} is {there} there and {here} here; set {key}={there}, or "
-            "start from another run"
+            f"{folder} holds weights of another model: {key} is {shown(there)} there and {shown(here)} here; set "
+            f"{setting(key, there)}, or start from another run"
         )
     for key, here, there in _differences(_latents(config, data_info), _latents(config, data_info_of(folder))):
         if here is not None and there is not None:
@@ -113,25 +158,10 @@ def check_starts(folder: Path, config: Config, data_info: DataInfo) -> None:
 
 
 def _architecture(config: Config) -> dict[str, Any]:
-    """By key, what says which weights a model has and what they mean; keys without effect in its family are left
-    out.
-    """
-    model = config.model
-    unused = {"size", "text_length"}  # a name for three others; how much of a caption is seen, by the same weights
-    unused.add("num_classes" if model.condition == "text" else "text_width")
-    if not has_experts(model):
-        unused |= {"interleave", "num_experts", "granularity", "shared_experts", "predictor"}
-    if model.family != "tc":
-        unused.add("top_k")
-    identity = of_role(config, "identity")
-    named = {
-        key: value
-        for key, value in identity.items()
-        if key.startswith("model.") and key.removeprefix("model.") not in unused
-    }
-    if "model.predictor" in named:
-        named["model.predictor"] = has_predictor(model)
-    if model.condition == "text":
+    """By key, what says which weights a model has and what they mean; how much of a caption is seen is not of it."""
+    identity = effective(config, "identity")
+    named = {key: value for key, value in identity.items() if key.startswith("model.") and key != "model.text_length"}
+    if "text.encoder" in identity:
         named["text.encoder"] = config.text.encoder
     return named | {"train.objective": config.train.objective}
 

@@ -17,8 +17,20 @@ from diffmoe_ep.config.check import (
 )
 from diffmoe_ep.config.knob import ConfigError, Key, Role, UserError
 from diffmoe_ep.config.names import today
-from diffmoe_ep.config.read import dump, flat, from_tree, keys, load, nested, override, read_section, to_tree
-from diffmoe_ep.config.roles import Change, changes, of_role
+from diffmoe_ep.config.read import (
+    dump,
+    flat,
+    from_tree,
+    keys,
+    load,
+    load_stored,
+    nested,
+    override,
+    read_section,
+    setting,
+    to_tree,
+)
+from diffmoe_ep.config.roles import Change, changes, effective, of_role
 from diffmoe_ep.config.schema import (
     SIZES,
     CheckpointConfig,
@@ -42,6 +54,7 @@ __all__ = [
     "SIZES", "Change", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "Key",
     "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PartConfig", "PoolConfig", "Role", "SampleConfig",
     "ScheduleConfig", "TextConfig", "TrainConfig", "UserError", "changes", "check", "check_limits", "check_world",
-    "dump", "flat", "from_tree", "has_experts", "has_predictor", "keys", "load", "nested", "num_tokens", "of_role",
-    "override", "pool_samples", "read_section", "to_tree", "today", "tokens_per_expert",
+    "dump", "effective", "flat", "from_tree", "has_experts", "has_predictor", "keys", "load", "load_stored", "nested",
+    "num_tokens", "of_role", "override", "pool_samples", "read_section", "setting", "to_tree", "today",
+    "tokens_per_expert",
 ]  # fmt: skip

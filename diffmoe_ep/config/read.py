@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import shlex
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -13,7 +14,7 @@ import yaml
 
 from diffmoe_ep.config.check import check, check_limits
 from diffmoe_ep.config.knob import ConfigError, Key
-from diffmoe_ep.config.names import answer
+from diffmoe_ep.config.names import answer, today
 from diffmoe_ep.config.schema import SIZES, Config
 
 T = TypeVar("T")
@@ -37,19 +38,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return from_tree({} if tree is None else tree, overrides)
 
 
+def load_stored(path: str | Path) -> Config:
+    """Read a config that a run wrote, RUN/config.yaml, perhaps under this program's names of before.
+
+    Raises ConfigError that opens with the file, for what `load` raises it for.
+    """
+    tree = _read_yaml(path)
+    try:
+        return from_tree(today(tree) if isinstance(tree, dict) else tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def read_section(path: str | Path, kind: type[T]) -> T:
     """Read a YAML (or JSON) file into any frozen dataclass of knobs, as strictly as a run's config.
 
     Raises ConfigError that opens with the file, for what `load` raises it for and for a key that has no default and is
     missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    tree = _read_yaml(path)
     if not isinstance(tree, Mapping):
         raise ConfigError(
             f"{path} holds {_show(tree)}, not a mapping of keys; the keys are {', '.join(get_type_hints(kind))}"
@@ -93,6 +100,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return from_tree(to_tree(config), overrides)
 
 
+def setting(key: str, value: Any) -> str:
+    """key=value as it is written behind a command, quoted for the shell where it has to be."""
+    return shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+
+
 def to_tree(config: Any) -> dict[str, Any]:
     """Give a config (or a section) as plain data; tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
@@ -133,6 +145,17 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(part, {})
         place[name] = value
     return tree
+
+
+def _read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; raises ConfigError that opens with the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:

@@ -52,8 +52,10 @@ class DataConfig:
 
     folder: str = identity(
         "data",
-        "dataset folder (manifest.json, webdataset shards and their indexes), or its URL: https:, s3:, pipe:, ...; "
-        "it may move: its fingerprint says whether it is the same",
+        "dataset folder (manifest.json, webdataset shards and their indexes), or its URL: https:, s3:, pipe:, ...; a "
+        "resume compares not this name but the fingerprint of what lies there, so it may move and not change: of the "
+        "manifest, in which every shard's checksum stands; with data.mode resampled of the tars' paths or URLs and of "
+        "what a sample is, so there it may not move, and what tars hold is not compared",
         by_fingerprint=True,
     )
     mode: Literal["indexed", "resampled"] = identity(
@@ -109,8 +111,8 @@ class TextConfig:
     )
     folder: str | None = execution(
         None,
-        "local folder of that encoder: for prompts, and for captions without stored features; compared by fingerprint "
-        "with the encoder of stored features",
+        "local folder of that encoder: for prompts, and for captions without stored features; it may move: its "
+        "fingerprint is compared with that of stored features, and at a resume with the run's",
     )
     online: bool = recipe(
         False, "encode captions while training, though features may be stored; never trained, one encoder on each rank"
@@ -233,7 +235,10 @@ class TrainConfig:
         "flow", "rectified flow, uniform time; or DDPM with learned variance (2 * in_channels out)"
     )
     steps: int = recipe(
-        100_000, "optimizer steps of the whole run; a cosine or linear schedule ends with them", POSITIVE
+        100_000,
+        "optimizer steps of the whole run; a cosine or linear schedule ends with them; under a constant one more "
+        "steps are no other recipe",
+        POSITIVE,
     )
     global_batch: int = identity(256, "samples of one optimizer step over all ranks", POSITIVE)
     grad_accumulation: int = identity(
@@ -377,7 +382,8 @@ class Config:
     init_from: str | None = identity(
         None,
         "start from the weights (and thresholds) of this run, checkpoint or exported folder; step, learning rate, data "
-        "and moments are new; a resume does not read it again",
+        "and moments are new; a resume does not load it again; it may move: the fingerprint of what it was is kept",
+        by_fingerprint=True,
     )
     init_weights: Literal["ema", "model"] = identity("ema", "which of its weights: the averaged or the live ones")
     data: DataConfig = section(DataConfig)

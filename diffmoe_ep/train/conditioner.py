@@ -1,8 +1,11 @@
 """From batches to what the model is conditioned on: labels, or captions, encoded here where they come as words."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from diffmoe_ep.checkpoint.same_run import check_same_encoder
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec
@@ -19,18 +22,27 @@ from diffmoe_ep.sampling.sample import classes_in_turn
 class Conditioner:
     """Returns a batch's condition. With `text.online` every rank has a frozen encoder of its own, on its device."""
 
-    def __init__(self, config: Config, dataset: BatchSource, mesh: Mesh) -> None:
-        """Load the encoder if one is needed; collective. ConfigError, on all ranks alike, where some rank cannot."""
+    def __init__(self, config: Config, dataset: BatchSource, mesh: Mesh, checkpoint: Path | None = None) -> None:
+        """Load the encoder if one is needed; collective. ConfigError, on all ranks alike, where some rank cannot, or
+        where it is not the one of the checkpoint that the run continues.
+        """
         self.config, self.dataset, self.device = config, dataset, mesh.device
         self.text = CaptionSpec.of(config.model, config.text)
         self.encoder: TextEncoder | None = None
-        if self.text is not None and self.text.online:
-            problem = None
-            try:
+        self.encoder_fingerprint: str | None = None  # of the encoder that made the features, then or now; None: labels
+        if self.text is None:
+            return
+        problem = None
+        try:
+            if self.text.online:
                 self.encoder = load_encoder(config, DataInfo.of(dataset.manifest), mesh.device)
-            except ValueError as error:
-                problem = str(error)
-            mesh.agree(problem)
+            features = self.encoder or self.text.stored(dataset.manifest)
+            self.encoder_fingerprint = None if features is None else features.fingerprint
+            if checkpoint is not None and features is not None:
+                check_same_encoder(checkpoint, config, features.fingerprint)
+        except ValueError as error:
+            problem = str(error)
+        mesh.agree(problem)
 
     def __call__(self, batch: Batch) -> Condition:
         """A batch's labels, or its captions' features; a caption that was dropped is not encoded."""

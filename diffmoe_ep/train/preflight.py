@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from diffmoe_ep.checkpoint.same_run import check_continues
+from diffmoe_ep.checkpoint.same_run import check_continues, check_same_data
 from diffmoe_ep.checkpoint.store import latest
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec, check_text
@@ -20,10 +20,11 @@ from diffmoe_ep.train.run_folder import RunFolder
 
 
 def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
-    """Open the dataset and find the checkpoint to resume from, on every rank, and agree before going on; collective.
+    """Find the checkpoint to resume from, which the first rank looks for, and open the dataset on every rank; all agree
+    before they go on; collective.
 
-    Raises ConfigError on every rank if any of them cannot write the folder, read the data, or go on from the
-    checkpoint.
+    Raises ConfigError on every rank if any of them cannot write the folder, go on from the checkpoint, or read the
+    data; of several mistakes, a changed key is named before what is wrong with the data.
     """
     run = RunFolder(Path(config.folder))
     mesh.agree(run.problem())
@@ -32,14 +33,16 @@ def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
     problem: str | None = None
     dataset: BatchSource | None = None
     try:
-        dataset = open_data(config)
         if checkpoint is not None and config.resume == "never":
             raise ConfigError(
                 f"{config.folder} holds the checkpoint {checkpoint.name} and resume is never; "
                 "set resume=auto or give another folder"
             )
         if checkpoint is not None:
-            check_continues(checkpoint, config, dataset.fingerprint)
+            check_continues(checkpoint, config)
+        dataset = open_data(config)
+        if checkpoint is not None:
+            check_same_data(checkpoint, config, dataset.fingerprint)
     except ValueError as error:  # ConfigError, DataError, CheckpointError: the others must hear of it before they wait
         problem = str(error)
     mesh.agree(problem)

@@ -63,7 +63,7 @@ def train(config: Config) -> None:
     if mesh.device.type == "cpu":
         keep_freed_memory()
 
-    # -- data and checkpoint: every rank looks at its own disks, then all agree that nothing is wrong ------------------
+    # -- checkpoint and data: the first rank finds the one, every rank opens the other, all agree ----------------------
     dataset, checkpoint = prepare(config, mesh)
     step = read_meta(checkpoint)["step"] if checkpoint else 0
 
@@ -96,7 +96,7 @@ class Trainer:
         self.dataset = dataset
         self.data_info = DataInfo.of(dataset.manifest)
         self.folder = RunFolder(Path(config.folder))
-        self.conditioner = Conditioner(config, dataset, mesh)
+        self.conditioner = Conditioner(config, dataset, mesh, checkpoint)
         self.objective = objective_of(config.train.objective)
         grids = config.sample.grid_every > 0
         self.decode = load_decoder(config.sample, self.data_info, mesh) if grids else None
@@ -267,6 +267,7 @@ class Trainer:
             "samples_consumed": self.step * config.train.global_batch,
             "data": self.data_info.to_json(),
             "fingerprint": self.dataset.fingerprint,
+            "text_encoder": self.conditioner.encoder_fingerprint,
             "ancestry": self.warm_start.ancestry,
             "recipe": [asdict(change) for change in self.recipe],
         }

@@ -6,7 +6,6 @@ tokens that come.
 """
 
 import difflib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from diffmoe_ep.checkpoint.exported import CONFIG, is_exported, read_exported
-from diffmoe_ep.checkpoint.load import config_of, load_into, resolve_model_path
+from diffmoe_ep.checkpoint.exported import is_exported, read_exported
+from diffmoe_ep.checkpoint.load import config_of, fingerprint_of, load_into, resolve_model_path
 from diffmoe_ep.checkpoint.same_run import check_starts
-from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, read_meta
+from diffmoe_ep.checkpoint.store import CheckpointError, read_meta
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.sources import BatchSource
@@ -141,21 +140,13 @@ def ancestry_of(folder: Path, weights: str | None = None) -> tuple[Ancestor, ...
 
     weights: put the folder itself before them, as the ancestor from which these weights are taken.
     """
-    exported = is_exported(folder)
-    content = read_exported(folder).provenance if exported else read_meta(folder)["meta"]
+    content = read_exported(folder).provenance if is_exported(folder) else read_meta(folder)["meta"]
     known = content.get("ancestry", ())
     older = tuple(ancestor for ancestor in known if isinstance(ancestor, dict)) if isinstance(known, list) else ()
     if weights is None:
         return older
-    vouching = folder / (CONFIG if exported else SUMS)
-    step = None if exported else read_meta(folder)["step"]
-    itself = {
-        "path": str(folder),
-        "step": step,
-        "weights": weights,
-        "fingerprint": hashlib.sha256(vouching.read_bytes()).hexdigest(),
-    }
-    return itself, *older
+    step = None if is_exported(folder) else read_meta(folder)["step"]
+    return {"path": str(folder), "step": step, "weights": weights, "fingerprint": fingerprint_of(folder)}, *older
 
 
 def _in_words(ancestor: Ancestor) -> str:

@@ -125,11 +125,11 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
         ([], ["model.condition=text"], r"model\.condition is class there and text here"),
         ([], ["model.num_experts=2"], r"model\.num_experts is 4 there and 2 here"),
         ([], ["model.num_classes=5"], r"model\.num_classes is 3 there and 5 here"),
-        ([], ["model.interleave=false"], r"model\.interleave is True there and False here"),
+        ([], ["model.interleave=false"], r"model\.interleave is true there and false here"),
         (
             ["model.family=ec", "pool.span=1"],
             ["model.family=ec", "pool.span=1", "model.predictor=true"],
-            r"model\.predictor is False there",
+            r"model\.predictor is false there",
         ),
         (["model.family=tc", "model.top_k=2"], ["model.family=tc"], r"model\.top_k is 2 there and 1 here"),
         (["train.objective=ddpm"], [], r"train\.objective is ddpm there and flow here"),

@@ -13,18 +13,35 @@ BESIDE = {
     "sample.sampler": ["train.objective=ddpm"],
     "init_from": ["folder=runs/other"],
 }
-# Values where the one next to the default would not be valid.
+# What has to stand beside a key so that it has an effect on training at all: beside the defaults it has none.
+EFFECTIVE = {
+    "init_weights": ["init_from=runs/another"],
+    "text.encoder": ["model.condition=text"],
+    "text.online": ["model.condition=text"],
+    "text.precision": ["model.condition=text", "text.online=true"],
+    "model.text_width": ["model.condition=text"],
+    "model.text_length": ["model.condition=text"],
+    "model.top_k": ["model.family=tc"],
+    "model.balance_weight": ["model.family=tc"],
+    "train.optimizer.momentum": ["train.optimizer.kind=sgd"],
+    "train.schedule.final": ["train.schedule.kind=linear"],
+    "train.steps": ["train.schedule.kind=cosine"],
+} | {f"data.plain.{name}": ["data.mode=resampled"] for name in ("kind", "array", "label", "scale", "shift", "shuffle")}
+# Values where the one next to the default would not be valid, or would be the same run.
 CHOSEN: dict[str, Any] = {
     "data.mixture": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}],
     "train.optimizer.betas": [0.8, 0.9],
     "train.freeze": ["time.*"],
     "sample.guidance_interval": [0.2, 0.8],
+    "model.size": "B",
 }
 
 
-def two_configs(key: Key) -> tuple[Config, Config]:
-    """Two valid configs that differ in this key alone; in model.size, a name of three others, in these too."""
-    beside = BESIDE.get(key.name, [])
+def two_configs(key: Key, *more: str) -> tuple[Config, Config]:
+    """Two valid configs that differ in this key alone, which has an effect in them; in model.size, a name of three
+    others, in these too. more: overrides of both.
+    """
+    beside = [*BESIDE.get(key.name, []), *EFFECTIVE.get(key.name, []), *more]
     base = from_tree({}, beside)
     for value in [CHOSEN[key.name]] if key.name in CHOSEN else _candidates(key):
         try:

@@ -14,7 +14,7 @@ import torch
 from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.load import config_of, load_sharded
-from diffmoe_ep.checkpoint.same_run import check_continues
+from diffmoe_ep.checkpoint.same_run import check_continues, check_same_data
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.parallel.mesh import init_mesh
@@ -149,12 +149,12 @@ def test_a_checkpoint_of_another_run_is_refused(trained: Path, digits: Path, ove
     checkpoint = store.resolve(trained)
     other = config(digits / "train", trained, "train.grad_accumulation=2", override)
     with pytest.raises(store.CheckpointError, match=message):
-        check_continues(checkpoint, other, Dataset.open(digits / "train").fingerprint)
+        check_continues(checkpoint, other)
 
 
 def test_other_data_are_refused(trained: Path, digits: Path) -> None:
     with pytest.raises(store.CheckpointError, match="trained on other data"):
-        check_continues(
+        check_same_data(
             store.resolve(trained),
             config(digits / "heldout", trained, "train.grad_accumulation=2"),
             Dataset.open(digits / "heldout").fingerprint,
@@ -170,4 +170,4 @@ def test_more_steps_and_another_rate_are_allowed(trained: Path, digits: Path) ->
         "train.optimizer.lr=1e-5",
         "parallel.expert_parallel=1",
     )
-    check_continues(store.resolve(trained), other, Dataset.open(digits / "train").fingerprint)
+    check_continues(store.resolve(trained), other)

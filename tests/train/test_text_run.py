@@ -2,12 +2,17 @@
 trains.
 """
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffmoe_ep.checkpoint import store
 from diffmoe_ep.config import Config
+from diffmoe_ep.train import trainer as training
+from ranks import RankError, run
 from train.runs import config
 from train.test_same_run import KINDS, differences, holds, traced
 
@@ -76,6 +81,42 @@ def test_captions_encoded_while_training_are_those_that_were_stored(captioned: t
     assert found["loss"] < 1e-4 and found["grad_norm"] < 1e-3, found
     found = differences(traced(online, 2, 2, 1), single)
     assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-3, found
+
+
+def until(rank: int, given: Config) -> None:
+    """Train until the config's last step, taking up what the folder holds."""
+    mesh = training.start_mesh(given)
+    dataset, checkpoint = training.prepare(given, mesh)
+    training.Trainer(given, mesh, dataset, checkpoint).run()
+
+
+@pytest.mark.timeout(600)
+def test_a_resume_knows_the_encoder(captioned: tuple[Path, Path], tmp_path: Path) -> None:
+    """That of stored features and that which encodes while training, wherever it lies; another is refused."""
+    other = tmp_path / "other"
+    shutil.copytree(captioned[1], other)
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text() + "\n")
+    moved = shutil.copytree(captioned[1], tmp_path / "moved")
+
+    def go_on(steps: int, folder: Path, online: bool, run_folder: str = "run") -> None:
+        given = text_config(captioned, f"train.steps={steps}", f"text.online={str(online).lower()}")
+        text = dataclasses.replace(given.text, folder=str(folder))
+        run(1, until, dataclasses.replace(given, text=text, folder=str(tmp_path / run_folder)))
+
+    refused = pytest.raises(RankError, match="was trained with a text encoder of fingerprint .*; set text.folder to")
+    go_on(1, captioned[1], online=False)
+    with refused:
+        go_on(2, other, online=True)
+    go_on(2, moved, online=True)
+    known = store.read_meta(store.resolve(tmp_path / "run"))["meta"]
+    assert known["text_encoder"] == known["data"]["text"][0]["fingerprint"]
+    with refused:
+        go_on(3, other, online=True)
+    go_on(3, other, online=False)  # which reads stored features
+
+    go_on(1, other, online=True, run_folder="online")
+    with refused:
+        go_on(2, other, online=False, run_folder="online")
 
 
 @pytest.mark.timeout(600)
