@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from diffmoe_ep.cli import bench, capacity, compare, convert, data, evaluate, ke
 from diffmoe_ep.cli.options import Verb, build, declare
 from diffmoe_ep.config import ConfigError, UserError
 from diffmoe_ep.config import keys as all_keys
-from diffmoe_ep.config.names import answer
+from diffmoe_ep.config.names import hint
 
 FILES = (train, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
@@ -65,9 +66,8 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, object]:
     """The verb that is called and its options; ConfigError for a verb or an option that does not exist. Other mistakes
     and --help end the program, as argparse does.
     """
+    arguments = _without_local_rank(arguments)
     parser = argparse.ArgumentParser(prog="diffmoe", description=ABOUT, epilog=AFTER, formatter_class=_wide_and_raw)
-    # older DeepSpeed launchers pass it
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     below: dict[tuple[str, ...], Any] = {(): parser.add_subparsers(required=True, metavar="VERB", title="verbs")}
     parsers: dict[tuple[str, ...], argparse.ArgumentParser] = {}
     for verb in VERBS:
@@ -107,6 +107,18 @@ def _wide_and_raw(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110)
 
 
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Without --local_rank=N, which some launchers put before a program's own words; the environment says it too."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--local_rank", "--local-rank"):
+            next(words, None)
+        elif not re.match(r"--local[_-]rank=", word):
+            kept.append(word)
+    return kept
+
+
 def _words(arguments: Sequence[str]) -> tuple[str, ...]:
     """What is called: the first two words that are no flags."""
     return tuple(word for word in arguments if not word.startswith("-"))[:2]
@@ -133,7 +145,7 @@ def _check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser, word
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     for word in arguments:
         flag = word.partition("=")[0]
-        if not flag.startswith("--") or flag in ("--", "--local_rank", "--local-rank", *known):
+        if not flag.startswith("--") or flag in ("--", *known):
             continue
         raise ConfigError(f"diffmoe {' '.join(words)} has no option {flag}; {_meant(flag, known, parser)}")
 
@@ -145,8 +157,7 @@ def _meant(flag: str, known: Sequence[str], parser: argparse.ArgumentParser) -> 
         return f"did you mean {near[0]}?"
     if any(action.dest == "overrides" for action in parser._actions):
         key = name.replace("-", "_")
-        said = f"{key}=..." if key in every else answer(key, (), every).partition(key)[2].lstrip(":; ")
-        return f"settings are given as key=value: {said}"
+        return f"settings are given as key=value: {f'{key}=...' if key in every else hint(key, (), every)}"
     return f"it has {', '.join(known)}"
 
 

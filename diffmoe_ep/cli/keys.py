@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diffmoe_ep.cli.options import Verb, positional
 from diffmoe_ep.config import ConfigError, Key, keys
-from diffmoe_ep.config.names import answer, meant_by
+from diffmoe_ep.config.names import hint, meant_by
 
 ROLES = {
     "identity": "what is computed, or which data in which order; a resume with another value is refused",
@@ -35,7 +35,7 @@ def _keys(options: Options) -> None:
     if not found:
         name = "_".join(options.words)
         raise ConfigError(
-            f"no key has to do with {' '.join(options.words)}: {answer(name, (), [k.name for k in every])}"
+            f"no key has to do with {' '.join(options.words)}; {hint(name, (), [key.name for key in every])}"
         )
     for role in dict.fromkeys(str(key.role) for key in found):
         print(f"{role:<11}{ROLES[role]}")

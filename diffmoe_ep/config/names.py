@@ -1,9 +1,12 @@
 """What an unknown key is answered with: the key that is meant, by meaning before letters.
 
+A name in a table with a dot, sample.batch_size, is that name in that section alone.
+
 People come from other trainers. Their word for a thing is not accepted (one thing, one name), but it is understood.
 `today` reads configs that checkpoints stored under this program's own earlier names.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +17,10 @@ MEANINGS = {
     "train.optimizer.betas": ("AdamW's pair of decays", "beta1 beta2 adam_beta1 adam_beta2 adam_betas b1 b2"),
     "train.optimizer.eps": ("AdamW's epsilon", "epsilon adam_eps adam_epsilon"),
     "train.optimizer.weight_decay": ("the weight decay", "wd decay_weight adam_weight_decay l2"),
-    "train.optimizer.kind": ("the optimizer's name", "optimizer_type optimizer_name optim opt"),
+    "train.optimizer.kind": (
+        "the optimizer's name",
+        "optimizer_type optimizer_name optim opt optimizer.name optimizer.type",
+    ),
     "train.schedule.kind": (
         "the schedule of the learning rate",
         "scheduler lr_scheduler lr_schedule lr_scheduler_type",
@@ -98,14 +104,18 @@ MEANINGS = {
         "capacity_factor moe_capacity_factor expert_capacity train_capacity",
     ),
     "pool.span": ("the number of samples in one pool", "pool_size batch_level global_pool pool_span"),
-    "text.encoder": ("the text encoder", "text_encoder text_encoder_name encoder_name"),
-    "text.folder": ("the text encoder's local folder", "text_encoder_path t5_path clip_path tokenizer"),
+    "text.encoder": ("the text encoder", "text_encoder text_encoder_name encoder_name text.name text.model"),
+    "text.folder": ("the text encoder's local folder", "text_encoder_path t5_path clip_path tokenizer text.path"),
+    "text.precision": (
+        "the type that the text encoder computes in",
+        "text.dtype text.torch_dtype text_dtype text.bf16",
+    ),
     "parallel.expert_parallel": (
         "the number of ranks that share one copy of the experts",
         "ep ep_size expert_parallel_size expert_parallelism expert_model_parallel_size moe_ep_size ep_degree",
     ),
     "parallel.zero_stage": ("DeepSpeed's ZeRO stage", "zero stage zero_optimization zero_optimization_stage"),
-    "parallel.deepspeed": ("a DeepSpeed JSON file of your own", "deepspeed_config ds_config wandb use_wandb"),
+    "parallel.deepspeed": ("a DeepSpeed JSON file of your own", "deepspeed_config ds_config "),
     "parallel.timeout_minutes": ("the longest wait for a peer", "timeout nccl_timeout ddp_timeout dist_timeout"),
     "compute.compile": ("torch.compile", "torch_compile use_compile compile_model"),
     "compute.recompute": (
@@ -114,6 +124,12 @@ MEANINGS = {
         "checkpoint_activations",
     ),
     "compute.topk": ("the exact top-k over ranks", "select selection_algorithm"),
+    "sample.chunk": (
+        "the number of samples that are computed together",
+        "sample.batch_size sample.batch sample.micro_batch sampling.batch_size sample_batch_size eval_batch_size",
+    ),
+    "sample.selection": ("the rule by which experts take tokens in sampling", "sample.select selection_rule"),
+    "sample.capacity": ("the capacity factor of sample.selection topk", "eval_capacity_factor"),
     "sample.guidance": ("the scale of classifier-free guidance", "cfg_scale guidance_scale cfg cfg_strength"),
     "sample.guidance_interval": ("the times between which guidance acts", "cfg_interval guidance_low guidance_high"),
     "sample.steps": (
@@ -121,7 +137,7 @@ MEANINGS = {
         "num_sampling_steps sampling_steps num_inference_steps nfe sample_steps ddim_steps",
     ),
     "sample.sampler": ("the solver", "solver ode_solver sampling_method sampler_type"),
-    "sample.vae": ("the VAE's local folder", "vae_path vae_folder autoencoder vae_ckpt"),
+    "sample.vae": ("the VAE's local folder", "vae_path vae_folder autoencoder vae_ckpt vae.path vae.folder"),
     "sample.grid_every": ("the number of steps between sample grids", "sample_every eval_every vis_every image_every"),
     "log.every": (
         "the number of steps between logged lines",
@@ -137,7 +153,8 @@ MEANINGS = {
     ),
     "folder": (
         "the run's folder",
-        "output_dir out_dir run_dir results_dir save_dir log_dir logdir workdir work_dir exp_dir experiment_dir outdir",
+        "output_dir out_dir run_dir results_dir save_dir log_dir logdir workdir work_dir exp_dir experiment_dir outdir "
+        "log.folder log.dir checkpoint.folder checkpoint.dir",
     ),
     "seed": ("the seed of everything random", "global_seed random_seed manual_seed"),
     "init_from": (
@@ -164,6 +181,14 @@ EXPLAINED = {
     "dp dp_size data_parallel data_parallel_size": "all ranks are data parallel, whatever parallel.expert_parallel is",
     "mlp_ratio ffn_dim ffn_hidden_size intermediate_size": "an FFN is 4 * model.hidden_size wide, an expert that over "
     "model.granularity",
+    "wandb use_wandb wandb_project report_to comet": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes "
+    "them for TensorBoard too, and a DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, "
+    "sends them on",
+    "num_samples n_samples num_images": "how many are drawn is an option of the verb, diffmoe sample RUN --samples N, "
+    "and in a grid while training sample.grid_size",
+    "run_name exp_name experiment_name run_id": "a run is called by its folder: set folder=runs/NAME",
+    "dropout attn_dropout proj_drop": "the network has none; conditions are dropped by data.condition_dropout",
+    "local_rank": "the launcher says it, and it is taken from the environment",
     "device": "a run takes the GPUs where there are some, else the CPU",
 }
 
@@ -193,31 +218,67 @@ _EXPLAINED = {name: text for names, text in EXPLAINED.items() for name in names.
 
 
 def answer(key: str, here: Sequence[str], every: Sequence[str]) -> str:
-    """What to say of an unknown dotted key: what is meant, else what is spelt nearly so, else what there is.
+    """What to say of an unknown dotted key; here: the names in its section; every: all dotted keys."""
+    return f"unknown key {key}; {hint(key, here, every)}"
 
-    here: the names in its section; every: all dotted keys.
-    """
-    section, _, name = key.rpartition(".")
-    meant = name.lower().replace("-", "_")
+
+def hint(key: str, here: Sequence[str], every: Sequence[str]) -> str:
+    """What is meant by an unknown key, else what is spelt nearly so, else what there is."""
+    *path, name = key.lower().replace("-", "_").split(".")
+    in_section = ".".join([*path[-1:], name])
+    said = in_section if in_section in _BY_NAME or in_section in _EXPLAINED else name
     if key in RENAMED:
-        return f"unknown key {key}; it is called {RENAMED[key]}"
-    if meant in _EXPLAINED:
-        return f"unknown key {key}: {_EXPLAINED[meant]}"
-    if meant in _BY_NAME:
-        return f"unknown key {key}; {MEANINGS[_BY_NAME[meant]][0]} is {_BY_NAME[meant]}"
-    guesses = [other for other in every if other.rpartition(".")[2] == meant]
-    if not guesses:
-        near = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
-        guesses = [f"{section}.{near[0]}" if section else near[0]] if near else []
-    guesses = guesses or difflib.get_close_matches(key, every, n=1, cutoff=0.6)
-    if not guesses:
-        return f"unknown key {key}; " + (f"the keys here are {', '.join(here)}" if here else "list all: diffmoe keys")
-    return f"unknown key {key}; did you mean {' or '.join(guesses)}?"
+        return f"it is called {RENAMED[key]}"
+    if said in _EXPLAINED:
+        return _EXPLAINED[said]
+    meant = [] if said != name else [other for other in every if name in (_last(other), other.replace(".", "_"))]
+    if said in _BY_NAME and _BY_NAME[said] not in meant:
+        meant.append(_BY_NAME[said])
+    if meant:
+        return _meaning(meant)
+    sections = list(dict.fromkeys(other.rpartition(".")[0] for other in every))
+    for section in sections:
+        if _last(section) == name:
+            return f"{section} is a section with the keys {', '.join(_names(section, every))}"
+    section = key.rpartition(".")[0]
+    if not here and path:  # its section is not known either, but perhaps by its last name
+        section = next((other for other in sections if _last(other) == path[-1]), section)
+        here = _names(section, every)
+    near = [f"{section}.{other}" if section else other for other in _near(name, here, 0.7)[:1]]
+    elsewhere = _near(name, [_last(other) for other in every], 0.8)
+    if near := near or [other for other in every if _last(other) in elsewhere]:
+        return f"did you mean {' or '.join(near)}?"
+    return (
+        f"the keys {f'of {section}' if section else 'here'} are {', '.join(here)}" if here else "list all: diffmoe keys"
+    )
+
+
+def _meaning(keys: Sequence[str]) -> str:
+    """What each of some keys is."""
+    if len(keys) == 1 and keys[0] in MEANINGS:
+        return f"{MEANINGS[keys[0]][0]} is {keys[0]}"
+    told = [f"{key}, {MEANINGS[key][0].rstrip(',')}" if key in MEANINGS else key for key in keys]
+    return f"did you mean {', or '.join(told)}?"
+
+
+def _names(section: str, every: Sequence[str]) -> list[str]:
+    """The names in a section, its own sections among them."""
+    within = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
+    return list(dict.fromkeys(name.partition(".")[0] for name in within))
+
+
+def _near(name: str, names: Sequence[str], cutoff: float) -> list[str]:
+    """Names spelt nearly so; whoever mistypes one rarely begins with another letter."""
+    return [other for other in difflib.get_close_matches(name, names, n=3, cutoff=cutoff) if other[0] == name[:1]]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def today(tree: dict[str, Any]) -> dict[str, Any]:
     """A stored config under the names of today; what a user writes is never translated."""
-    result = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    result = copy.deepcopy(tree)
     for old, new in RENAMED.items():
         *path, name = old.split(".")
         place: Any = result
@@ -228,7 +289,10 @@ def today(tree: dict[str, Any]) -> dict[str, Any]:
             *path, name = new.split(".")
             place = result
             for part in path:
-                place = place.setdefault(part, {})
+                place[part] = place.get(part) or {}
+                place = place[part]
+                if not isinstance(place, dict):
+                    return tree  # it is no config, which is for its reader to say
             place[name] = value
     return result
 

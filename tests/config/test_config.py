@@ -52,7 +52,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     [
         (["train.stepps=1"], "unknown key train.stepps; did you mean train.steps?"),
         (["modle.hidden=1"], "unknown key modle; did you mean model?"),
-        (["num_experts=4"], "unknown key num_experts; did you mean model.num_experts?"),
+        (["num_experts=4"], "unknown key num_experts; the number of experts of a layer is model.num_experts"),
         (["zzz=4"], "unknown key zzz; the keys here are folder, seed"),
         (["train.steps=many"], r"train.steps: expected int, got 'many' \(str\)"),
         (["train.steps=1.5"], r"train.steps: expected int, got 1.5 \(float\)"),

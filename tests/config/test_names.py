@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffmoe_ep.config import ConfigError, from_tree, keys, to_tree, today
+from diffmoe_ep.config import ConfigError, flat, from_tree, keys, nested, to_tree, today
 from diffmoe_ep.config.names import EXPLAINED, MEANINGS, RENAMED, meant_by
 
 KEYS = {key.name for key in keys()}
@@ -58,25 +58,93 @@ PEERS = {
 }
 
 
+ANSWERS = {  # exactly
+    "topk": "did you mean compute.topk, the exact top-k over ranks, or model.top_k, the number of experts that a token "
+    "chooses (family tc)?",
+    "pool.topk": "did you mean compute.topk, the exact top-k over ranks, or model.top_k, the number of experts that a "
+    "token chooses (family tc)?",
+    "sample.batch_size": "the number of samples that are computed together is sample.chunk",
+    "sample.batch-size": "the number of samples that are computed together is sample.chunk",
+    "text.dtype": "the type that the text encoder computes in is text.precision",
+    "sample.select": "the rule by which experts take tokens in sampling is sample.selection",
+    "optimizer": "train.optimizer is a section with the keys kind, lr, betas, eps, weight_decay, expert_lr_scale, "
+    "router_lr_scale, momentum",
+    "train.ema_": "did you mean train.ema?",
+    "optimizer.name": "the optimizer's name is train.optimizer.kind",
+    "optimizer.banana": "the keys of train.optimizer are kind, lr, betas, eps, weight_decay, expert_lr_scale, "
+    "router_lr_scale, momentum",
+    "sample.num_samples": "how many are drawn is an option of the verb, diffmoe sample RUN --samples N, and in a grid "
+    "while training sample.grid_size",
+    "wandb": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes them for TensorBoard too, and a "
+    "DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, sends them on",
+    "log.wandb": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes them for TensorBoard too, and a "
+    "DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, sends them on",
+    "log.dir": "the run's folder is folder",
+    "vae.path": "the VAE's local folder is sample.vae",
+    "precision": "did you mean text.precision, the type that the text encoder computes in, or train.precision, the "
+    "compute type, bf16 or float32?",
+    "model_num_experts": "the number of experts of a layer is model.num_experts",
+    "train.stps": "did you mean train.steps?",
+    "trian.steps": "did you mean train?",
+    "train.lrr": "did you mean train.optimizer.lr?",
+    "log.evry": "did you mean log.every?",
+    "pool.banana": "the keys of pool are span, capacity",
+    "log.monkey": "the keys of log are every, tensorboard",
+    "pool.foo": "the keys of pool are span, capacity",
+    "banana.foo": "list all: diffmoe keys",
+}
+
+
+def answered(name: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        from_tree({}, [f"{name}=1"])
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_what_peers_say_is_answered_with_the_key(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^unknown key {name}\b.* {PEERS[name]}\b"):
-        from_tree({}, [f"{name}=1"])
+    key = PEERS[name]
+    assert answered(name) == f"unknown key {name}; " + (
+        f"it is called {key}" if name in RENAMED else f"{MEANINGS[key][0]} is {key}"
+    )
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [
-        ("epochs", "train.steps to epochs"),
-        ("train.micro_batch_size", "train.global_batch / train.grad_accumulation / ranks"),
-        ("resume_from", "resume=auto"),
-        ("fp16", "train.precision is bf16 or float32"),
-        ("num_gpus", "the launcher says"),
-    ],
-)
-def test_what_is_no_key_is_explained(name: str, remedy: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown key {name}: .*{remedy}"):
-        from_tree({}, [f"{name}=1"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers(name: str) -> None:
+    said = name.partition(".")[0] if name.startswith("trian") else name  # its section is what is unknown
+    assert answered(name) == f"unknown key {said}; {ANSWERS[name]}"
+
+
+@pytest.mark.parametrize("word", ["foo", "bar", "banana", "qwerty", "monkey", "purple", "house", "hello", "xyzzy"])
+def test_nonsense_is_answered_with_what_there_is(word: str) -> None:
+    for section in ("", "train.", "data.", "model.", "sample.", "train.optimizer."):
+        assert answered(section + word).startswith(
+            f"unknown key {section}{word}; the keys {f'of {section[:-1]}' if section else 'here'} are "
+        )
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_every_name_of_before_is_answered_in_a_users_config_and_read_in_a_stored_one(old: str) -> None:
+    assert answered(old) == f"unknown key {old}; it is called {RENAMED[old]}"
+    assert flat(today(nested({old: "value"}))) == {RENAMED[old]: "value"}
+
+
+@pytest.mark.parametrize("name", [name for names in EXPLAINED for name in names.split()])
+def test_what_is_no_key_is_explained(name: str) -> None:
+    assert answered(name) == f"unknown key {name}; " + next(
+        EXPLAINED[names] for names in EXPLAINED if name in names.split()
+    )
+
+
+def test_remedies_of_what_is_no_key() -> None:
+    for name, remedy in {
+        "epochs": "train.steps to epochs",
+        "train.micro_batch_size": "train.global_batch / train.grad_accumulation / ranks",
+        "resume_from": "resume=auto",
+        "fp16": "train.precision is bf16 or float32",
+        "num_gpus": "the launcher says",
+    }.items():
+        assert remedy in answered(name)
 
 
 def test_the_tables_name_real_keys_and_no_name_twice() -> None:
@@ -85,6 +153,7 @@ def test_the_tables_name_real_keys_and_no_name_twice() -> None:
     names = [name for _, text in MEANINGS.values() for name in text.split()]
     names += [name for text in EXPLAINED for name in text.split()]
     assert sorted(names) == sorted(set(names))
+    assert not set(names) & KEYS
     assert meant_by("Learning-Rate") == "train.optimizer.lr" and meant_by("steps") is None
 
 
@@ -96,7 +165,10 @@ def test_a_stored_config_of_before_is_read_and_a_users_is_not() -> None:
     config = from_tree(today(old))
     assert (config.train.global_batch, config.train.grad_accumulation, config.train.optimizer.lr) == (32, 2, 0.5)
     assert (config.parallel.expert_parallel, config.compute.overlap) == (2, 3)
-    assert old["train"]["batch"] == 32  # untouched
+    assert old["train"]["batch"] == 32 and old["train"]["optimizer"] == {"rate": 0.5}  # untouched
     assert today(to_tree(config)) == to_tree(config)
+    assert today({"model": {"kernel": "loop"}, "compute": None})["compute"] == {"kernel": "loop"}
+    with pytest.raises(ConfigError, match="unknown key model.kernel; it is called compute.kernel"):
+        from_tree(today({"model": {"kernel": "loop"}, "compute": 3}))
     with pytest.raises(ConfigError, match="unknown key train.batch; it is called train.global_batch"):
         from_tree(old)
