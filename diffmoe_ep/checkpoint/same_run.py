@@ -123,10 +123,13 @@ def recipe_changes(folder: Path | None, config: Config) -> tuple[RecipeChange, .
     """
     if folder is None:
         return ()
-    content = read_meta(folder)
-    older = [RecipeChange(**change) for change in content["meta"].get("recipe", ())]
-    newer = changes(config_of(folder), config, "recipe")
-    return *older, *(RecipeChange(each.key.name, content["step"], each.there, each.here) for each in newer)
+    step, newer = read_meta(folder)["step"], changes(config_of(folder), config, "recipe")
+    return *recipe_of(folder), *(RecipeChange(each.key.name, step, each.there, each.here) for each in newer)
+
+
+def recipe_of(folder: Path) -> tuple[RecipeChange, ...]:
+    """The changes of the recipe up to a checkpoint, which its config, of the last steps, does not tell."""
+    return tuple(RecipeChange(**change) for change in read_meta(folder)["meta"].get("recipe", ()))
 
 
 # -- the weights of another run ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Verbs that carry models between forms: import, export."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -51,6 +51,7 @@ def _export(options: Export) -> None:
     from diffmoe_ep.checkpoint.export_published import export_published
     from diffmoe_ep.checkpoint.exported import is_exported, save_exported
     from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
+    from diffmoe_ep.checkpoint.same_run import recipe_of
     from diffmoe_ep.checkpoint.store import resolve
     from diffmoe_ep.train.warm_start import ancestry_of
 
@@ -66,6 +67,7 @@ def _export(options: Export) -> None:
                 "checkpoint": checkpoint.name,
                 "weights": weights,
                 "ancestry": [dict(one) for one in ancestry_of(checkpoint)],
+                "recipe": [asdict(change) for change in recipe_of(checkpoint)],
             }
             save_exported(
                 load_model(checkpoint, weights), config, data_info_of(checkpoint), folder, provenance=provenance

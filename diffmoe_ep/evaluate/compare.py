@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config import Config, ConfigError, load, of_role, to_tree
+from diffmoe_ep.config import Config, ConfigError, effective, load_stored, to_tree
 from diffmoe_ep.model.count import count
 from diffmoe_ep.tables import table
 
 COLUMNS = ("loss", "accuracy", "frechet", "capacity")
+UNTIL = " until step "
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read_run(folder: Path) -> Found:
         }
     changed = (folder / "recipe.jsonl").read_text(encoding="utf-8") if (folder / "recipe.jsonl").is_file() else ""
     recipe = tuple(json.loads(line) for line in changed.splitlines())
-    return Found(load(folder / "config.yaml"), last, values, recipe)
+    return Found(load_stored(folder / "config.yaml"), last, values, recipe)
 
 
 def _row(group: list[Found], name: str) -> Setting:
@@ -119,16 +120,22 @@ def _row(group: list[Found], name: str) -> Setting:
 
 
 def _setting(run: Found) -> dict[str, Any]:
-    """What makes a run's numbers what they are, by dotted key: all that changes what is computed but the seed, how the
-    recipe changed on the way, and how samples are drawn, which scores depend on.
+    """What makes a run's numbers what they are, by dotted key: all that changes what is computed but the seed, for how
+    many steps, how the recipe changed on the way, and how samples are drawn, which scores depend on.
     """
     sampling = {f"sample.{key}": value for key, value in to_tree(run.config.sample).items() if "grid_" not in key}
-    changed = {f"{change['key']} until step {change['step']}": change["was"] for change in run.recipe}
-    made = {key: value for key, value in of_role(run.config, "identity", "recipe").items() if key != "seed"}
-    return made | sampling | changed
+    changed = {f"{change['key']}{UNTIL}{change['step']}": change["was"] for change in run.recipe}
+    made = {key: value for key, value in effective(run.config, "identity", "recipe").items() if key != "seed"}
+    return made | {"train.steps": run.config.train.steps} | sampling | changed
 
 
-def _name(tree: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """key=value of every key that is not the same in all settings."""
-    differing = [key for key in tree if any(other.get(key) != tree[key] for other in others)]
-    return " ".join(f"{key}={json.dumps(tree[key]).strip(chr(34))}" for key in differing) or "all runs"
+def _name(tree: dict[str, Any], trees: list[dict[str, Any]]) -> str:
+    """key=value of every key in which settings differ, whichever of them have it; - for a change that this one did not
+    make. A key that has no effect in a setting is not named there: another key says why.
+    """
+    values = {key: [json.dumps(each[key]) for each in trees if key in each] for each in trees for key in each}
+    differing = [
+        key for key, found in values.items() if len(set(found)) > 1 or (UNTIL in key and len(found) < len(trees))
+    ]
+    told = {key: json.dumps(tree.get(key, "-")).strip('"') for key in differing if key in tree or UNTIL in key}
+    return " ".join(f"{key}={value}" for key, value in told.items()) or "all runs"

@@ -57,6 +57,51 @@ def test_seeds_are_one_row_and_settings_are_named(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table.json").read_text())["settings"][0]["values"]["frechet"] == [10.0]
 
 
+def test_what_amounts_to_the_same_is_one_setting(tmp_path: Path) -> None:
+    """Spellings, and keys without effect, are no difference; the number of steps is one."""
+    large = {key: value for key, value in MODEL.items() if key not in ("hidden_size", "num_blocks", "num_heads")}
+    runs = [
+        run_of(tmp_path / "a", [1.0], model=large | {"size": "S"}, pool={"span": "all"}),
+        run_of(tmp_path / "b", [2.0], model=large | {"num_blocks": 12, "top_k": 2}, pool={"span": 256}),
+        run_of(tmp_path / "c", [3.0], model=large | {"size": "S"}, train={"optimizer": {"momentum": 0.9}}),
+    ]
+    (setting,) = compare(runs).settings
+    assert (setting.name, setting.values["loss"]) == ("all runs", (1.0, 2.0, 3.0))
+    longer = run_of(tmp_path / "d", [1.0], model=large | {"size": "S"}, train={"steps": 7})
+    assert [setting.name for setting in compare([*runs, longer]).settings] == ["train.steps=100000", "train.steps=7"]
+
+
+def test_every_setting_is_named_by_what_any_of_them_has(tmp_path: Path) -> None:
+    plain = run_of(tmp_path / "plain", [1.0])
+    changed = run_of(tmp_path / "changed", [1.0])
+    (changed / "recipe.jsonl").write_text('{"key": "train.optimizer.lr", "step": 4, "was": 0.5, "now": 0.0001}\n')
+    slow, fast = (
+        run_of(tmp_path / f"sgd{m}", [1.0], train={"optimizer": {"kind": "sgd", "momentum": m}}) for m in (0.0, 0.9)
+    )
+    until = "train.optimizer.lr until step 4"
+    assert [setting.name for setting in compare([plain, changed]).settings] == [f"{until}=-", f"{until}=0.5"]
+    assert [setting.name for setting in compare([plain, slow, fast]).settings] == [
+        "train.optimizer.kind=adamw",
+        "train.optimizer.kind=sgd train.optimizer.momentum=0.0",
+        "train.optimizer.kind=sgd train.optimizer.momentum=0.9",
+    ]
+
+
+def test_a_run_of_before_is_read_and_what_is_wrong_names_its_file(tmp_path: Path) -> None:
+    old, new = run_of(tmp_path / "old", [1.0]), run_of(tmp_path / "new", [2.0])
+    text = (old / "config.yaml").read_text()
+    for before, now in (("batch", "global_batch"), ("blocks", "num_blocks"), ("rate", "lr"), ("hidden", "hidden_size")):
+        text = text.replace(f" {now}:", f" {before}:")
+    (old / "config.yaml").write_text(text)
+    assert compare([old, new]).settings[0].values["loss"] == (1.0, 2.0)
+    (old / "config.yaml").write_text(text + "strange: 3\n")
+    with pytest.raises(ConfigError, match=r"old/config.yaml: unknown key strange; "):
+        compare([old])
+    (old / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"old/config.yaml is not YAML"):
+        compare([old])
+
+
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no config.yaml, so it is no run"):
         compare([tmp_path])

@@ -3,12 +3,13 @@ wrote to RUN/scores.
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe_ep.config import ConfigError, load
+from diffmoe_ep.config import ConfigError, load_stored
 from diffmoe_ep.evaluate.digits.composition import TASKS
 from diffmoe_ep.model.count import count
 from diffmoe_ep.tables import table
@@ -59,11 +60,11 @@ def _row(folder: Path) -> Row:
     for name in ("config.yaml", SCORE):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder} has no {name}; train it, then diffmoe evaluate {folder} --composition --out "
-                f"{folder}/scores ..."
+                f"{folder} has no {name}; train it, then diffmoe evaluate {shlex.quote(str(folder))} --composition "
+                f"--out {shlex.quote(f'{folder}/scores')} ..."
             )
     found = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-    sizes = count(load(folder / "config.yaml").model)
+    sizes = count(load_stored(folder / "config.yaml").model)
     tasks = {task: float(found["samples"][task]["right"]) for task in TASKS}
     return Row(
         folder.name,
