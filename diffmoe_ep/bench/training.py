@@ -9,11 +9,10 @@ from diffmoe_ep.bench.timing import settle
 from diffmoe_ep.config import Config
 from diffmoe_ep.data.condition import CaptionFeatures, Condition
 from diffmoe_ep.diffusion.objective import objective_of
-from diffmoe_ep.model.initialize import initialize
-from diffmoe_ep.model.parallelize import build_sharded
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine
+from diffmoe_ep.train.trainer import build_model
 
 PARTS = ("forward and backward", "optimizer", "averaged weights")
 
@@ -27,8 +26,7 @@ class TrainingStep:
         """by_part: wait for the device after each of PARTS and keep its seconds in `seconds`."""
         self.config, self.device, self.by_part = config, mesh.device, by_part
         self.objective = objective_of(config.train.objective)
-        channels = config.model.in_channels if config.train.objective == "flow" else None
-        model = initialize(build_sharded(config, mesh, channels), config.seed)
+        model = build_model(config, mesh)
         self.engine, self.ema = Engine(model, config, mesh), Ema(model, config.train.ema)
         samples, model_config = config.train.micro_step_samples, config.model
         size = (samples, model_config.in_channels, model_config.input_size, model_config.input_size)

@@ -4,6 +4,7 @@ clock.
 
 import json
 import statistics
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from diffmoe_ep.bench.experts import bench_experts
 from diffmoe_ep.bench.layer import Case, PlainLoop, bench_layer, our_layer
 from diffmoe_ep.bench.step import bench_step
 from diffmoe_ep.bench.timing import Timing, interleaved
-from diffmoe_ep.bench.training import PARTS
+from diffmoe_ep.bench.training import PARTS, TrainingStep
 from diffmoe_ep.config import ConfigError, from_tree
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh
+from diffmoe_ep.train import trainer
 from ranks import run
 
 pytestmark = pytest.mark.slow
@@ -98,6 +100,22 @@ def test_a_step_is_its_parts_and_the_dense_twin_is_dense() -> None:
         assert len(timing.seconds) == 3
         assert sum(parts[name][part] for part in PARTS) < 2 * max(timing.seconds)
     assert lines[7].split()[-1] == f"{timings['experts'].median / timings['dense'].median:.2f}"
+
+
+def compiled(rank: int) -> list[bool]:
+    """Whether a measured model is compiled, with compute.compile off and on."""
+    model = {"input_size": 8, "hidden_size": 16, "num_blocks": 2, "num_heads": 2, "num_classes": 4, "num_experts": 4}
+    mesh, found = init_mesh(1, 1, 2.0, "cpu"), []
+    for on in (False, True):
+        with mock.patch.object(trainer, "apply_compile") as applied:
+            config = from_tree({"model": model, "train": {"global_batch": 2}, "compute": {"compile": on}})
+            TrainingStep(config, mesh)
+        found.append(applied.called)
+    return found
+
+
+def test_the_measured_model_is_trainings_own() -> None:
+    assert run(1, compiled)[0] == [False, True]
 
 
 def test_costs_are_told_per_token() -> None:

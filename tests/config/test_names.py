@@ -1,10 +1,13 @@
 """Unknown keys are answered by what is meant; stored configs of before are read under the names of today."""
 
+from pathlib import Path
+
 import pytest
 
 from diffmoe_ep.config import ConfigError, flat, from_tree, keys, nested, to_tree, today
 from diffmoe_ep.config.names import EXPLAINED, MEANINGS, RENAMED, meant_by
 
+CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 KEYS = {key.name for key in keys()}
 PEERS = {
     "train.lr": "train.optimizer.lr",
@@ -127,6 +130,7 @@ def test_nonsense_is_answered_with_what_there_is(word: str) -> None:
 def test_every_name_of_before_is_answered_in_a_users_config_and_read_in_a_stored_one(old: str) -> None:
     assert answered(old) == f"unknown key {old}; it is called {RENAMED[old]}"
     assert flat(today(nested({old: "value"}))) == {RENAMED[old]: "value"}
+    assert f"| `{old}` | `{RENAMED[old]}` |\n" in CHANGELOG.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [name for names in EXPLAINED for name in names.split()])
