@@ -85,7 +85,7 @@ def _same_ancestor(change: Change, meta: Mapping[str, Any]) -> bool:
         found = resolve_model_path(Path(change.here))
     except CheckpointError:
         return False
-    places = (found, found.with_name(Path(ancestor.get("path", "")).name or found.name))
+    places = (found, found.with_name(Path(str(ancestor.get("path", ""))).name or found.name))
     return ancestor.get("fingerprint") in {fingerprint_of(place) for place in places if place.is_dir()}
 
 

@@ -245,8 +245,8 @@ def hint(key: str, here: Sequence[str], every: Sequence[str]) -> str:
         section = next((other for other in sections if _last(other) == path[-1]), section)
         here = _names(section, every)
     near = [f"{section}.{other}" if section else other for other in _near(name, here, 0.7)[:1]]
-    elsewhere = _near(name, [_last(other) for other in every], 0.8)
-    if near := near or [other for other in every if _last(other) in elsewhere]:
+    elsewhere = _near(name, [*map(_last, every), *_BY_NAME], 0.8)
+    if near := near or [other for other in every if {_last(other), *_names_of(other)} & {*elsewhere}]:
         return f"did you mean {' or '.join(near)}?"
     return (
         f"the keys {f'of {section}' if section else 'here'} are {', '.join(here)}" if here else "list all: diffmoe keys"
@@ -265,6 +265,11 @@ def _names(section: str, every: Sequence[str]) -> list[str]:
     """The names in a section, its own sections among them."""
     within = [key.removeprefix(f"{section}.") for key in every if key.startswith(f"{section}.")]
     return list(dict.fromkeys(name.partition(".")[0] for name in within))
+
+
+def _names_of(key: str) -> list[str]:
+    """What a key is called elsewhere."""
+    return MEANINGS[key][1].split() if key in MEANINGS else []
 
 
 def _near(name: str, names: Sequence[str], cutoff: float) -> list[str]:

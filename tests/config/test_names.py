@@ -89,6 +89,7 @@ ANSWERS = {  # exactly
     "model_num_experts": "the number of experts of a layer is model.num_experts",
     "train.stps": "did you mean train.steps?",
     "trian.steps": "did you mean train?",
+    "model.hiden": "did you mean model.hidden_size?",
     "train.lrr": "did you mean train.optimizer.lr?",
     "log.evry": "did you mean log.every?",
     "pool.banana": "the keys of pool are span, capacity",
