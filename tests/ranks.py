@@ -16,12 +16,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 START_SECONDS = 180.0  # a rank's imports, on a machine that is busy with other work
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # gloo, also beside GPUs
 GRACE_SECONDS = 15.0  # what the other ranks get to notice a failed one, and every rank to take down its groups
 
 
@@ -54,7 +58,7 @@ class Pool:
     """The long-lived processes of one world size, each waiting at its pipe for the next call."""
 
     def __init__(self, world: int):
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.world = world
         self.clean = False  # whether every rank waits for a call, with nothing initialised
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -152,6 +156,21 @@ class Pool:
 _pools: dict[int, Pool] = {}
 
 
+@cache
+def _context() -> ForkServerContext:
+    """Ranks are forked from a process that has imported what they all need, and has computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron.core.parallel_state", "diffmoe_ep.train.trainer"])
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
 @atexit.register
 def _close() -> None:
     while _pools:
@@ -177,9 +196,7 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
         LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
     )
-    os.environ.update(
-        OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""
-    )  # gloo's ranks, also where there are GPUs
+    os.environ.update(ENVIRONMENT)
     import torch
 
     environment, folder = dict(os.environ), Path.cwd()
