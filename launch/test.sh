@@ -11,10 +11,10 @@
 
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-tests=yes chosen=()
+tests=yes chosen=() dist=loadfile
 case "${1:-}" in
     -h | --help) usage "${BASH_SOURCE[0]}"; exit ;;
-    --fast) chosen=(-m "not slow"); shift ;;
+    --fast) chosen=(-m "not slow") dist=loadgroup; shift ;;
     --lint) tests=""; shift ;;
 esac
 setup
@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=1
 # Each process has ranks of its own, which live as long as it does.
 count_processes() {
     local cores memory
-    cores="$(nproc 2>/dev/null || echo 1)"
+    cores="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)"  # nproc goes by OMP_NUM_THREADS
     memory="$(awk '/^MemAvailable/ {print int($2 / 5e6)}' /proc/meminfo 2>/dev/null || true)"
     printf '%s\n' "$cores" "${memory:-1}" 4 | sort -n | head -n 1
 }
@@ -44,7 +44,7 @@ check mypy mypy
 if [[ -n "$tests" ]]; then
     processes="${TEST_PROCESSES:-$(count_processes)}"
     parallel=()
-    if ((processes > 1)); then parallel=(-n "$processes" --dist loadfile); fi
+    if ((processes > 1)); then parallel=(-n "$processes" --dist "$dist"); fi
     check pytest pytest -q ${parallel[@]+"${parallel[@]}"} ${chosen[@]+"${chosen[@]}"} "$@"
 fi
 

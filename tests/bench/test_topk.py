@@ -17,6 +17,8 @@ from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh, launched_world
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 WORK = Work(tokens=512, experts=8, hidden=16)
 
 
@@ -34,7 +36,6 @@ def measured(rank: int, fault: bool = False) -> dict[str, Any] | None:
     return None if found is None else {**json.loads(json.dumps(found.as_dict())), "lines": found.lines()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_measures_every_algorithm_and_the_dispatch(world: int) -> None:
     found, *others = run(world, measured)

@@ -82,6 +82,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_every_rank_with_one_message(digits: Path, tmp_path: Path, mistake: str) -> None:
     overrides, message = MISTAKES[mistake]
@@ -94,6 +95,7 @@ def test_mistakes_end_every_rank_with_one_message(digits: Path, tmp_path: Path, 
     assert all("Traceback" not in err for _, _, err in results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "missing shard", "truncated shard", "broken manifest"])
 def test_damaged_data_end_every_rank(digits: Path, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "train"
@@ -191,6 +193,7 @@ def test_samples_do_not_depend_on_the_ranks(digits: Path, tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -115,6 +115,7 @@ def test_the_command_writes_both_splits(tmp_path: Path, capsys: pytest.CaptureFi
     assert (latents.min(), latents.max()) == (-1, 1)
 
 
+@pytest.mark.slow
 def test_the_most_legible_digits_are_a_part_of_each_class_that_an_independent_classifier_reads_better() -> None:
     svm = pytest.importorskip("sklearn.neighbors")
     images, labels = digits.load()

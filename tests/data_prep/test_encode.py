@@ -18,12 +18,13 @@ from diffmoe_ep.encoders.vae import load_vae
 from encoders.tiny import save_clip, save_t5, save_vae
 from pictures import content, picture, tar
 
-pytest.importorskip("diffusers", reason="diffusers is not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.slow  # importing the encoders' libraries alone takes seconds
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     folder = tmp_path_factory.mktemp("models")
     save_vae(folder / "vae")
     save_t5(folder / "t5")

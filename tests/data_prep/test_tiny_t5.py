@@ -17,6 +17,8 @@ from pictures import content
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
+pytestmark = pytest.mark.slow
+
 
 def make(out: Path, *more: str) -> int:
     return main(["tiny_t5", "--out", str(out), "--width", "32", "--layers", "1", *more])

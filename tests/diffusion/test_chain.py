@@ -86,6 +86,7 @@ def test_ancestral_sampling_needs_the_variance_channels():
         ddpm_ancestral(lambda x, t: x, start(), SCHEDULE, _never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v", [-1.0, 0.0, 1.0])
 def test_ancestral_samples_of_a_gaussian_have_the_moments_that_its_linear_chain_has(v):
     """For one Gaussian every step is linear, so mean and variance of the samples follow from two plain recursions."""
@@ -158,6 +159,7 @@ def test_ddim_converges_to_its_ode_at_first_order(mixture):
     assert errors[-1] < 0.01
 
 
+@pytest.mark.slow
 def test_ddim_of_a_gaussian_ends_where_its_closed_form_says():
     alpha, sigma = SCHEDULE.signal[-1].sqrt().item(), (1 - SCHEDULE.signal[-1]).sqrt().item()
     exact = 0.7 + 0.5 * (start() - alpha * 0.7) / math.sqrt(alpha**2 * 0.25 + sigma**2)

@@ -112,6 +112,7 @@ def test_a_stride_is_added_up_in_floating_point_as_published(count):
     assert kept == np.rint(sums).astype(int).tolist()
 
 
+@pytest.mark.slow
 def test_283_odd_counts_keep_other_steps_than_an_exact_stride_by_one_at_most():
     others = []
     for count in range(2, 1001):

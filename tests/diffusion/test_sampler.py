@@ -103,6 +103,7 @@ def test_a_solver_refuses_to_take_no_steps(solver):
         solver(lambda x, t: x, start(), 0)
 
 
+@pytest.mark.slow
 @needs_torchdiffeq
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
 def test_dopri5_meets_its_tolerance(tolerance):
@@ -178,6 +179,7 @@ def test_a_noise_estimate_as_a_flow_asks_the_trained_numbers_of_a_respaced_chain
     assert times[-1] == pytest.approx(4, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_flow_and_ddpm_lead_the_same_noise_to_the_same_points(solver, order):
     """The same mixture through DDPM's oracle and through the flow's own field: nearly the same samples from the same
@@ -195,6 +197,7 @@ def test_flow_and_ddpm_lead_the_same_noise_to_the_same_points(solver, order):
     assert np.abs(mixture.distribution(samples) - (np.arange(40) + 0.5) / 40).max() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_ddpm_as_a_flow_converges_at_the_solvers_order_within_the_chain(solver, order):
     """From the chain's last step to its first, where the two fields are one and the same."""

@@ -11,6 +11,8 @@ from diffmoe_ep.config import ConfigError
 from diffmoe_ep.encoders.vae import load_vae
 from encoders.tiny import save_vae
 
+pytestmark = pytest.mark.slow  # importing diffusers alone takes seconds
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16)).astype(np.uint8)
 
 

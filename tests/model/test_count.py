@@ -121,6 +121,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(models())
 def test_every_kind_of_module_is_counted_as_it_is_built(model: ModelConfig) -> None:
@@ -130,6 +131,7 @@ def test_every_kind_of_module_is_counted_as_it_is_built(model: ModelConfig) -> N
     assert count(model).total == sum(built.values())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(models())
 def test_at_full_capacity_everything_is_activated(model: ModelConfig) -> None:

@@ -65,6 +65,7 @@ def test_every_rank_starts_with_its_part_of_one_model(kind: str, ranks: int) -> 
     assert all(torch.equal(part.positions, DiT(config.model).positions) for part in parts)
 
 
+@pytest.mark.slow
 def test_a_rank_never_holds_much_more_than_its_share() -> None:
     """Of a model of 1.1 GB in all; seen by the operating system, in a fresh process."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=200)

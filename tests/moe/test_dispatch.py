@@ -219,6 +219,7 @@ def in_flight_at_once(rank: int) -> list[str]:
     return told
 
 
+@pytest.mark.slow
 def test_parts_travel_while_others_compute() -> None:
     forward = ["start", "start", "land", "compute", "start", "land", "compute", "start", "land", "land"]
     backward = [
@@ -334,5 +335,6 @@ def known_before_asking(rank: int) -> None:
     assert wide.group.size % 4  # a pool wider than the expert group says nothing of one group's rows
 
 
+@pytest.mark.slow
 def test_an_owners_rows_are_known_where_the_pool_is_the_group() -> None:
     run(4, known_before_asking)

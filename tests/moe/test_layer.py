@@ -267,6 +267,7 @@ def test_ranks_do_what_one_rank_does(world: int, ep: int, span: Any) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["threshold", "count"])
 def test_inference_on_ranks_is_a_pool_a_rank(mode: str) -> None:
     """At inference each rank's call is a pool of its own, whatever the expert parallelism."""
@@ -292,6 +293,7 @@ def lopsided(rank: int, wanted_by: list[int]) -> Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted_by", [[], [0], [7], [0, 1, 7], [2, 3, 4, 5]])
 def test_peers_that_send_or_get_nothing(wanted_by: list[int]) -> None:
     for result in run(4, lopsided, wanted_by):
@@ -308,6 +310,7 @@ def initial(rank: int, order: str) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_layout() -> None:
     single = {name: parameter.detach() for name, parameter in initialize(DiT(MODEL), 7).named_parameters()}
     before, after = run(2, initial, "before"), run(2, initial, "after")

@@ -24,6 +24,7 @@ def traced(rank: int, given: Config) -> dict[str, Any]:
         return {**trace(rank, given), "searches": set(made)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("world", "expert"), [(2, 2), (4, 2)])
 def test_every_algorithm_is_the_same_run(digits: Path, world: int, expert: int) -> None:

@@ -17,6 +17,7 @@ def members(rank: int, expert: int, pool: int) -> dict[str, list[int]]:
     return {name: gather_objects(rank, getattr(mesh, name)) for name in ("world", "expert", "replicas", "pool")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("expert", "pool"), [(1, 1), (2, 2), (4, 1), (1, 2), (2, 4)])
 def test_groups_are_runs_of_neighbors_and_their_copies(expert: int, pool: int) -> None:
     for rank, found in enumerate(run(4, members, expert, pool)):
@@ -99,6 +100,7 @@ def outlives(rank: int) -> None:
         all_sum(torch.ones(1), mesh.world)
 
 
+@pytest.mark.slow
 def test_waiting_for_a_lost_peer_ends() -> None:
     """Each collective that can wait has the configured timeout: three seconds here."""
     with pytest.raises(RankError, match=r"(?i)tim|closed|reset|connection"):

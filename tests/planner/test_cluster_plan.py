@@ -41,6 +41,7 @@ def model(size: str = "L", batch: int = 256, **rest: Any) -> Config:
     return from_tree({"model": {"size": size}, "train": {"global_batch": batch}, **rest})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_every_config_plans_on_every_cluster(path: Path) -> None:
     where = load_cluster(path)

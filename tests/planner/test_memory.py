@@ -116,6 +116,7 @@ def test_every_part_is_what_the_tensors_hold(
     assert within(sum(predicted.values()), total)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("recompute", ["none", "ffn", "block"])
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_what_a_forward_leaves_allocated(tmp_path: Path, family: str, precision:
     assert within(kept, found), f"predicted {kept:,}, found {found:,}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kernel", "family", "precision"), KERNELS)
 def test_what_each_kernel_keeps(tmp_path: Path, kernel: Any, family: str, precision: str) -> None:

@@ -21,6 +21,9 @@ SIZES = ("model.input_size=8", "model.in_channels=4", "model.out_channels=4", "m
 TEXT = ("model.condition=text", "model.text_width=16", "model.text_length=20")
 
 
+pytestmark = pytest.mark.slow  # importing the encoders' libraries alone takes seconds
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a VAE and a T5 of random weights (vae, t5), latents and features that they made (data), and a run

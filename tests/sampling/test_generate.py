@@ -467,6 +467,7 @@ def test_adaptive_ranks_on_their_own_do_no_idle_work(monkeypatch):
     assert part.capacity.is_empty
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("torchdiffeq") is None, reason="torchdiffeq is not installed (extra: sample)"
 )

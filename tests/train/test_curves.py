@@ -45,6 +45,7 @@ def _ink(path) -> list[float]:
     return [colored[top : top + height, left : left + width].mean() for top in (0, height) for left in (0, width)]
 
 
+@pytest.mark.slow
 def test_curves_fill_four_panels(tmp_path):
     pytest.importorskip("matplotlib")
     curves(_log(tmp_path / "metrics.jsonl", map(_record, range(1, 41))), tmp_path / "curves.png")
@@ -52,6 +53,7 @@ def test_curves_fill_four_panels(tmp_path):
     assert min(_ink(tmp_path / "curves.png")) > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [{"loss"}, {"loss", "lr"}, set()])
 def test_curves_of_a_dense_run_leave_panels_empty(tmp_path, kept):
     pytest.importorskip("matplotlib")
@@ -66,6 +68,7 @@ def test_curves_of_a_dense_run_leave_panels_empty(tmp_path, kept):
     assert (lr > 0.001) == ("lr" in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2, 11])
 def test_curves_can_be_drawn_early(tmp_path, count):
     pytest.importorskip("matplotlib")
@@ -73,6 +76,7 @@ def test_curves_can_be_drawn_early(tmp_path, count):
     assert (min(_ink(tmp_path / "curves.png")[:2]) > 0) == (count > 0)
 
 
+@pytest.mark.slow
 def test_steps_logged_again_after_a_resume_replace_the_first_and_torn_lines_do_not_count(tmp_path):
     pytest.importorskip("matplotlib")
     steps = [_record(step) for step in range(1, 21)]

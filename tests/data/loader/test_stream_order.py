@@ -76,6 +76,7 @@ def test_every_epoch_visits_every_sample_once(
         assert sorted(found[first : first + 40]) == list(range(40))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     SEEDS, WORLDS, st.integers(0, 4), LANES, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 200)

@@ -177,6 +177,7 @@ def test_a_resumed_stream_continues(tiny: Dataset) -> None:
     assert_equal(join([joined(tiny, 3), joined(tiny, 3, world=2, samples_consumed=24)]), joined(tiny, 6))
 
 
+@pytest.mark.slow
 def test_frequencies_follow_the_weights(tiny: Dataset) -> None:
     found = Counter(caption for caption in joined(tiny, steps=1500, text=ONLINE).captions)  # 300 epochs
     for number in range(NUM_SAMPLES):

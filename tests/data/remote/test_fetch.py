@@ -191,6 +191,7 @@ def test_a_server_that_crawls_is_given_up(server: Server, access: Access, prepar
     dataset.close()
 
 
+@pytest.mark.slow
 def test_a_server_error_is_tried_again_by_curl_itself(server: Server, access: Access) -> None:
     server.faults["manifest.json"] = ["503"]
     assert Dataset.open(server.url, access).manifest.num_samples == 16

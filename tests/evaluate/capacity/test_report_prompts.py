@@ -63,6 +63,7 @@ def sampled(module: DiT, requested: Prompts | torch.Tensor, config: SampleConfig
     return found
 
 
+@pytest.mark.slow
 def test_every_prompt_costs_what_drawing_it_alone_costs(module: DiT, prompts: Prompts, tmp_path: Path) -> None:
     sample_fn = lambda requested, config, _: sampled(module, requested, config)  # noqa: E731
     found = report(module, sample_fn, SAMPLE, INFO, Mesh(), per_class=EACH, seed=SEED, prompts=prompts)

@@ -134,6 +134,7 @@ def test_other_words_ask_for_nothing_that_is_scored(text: str) -> None:
     assert read(text) is None
 
 
+@pytest.mark.slow
 def test_real_canvases_score_near_one_and_shuffled_prompts_near_chance(canvases: tuple[Canvases, Canvases]) -> None:
     """The digits of held-out canvases are unknown to the classifier."""
     train, heldout = canvases
@@ -158,6 +159,7 @@ def test_real_canvases_score_near_one_and_shuffled_prompts_near_chance(canvases:
     assert found.as_dict()["overall"] == 0
 
 
+@pytest.mark.slow
 def test_shares_and_chance_agree_with_a_plain_loop(canvases: tuple[Canvases, Canvases]) -> None:
     train, heldout = canvases
     if train.pictures.shape[-1] != 24:
@@ -182,6 +184,7 @@ def where(captions: tuple[str, ...]) -> dict[tuple[int, int], int]:
     return dict(zip(prompt.cells, prompt.digits, strict=True))
 
 
+@pytest.mark.slow
 def test_the_detector_takes_no_smudge_for_a_digit(canvases: tuple[Canvases, Canvases]) -> None:
     train, heldout = canvases
     known, labels = known_digits(train, [where(captions) for captions in train.captions])
@@ -216,6 +219,7 @@ def test_cells_are_windows_with_the_most_ink() -> None:
     assert found.sum() == 7 * 64
 
 
+@pytest.mark.slow
 def test_what_cannot_be_judged_is_an_error_that_names_it(digits: Path, canvases: tuple[Canvases, Canvases]) -> None:
     with pytest.raises(ConfigError, match="python -m data_prep digits_captions"):
         load_canvases(digits / "train")

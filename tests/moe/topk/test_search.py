@@ -142,6 +142,7 @@ def random_case(seed: int, tokens: int) -> Case:
     return Case(columns[:, :experts], columns[:, experts:], k, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_drawn_cases(world: int) -> None:
     """Sixty cases from seeds over all ranks, with several hundred tokens, so that radix fills its bins."""
