@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from ranks import RankError, run
 
+pytestmark = pytest.mark.slow
+
 
 def summed(rank: int, number: float) -> tuple[int, torch.Tensor, int]:
     """Sums number + rank over the ranks, in a process group made here and left to the pool."""
@@ -116,20 +118,17 @@ def test_the_rank_that_raised_is_named_with_its_traceback() -> None:
     assert [process for *_, process in run(2, summed, 0.0)] == processes
 
 
-@pytest.mark.slow
 def test_a_hanging_rank_is_shown_and_replaced() -> None:
     with pytest.raises(RankError, match=r"(?s)ranks \[1\] of 2 gave no answer within 1 s.*hangs_on"):
         run(2, hangs_on, 1, timeout=1.0)
     assert [float(total[0]) for _, total, _ in run(2, summed, 1.0)] == [3.0, 3.0]
 
 
-@pytest.mark.slow
 def test_a_rank_that_ended_is_named_and_replaced() -> None:
     with pytest.raises(RankError, match=r"(?s)rank 0 of 2 failed first.*exit code 3"):
         run(2, ends_on, 0)
     assert [float(total[0]) for _, total, _ in run(2, summed, 1.0)] == [3.0, 3.0]
 
 
-@pytest.mark.slow
 def test_groups_of_megatron_and_deepspeed_are_taken_down() -> None:
     assert run(2, grouped) == run(2, grouped) == [(0, 4.0), (1, 4.0)]

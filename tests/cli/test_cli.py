@@ -213,6 +213,7 @@ def test_mistakes_in_sampling_are_named(
     assert message in err
 
 
+@pytest.mark.slow
 def test_scores_need_fitting_images(trained: Path, digits: Path, tmp_path: Path) -> None:
     folders = ("--reference", str(digits / "train"), "--heldout", str(digits / "heldout"))
     code, _, err = call(0, "evaluate", str(trained), *folders, "--samples", "1")

@@ -42,6 +42,7 @@ def test_a_solver_converges_to_the_exact_flow_at_its_order(solver, order):
     assert errors[-1] < {1: 0.01, 2: 1e-4}[order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_a_solver_converges_at_its_order_on_a_mixture_too(solver, order):
     mixture = Mixture()

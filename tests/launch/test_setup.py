@@ -69,6 +69,7 @@ def test_scripts_parse_and_can_be_executed(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck (Debian's package shellcheck)")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_scripts_are_clean(script: Path) -> None:

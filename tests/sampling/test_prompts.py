@@ -67,6 +67,7 @@ def encoder(folder: Path) -> TextEncoder:
     return load_encoder(config(folder), data_info(folder))
 
 
+@pytest.mark.slow
 def test_features_depend_on_the_words_alone(encoder: TextEncoder) -> None:
     words = ["one 3", "a 3 above an 8", "one 3", "two 5s"]
     prompts, said = encode(encoder, words, PLACES)
