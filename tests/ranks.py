@@ -26,6 +26,7 @@ from typing import Any
 
 START_SECONDS = 180.0  # a rank's imports, on a machine that is busy with other work
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # gloo, also beside GPUs
+MOST_THREADS = 60  # of a rank: DeepSpeed's engines keep their process groups, whose threads wake up all the time
 GRACE_SECONDS = 15.0  # what the other ranks get to notice a failed one, and every rank to take down its groups
 
 
@@ -95,8 +96,12 @@ class Pool:
         for rank in returned:
             self.pipes[rank].send("clear")
         cleared = self._receive(returned, GRACE_SECONDS)
+        threads = [value for kind, value in cleared.values() if kind == "cleared"]
         self.clean = (
-            len(answers) == self.world and len(cleared) == len(returned) and all(p.is_alive() for p in self.processes)
+            len(answers) == self.world
+            and len(cleared) == len(returned)
+            and max(threads, default=0) <= MOST_THREADS
+            and all(p.is_alive() for p in self.processes)
         )
 
         failures = sorted(
@@ -226,7 +231,8 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
-        pipe.send(("error", failure) if failure else ("cleared", None))
+        threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+        pipe.send(("error", failure) if failure else ("cleared", threads))
 
 
 def _end_with_parent() -> None:
