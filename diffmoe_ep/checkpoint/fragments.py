@@ -7,7 +7,7 @@ any other layout.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,15 @@ class Fragment:
     def stop(self) -> int:
         """Row-major number of the element after the last one held here."""
         return self.start + self.data.numel()
+
+
+def not_finite(fragments: Sequence[Fragment]) -> str | None:
+    """The name of the first tensor of which a rank's part holds an infinity or no number; None if all are finite."""
+    checked = [each for each in fragments if each.data.is_floating_point()]
+    if not checked:
+        return None
+    finite = torch.stack([each.data.isfinite().all() for each in checked]).tolist()  # the device is asked once
+    return next((each.name for each, good in zip(checked, finite, strict=True) if not good), None)
 
 
 @dataclass(frozen=True)

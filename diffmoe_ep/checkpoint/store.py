@@ -13,10 +13,11 @@ unpickled but `.metadata`, with a short list of allowed classes, and no file out
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,17 @@ T = TypeVar("T")
 FORMAT = 1
 LATEST, META, METADATA, SUMS = "latest", "meta.json", ".metadata", "SHA256SUMS"
 PARTIAL = ".partial"
-STEP = re.compile(r"step-(\d{7,})")
+MOST_STEPS = 10**15
+STEP = re.compile(r"step-(\d{7,15})")
 REMEDY = "Use the configuration that saved it (config.yaml in its run folder), or another folder for this run"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, found, trusted, or loaded into this model."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not those that were saved; an older one may be sound."""
 
 
 def save(
@@ -67,9 +73,11 @@ def save(
     """Write what all ranks' fragments make up as `root/step-...` and return that folder once it is complete, on every
     rank.
 
-    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. Of the
-    folders up to this step the last `keep_last` stay and, unless `keep_every` is 0, those whose step it divides. Raises
-    CheckpointError on all ranks if one fails; `latest` then still names a complete checkpoint.
+    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. What was
+    written is read back, by the first rank's view of the file system and by another rank than wrote it, before the
+    folder gets its name. Then, of the folders up to this step, the last `keep_last` stay and, unless `keep_every` is 0,
+    those whose step it divides. Raises CheckpointError on all ranks if one fails; `latest` then still names a complete
+    checkpoint, and no older one was removed.
     """
     assert keep_last >= 1, keep_last
     final = root / f"step-{step:07d}"
@@ -81,11 +89,13 @@ def save(
         dcp.save(
             {}, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group, no_dist=world == 1
         )
-    sums = ranks.together(lambda: {name: _sha256(partial / name) for name in writer.written})
+    written = ranks.together(lambda: {name: _Written.of(partial / name) for name in writer.written})
+    ranks.together(lambda: _read_back(partial, written, rank))
 
     def publish() -> None:
         if rank == 0:
-            _publish(final, partial, text, {name: digest for part in sums for name, digest in part.items()})
+            sums = {name: file.digest for files in written for name, file in files.items()}
+            _publish(final, partial, text, sums)
             _retire(root, step, keep_last, keep_every)
 
     ranks.together(publish)
@@ -99,12 +109,13 @@ def load(
     group: dist.ProcessGroup | None = None,
     world: int = 1,
     allow_extra: bool = False,
+    verified: bool = False,
 ) -> None:
     """Fill the fragments of all ranks in place, whatever layout saved the checkpoint.
 
     Before anything is written, names, shapes and types are compared on every rank, and the files' checksums, dealt over
-    the ranks. Unless `allow_extra`, the ranks' fragments together have to name every tensor of the checkpoint. Raises
-    CheckpointError, the same on all ranks.
+    the ranks, unless they were `verified` just now. Unless `allow_extra`, the ranks' fragments together have to name
+    every tensor of the checkpoint. Raises CheckpointError, the same on all ranks.
     """
     rank = dist.get_rank(group) if world > 1 else 0
     ranks = _Ranks(group, world, f"cannot load the checkpoint {folder}")
@@ -117,13 +128,21 @@ def load(
     for number, name in enumerate(names):
         if not allow_extra and not any(mask >> number & 1 for mask in masks):
             raise CheckpointError(f"{_another(folder)} it holds {name}, which this run does not have. {REMEDY}")
-    files = sorted({place.relative_path for place in metadata.storage_data.values()})
-    ranks.together(lambda: _verify(folder, files[rank::world]))
+    if not verified:
+        ranks.together(lambda: _verify(folder, _files(metadata)[rank::world]))
     with ranks.errors():
         planner = FragmentLoadPlanner(fragments, metadata)
         dcp.load(
             {}, storage_reader=ChunkReader(folder, metadata), planner=planner, process_group=group, no_dist=world == 1
         )
+
+
+def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
+    """Raise DamagedCheckpointError unless the files of a checkpoint are those that were saved; of the large ones this
+    rank looks at its share.
+    """
+    read_meta(folder)
+    _verify(folder, _files(_metadata(folder))[rank::world])
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -144,10 +163,15 @@ def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` says: `format`, `step`, and `meta` as it was given to `save`."""
-    content = json.loads(_checked(folder, META, _sums(folder)))
+    try:
+        content = json.loads(_checked(folder, META, _sums(folder)))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: its {META} is no JSON ({error}): it was not saved by this program") from error
     expected = (("format", int), ("step", int), ("meta", dict))
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in expected):
         raise CheckpointError(f"{folder}: its {META} lacks format, step or meta: it was not saved by this program")
+    if not 0 <= content["step"] < MOST_STEPS:
+        raise CheckpointError(f"{folder}: its {META} has step {content['step']}: it was not saved by this program")
     if content["format"] > FORMAT:
         raise CheckpointError(
             f"{folder} has format {content['format']}, this version reads up to {FORMAT}: install a newer diffmoe_ep"
@@ -159,10 +183,23 @@ def latest(root: Path) -> Path | None:
     """The newest complete checkpoint in a `checkpoints` folder: the one that the file `latest` names, else that of the
     highest step.
     """
+    return next((folder for folder in newest_first(root) if _complete(folder)), None)
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The folders of checkpoints, complete or not, in the order in which a run would go on from them: the one that the
+    file `latest` names before the older ones; all of them where it names none. Those of later steps are left by a run
+    that went back.
+    """
     folders, pointer = _steps(root), root / LATEST
-    named = STEP.fullmatch(pointer.read_text(encoding="utf-8", errors="replace").strip()) if pointer.is_file() else None
-    newest = int(named[1]) if named and int(named[1]) in folders else max(folders, default=None)
-    return None if newest is None else folders[newest]
+    named = STEP.fullmatch(_line(pointer)) if pointer.is_file() else None
+    newest = int(named[1]) if named and int(named[1]) in folders else max(folders, default=0)
+    return [folders[step] for step in sorted(folders, reverse=True) if step <= newest]
+
+
+def _line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline(100).strip()
 
 
 def resolve(path: Path) -> Path:
@@ -194,6 +231,24 @@ def _prepare(root: Path, partial: Path, step: int, meta: dict[str, Any]) -> str:
     return text
 
 
+def _read_back(partial: Path, written: Sequence[Mapping[str, "_Written"]], rank: int) -> None:
+    """Look at what all ranks wrote: the first rank at every file's size, every rank at the content of its neighbor's
+    files.
+    """
+    for files in written if rank == 0 else ():
+        for name, file in files.items():
+            found = (partial / name).stat().st_size if (partial / name).is_file() else None
+            if found != file.size:
+                seen = "does not see it" if found is None else f"sees {found:,} bytes of it"
+                raise CheckpointError(
+                    f"{partial}: {file.host} wrote {name}, {file.size:,} bytes, and {platform.node()} {seen}. The run "
+                    "folder has to lie on one file system that all hosts see; nothing was replaced"
+                )
+    for name, file in written[(rank + 1) % len(written)].items():
+        if _sha256(partial / name) != file.digest:
+            raise CheckpointError(f"{partial / name} does not hold what {file.host} wrote: the disk loses data")
+
+
 def _publish(final: Path, partial: Path, text: str, sums: dict[str, str]) -> None:
     """Complete the folder, give it its name, and let `latest` name it, each step on disk before the next."""
     _write(partial / META, text)
@@ -213,7 +268,7 @@ def _publish(final: Path, partial: Path, text: str, sums: dict[str, str]) -> Non
 def _retire(root: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Remove old checkpoints; those of later steps, left by a run that went back, are not for us to judge."""
     folders = _steps(root)
-    older = sorted(number for number in folders if number < step)
+    older = sorted(number for number, folder in folders.items() if number < step and _complete(folder))
     for number in older[: max(0, len(older) - (keep_last - 1))]:
         if not keep_every or number % keep_every:
             _discard(folders[number])
@@ -243,13 +298,26 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A file as the rank that wrote it sees it."""
+
+    host: str
+    size: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> "_Written":
+        return cls(platform.node(), path.stat().st_size, _sha256(path))
+
+
 # ---- What is in a folder, and whether it is what was saved ----
 
 
 def _steps(root: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder, by step."""
+    """The folders of checkpoints in a folder, by step."""
     matches = ((STEP.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ()))
-    return {int(match[1]): path for match, path in matches if match and _complete(path)}
+    return {int(match[1]): path for match, path in matches if match and path.is_dir()}
 
 
 def _complete(folder: Path) -> bool:
@@ -259,13 +327,13 @@ def _complete(folder: Path) -> bool:
 def _sums(folder: Path) -> dict[str, str]:
     """The checkpoint's list of files: name -> sha256, in the manner of the program `sha256sum`."""
     if not _complete(folder):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one"
         )
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line) for line in lines]
     if not all(matches):
-        raise CheckpointError(_damaged(folder, SUMS))
+        raise DamagedCheckpointError(_damaged(folder, SUMS))
     return {match[2]: match[1] for match in matches if match}
 
 
@@ -273,7 +341,7 @@ def _checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
     """A small file's content, compared with its checksum."""
     content = (folder / name).read_bytes()
     if hashlib.sha256(content).hexdigest() != sums.get(name):
-        raise CheckpointError(_damaged(folder, name))
+        raise DamagedCheckpointError(_damaged(folder, name))
     return content
 
 
@@ -282,7 +350,11 @@ def _verify(folder: Path, names: Sequence[str]) -> None:
     sums = _sums(folder)
     for name in names:
         if not (folder / name).is_file() or _sha256(folder / name) != sums.get(name):
-            raise CheckpointError(_damaged(folder, name))
+            raise DamagedCheckpointError(_damaged(folder, name))
+
+
+def _files(metadata: Metadata) -> list[str]:
+    return sorted({place.relative_path for place in metadata.storage_data.values()})
 
 
 def _sha256(path: Path) -> str:
@@ -303,7 +375,7 @@ def _metadata(folder: Path) -> Metadata:
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}. Do not use it") from error
+        raise DamagedCheckpointError(f"{folder}: {error}. Do not use it") from error
 
 
 def _compared(folder: Path, fragments: Sequence[Fragment]) -> Metadata:

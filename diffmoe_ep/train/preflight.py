@@ -1,9 +1,13 @@
 """What is outside of a run's process and could fail: its folder, its checkpoint, its dataset. All is checked first."""
 
+import os
+import secrets
 import sys
+import time
 from pathlib import Path
 
 from diffmoe_ep.checkpoint.same_run import check_continues, check_same_data
+from diffmoe_ep.checkpoint.sound import newest_sound, set_aside
 from diffmoe_ep.checkpoint.store import latest
 from diffmoe_ep.config import Config, ConfigError
 from diffmoe_ep.data.captions import CaptionSpec, check_text
@@ -13,6 +17,7 @@ from diffmoe_ep.data.loader.resampled import PlainTars
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.remote.fetch import Access
 from diffmoe_ep.data.sources import BatchSource
+from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.picture import check_pictures
 from diffmoe_ep.sampling.sample import check_sampling
@@ -26,10 +31,9 @@ def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
     Raises ConfigError on every rank if any of them cannot write the folder, go on from the checkpoint, or read the
     data; of several mistakes, a changed key is named before what is wrong with the data.
     """
-    run = RunFolder(Path(config.folder))
-    mesh.agree(run.problem())
-    checkpoint = mesh.same(latest(run.checkpoints) if mesh.is_first else None)
-    assert checkpoint is None or isinstance(checkpoint, Path)
+    mesh.agree(RunFolder(Path(config.folder)).problem())
+    check_shared(Path(config.folder), mesh)
+    checkpoint = find_checkpoint(config, mesh)
     problem: str | None = None
     dataset: BatchSource | None = None
     try:
@@ -50,6 +54,70 @@ def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
     for damage in dataset.problems if mesh.is_first else ():
         print(f"{damage}; its bad samples will be replaced", file=sys.stderr, flush=True)
     return dataset, checkpoint
+
+
+def check_shared(folder: Path, mesh: Mesh) -> None:
+    """Raise ConfigError, on every rank alike, unless the first rank of every host sees in the run folder what the first
+    of all wrote there, and that one what they wrote; collective.
+    """
+    hosts = gather_objects(mesh.host, mesh.world)
+    speakers = [hosts.index(host) for host in dict.fromkeys(hosts)]  # the first rank of each host
+    if len(speakers) == 1:
+        return
+    token = mesh.same(secrets.token_hex(8) if mesh.is_first else None)
+    probes = {rank: folder / f".shared-{token}-{rank}" for rank in speakers}
+    problem = None
+    try:
+        if mesh.rank in probes:
+            probes[mesh.rank].touch()
+    except OSError as error:
+        problem = f"folder {folder} cannot be written ({error.strerror}); give another with folder=..."
+    mesh.agree(problem)  # all have written
+    if mesh.rank in probes:
+        unseen = [rank for rank in (speakers if mesh.is_first else [0]) if not _appears(probes[rank])]
+        if unseen:
+            problem = (
+                f"folder {folder} is not shared: {mesh.host} does not see there what "
+                f"{', '.join(hosts[rank] for rank in unseen)} wrote; give one with folder=... on a file system that "
+                "all hosts see"
+            )
+    gather_objects(None, mesh.world)  # all have looked
+    if mesh.rank in probes:
+        probes[mesh.rank].unlink(missing_ok=True)
+    mesh.agree(problem)
+
+
+def _appears(path: Path, seconds: float = 5.0) -> bool:
+    """Whether a file is there, or comes within some seconds, as names do on a network disk."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(path.parent)  # lets a network disk look anew
+        time.sleep(0.1)
+    return True
+
+
+def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
+    """The newest sound checkpoint of the run; damaged newer ones are told and set aside; collective."""
+    root = RunFolder(Path(config.folder)).checkpoints
+    if config.resume == "never":
+        checkpoint = mesh.same(latest(root) if mesh.is_first else None)
+        assert checkpoint is None or isinstance(checkpoint, Path)
+        return checkpoint
+    sound, damage = newest_sound(root, mesh)
+    problem = None
+    if damage and mesh.is_first:
+        try:
+            aside = set_aside(list(damage))
+        except OSError as error:
+            problem = f"the damaged checkpoints in {root} cannot be renamed ({error}); move them out of it"
+        else:
+            for text, place in zip(damage.values(), aside, strict=True):
+                print(f"{text}; it is kept as {place.name}", file=sys.stderr)
+            print(f"the run goes on from {sound}, the newest sound one", file=sys.stderr, flush=True)
+    mesh.agree(problem)
+    return sound
 
 
 def open_data(config: Config) -> BatchSource:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.fragments import Fragment
+from diffmoe_ep.checkpoint.fragments import Fragment, not_finite
 from diffmoe_ep.checkpoint.load import config_of, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.same_run import recipe_changes
 from diffmoe_ep.checkpoint.store import load, read_meta, save
@@ -32,7 +32,7 @@ from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.model.parallelize import apply_compile, build_sharded, is_expert, widen_pools
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.allocator import keep_freed_memory
-from diffmoe_ep.parallel.collectives import all_gather, all_sum
+from diffmoe_ep.parallel.collectives import all_gather, all_sum, gather_objects
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_world, pool_ranks
 from diffmoe_ep.sampling.decode import load_decoder
 from diffmoe_ep.sampling.picture import write_grid
@@ -44,6 +44,7 @@ from diffmoe_ep.train.metrics import Clock, TrafficMeter, Utilization, peak_memo
 from diffmoe_ep.train.preflight import prepare
 from diffmoe_ep.train.progress import Progress, banner
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
+from diffmoe_ep.train.run_lock import RunLock
 from diffmoe_ep.train.schedule import learning_rate
 from diffmoe_ep.train.thresholds import predictors_of, rescale_thresholds, threshold_capacity, update_thresholds
 from diffmoe_ep.train.warm_start import load_initial_weights, resolve_init
@@ -63,18 +64,20 @@ def train(config: Config) -> None:
     if mesh.device.type == "cpu":
         keep_freed_memory()
 
-    # -- checkpoint and data: the first rank finds the one, every rank opens the other, all agree ----------------------
-    dataset, checkpoint = prepare(config, mesh)
-    step = read_meta(checkpoint)["step"] if checkpoint else 0
+    # -- the folder is this run's alone --------------------------------------------------------------------------------
+    with RunLock(Path(config.folder), mesh):
+        # -- checkpoint and data: the first rank finds the one, every rank opens the other, all agree ------------------
+        dataset, checkpoint = prepare(config, mesh)
+        step = read_meta(checkpoint)["step"] if checkpoint else 0
 
-    # -- training ------------------------------------------------------------------------------------------------------
-    if step < config.train.steps:
-        Trainer(config, mesh, dataset, checkpoint).run()
-    elif mesh.is_first:
-        print(
-            f"{config.folder} is finished: step {step} of {config.train.steps}. "
-            "To go on, raise train.steps; to start anew, give another folder."
-        )
+        # -- training --------------------------------------------------------------------------------------------------
+        if step < config.train.steps:
+            Trainer(config, mesh, dataset, checkpoint).run()
+        elif mesh.is_first:
+            print(
+                f"{config.folder} is finished: step {step} of {config.train.steps}. "
+                "To go on, raise train.steps; to start anew, give another folder."
+            )
     destroy_mesh()  # not when something failed: leaving a group can wait for peers that wait for this rank
 
 
@@ -258,10 +261,22 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank; collective."""
+        """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank; collective.
+
+        Raises ConfigError, on every rank alike, when one of them is not finite: the step's loss, which was, belongs to
+        the weights before its update. The newest checkpoint stays.
+        """
         config, mesh = self.config, self.mesh
         pieces = [self.engine.shard_to_write(fragment, is_expert(fragment.name)) for fragment in self.weights()]
         pieces += self.engine.moments_to_save()
+        broken = next((name for name in gather_objects(not_finite(pieces), mesh.world) if name), None)
+        if broken is not None:
+            raise ConfigError(
+                f"step {self.step}: its update left {broken} with values that are not finite; the run has diverged and "
+                "is not saved. Resume from the last checkpoint with a lower train.optimizer.lr, or with "
+                "train.max_grad_norm=1",
+                everywhere=True,
+            )
         meta = {
             "config": to_tree(config),
             "samples_consumed": self.step * config.train.global_batch,
@@ -279,7 +294,8 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint's state into this rank's shards, whatever layout wrote it; collective."""
         step = int(read_meta(checkpoint)["step"])
-        load(checkpoint, self.weights() + self.engine.moments(), group=self.mesh.world.handle, world=self.mesh.size)
+        pieces = self.weights() + self.engine.moments()  # the files were verified before the model was built
+        load(checkpoint, pieces, group=self.mesh.world.handle, world=self.mesh.size, verified=True)
         rescale_thresholds(self.model, config_of(checkpoint).model.threshold_decay, self.ema.tensors)
         self.engine.continue_from(step)
         self.step = step

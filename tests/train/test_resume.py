@@ -2,7 +2,9 @@
 expert parallelism.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -15,12 +17,12 @@ from diffmoe_ep import load_model
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.checkpoint.load import config_of, load_sharded
 from diffmoe_ep.checkpoint.same_run import check_continues, check_same_data
-from diffmoe_ep.config import Config
+from diffmoe_ep.config import Config, override
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.parallel.mesh import init_mesh
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.metrics import MACHINE_METRICS
-from ranks import run
+from ranks import RankError, run
 from train.runs import config, layout
 
 pytestmark = pytest.mark.slow
@@ -33,6 +35,13 @@ def until(rank: int, given: Config) -> None:
     mesh = training.start_mesh(given)
     dataset, checkpoint = training.prepare(given, mesh)
     training.Trainer(given, mesh, dataset, checkpoint).run()
+
+
+def heard(rank: int, given: Config) -> str:
+    """`until`, and what it said."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        until(rank, given)
+    return said.getvalue()
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -171,3 +180,29 @@ def test_more_steps_and_another_rate_are_allowed(trained: Path, digits: Path) ->
         "parallel.expert_parallel=1",
     )
     check_continues(store.resolve(trained), other)
+
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (2, 1)])
+def test_a_step_that_ruins_the_weights_is_not_saved(digits: Path, tmp_path: Path, world: int, zero: int) -> None:
+    """Its loss, of the weights before, is finite. The advised remedy works: the last checkpoint is there."""
+    given = layout(config(digits / "train", tmp_path, "train.steps=2", "checkpoint.keep_last=1"), 1, zero)
+    run(world, until, given)
+    ruinous = override(given, ["train.steps=4", "checkpoint.every=1", "train.optimizer.lr=1e38"])
+    with pytest.raises(RankError, match=r"step 3: its update left \S+ with values that are not finite; the run has"):
+        run(world, until, ruinous)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-0000002"]
+    run(world, until, override(given, ["train.steps=4"]))
+    assert store.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-0000004"
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(digits: Path, tmp_path: Path) -> None:
+    uncut = given_for(digits / "train", tmp_path / "uncut", "adamw", 1, 0)
+    run(1, until, uncut)
+    damaged = dataclasses.replace(uncut, folder=str(shutil.copytree(tmp_path / "uncut", tmp_path / "damaged")))
+    part = next((tmp_path / "damaged/checkpoints/step-0000012").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    (said,) = run(1, heard, damaged)
+    assert told(tmp_path / "damaged") == told(tmp_path / "uncut")
+    assert (tmp_path / "damaged/checkpoints/step-0000012.damaged").is_dir()
+    assert "step-0000012 is damaged: its file" in said and "it is kept as step-0000012.damaged" in said
+    assert "the run goes on from" in said and "step-0000010, the newest sound one" in said
