@@ -12,6 +12,8 @@ from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 
 def three(root: Path) -> list[Path]:
     """Checkpoints of steps 1 to 3; newest last."""

@@ -21,6 +21,8 @@ import sys, time
 from pathlib import Path
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.run_lock import RunLock
+
+pytestmark = pytest.mark.slow
 with RunLock(Path(sys.argv[1]), Mesh()):
     print("held", flush=True)
     time.sleep(600)

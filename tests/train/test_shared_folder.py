@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from diffmoe_ep.checkpoint import store
@@ -11,6 +12,8 @@ from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.mesh import init_mesh
 from diffmoe_ep.train import preflight
 from ranks import run
+
+pytestmark = pytest.mark.slow
 
 
 def looked(rank: int, folders: list[Path]) -> str:
