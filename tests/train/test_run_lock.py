@@ -16,13 +16,14 @@ from diffmoe_ep.train import run_lock
 from diffmoe_ep.train.run_lock import LOCK, STALE_SECONDS, RunLock
 from ranks import run
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys, time
 from pathlib import Path
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.run_lock import RunLock
 
-pytestmark = pytest.mark.slow
 with RunLock(Path(sys.argv[1]), Mesh()):
     print("held", flush=True)
     time.sleep(600)
@@ -33,10 +34,12 @@ with RunLock(Path(sys.argv[1]), Mesh()):
 def held(tmp_path: Path):  # type: ignore[no-untyped-def]
     """Another process that trains in the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def refused(rank: int, folder: Path) -> str:
