@@ -3,7 +3,7 @@
 # Sets up its environment first (launch/setup.sh). Arguments go to pytest.
 #
 #   ./launch/test.sh                 all of it, as CI does
-#   ./launch/test.sh --fast          without the tests marked slow: about two minutes on two cores, before every push
+#   ./launch/test.sh --fast          without the tests marked slow: under two minutes on two cores, before every push
 #   ./launch/test.sh --lint          ruff and mypy alone
 #   ./launch/test.sh -x tests/moe    some of the tests
 #
