@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Units of diffmoe_ep by level: a unit may import units of lower levels and itself.
 LEVELS = {
-    "config": 0, "tables": 0,
+    "config": 0, "processes": 0, "tables": 0,
     "data": 1, "diffusion": 1, "encoders": 1, "parallel": 1,
     "moe": 2,
     "model": 3,

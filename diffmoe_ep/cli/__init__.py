@@ -15,6 +15,7 @@ from diffmoe_ep.cli.options import Verb, build, declare
 from diffmoe_ep.config import ConfigError, UserError
 from diffmoe_ep.config import keys as all_keys
 from diffmoe_ep.config.names import hint
+from diffmoe_ep.processes import follow_launchers
 
 FILES = (train, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
 
     Launchers end all ranks once one has stopped, so ranks that leave the message to rank 0 stay for `patience` seconds.
     """
+    follow_launchers()
     try:
         verb, options = parse(sys.argv[1:] if arguments is None else arguments)
         verb.run(options)

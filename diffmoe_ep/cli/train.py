@@ -18,7 +18,9 @@ from diffmoe_ep.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train a model, or continue its run. Keys and defaults: diffmoe keys."""
+    """Train a model, or continue its run. Keys and defaults: diffmoe keys. Exit code 75: it was told to stop, and is
+    saved.
+    """
 
     config: Path = positional("YAML file, for example configs/digits.yaml")
     overrides: tuple[str, ...] = overrides("train.steps=20 parallel.expert_parallel=2")
@@ -30,9 +32,11 @@ def _train(options: Options) -> None:
     if options.dry_run:
         _dry_run(config)
         return
+    from diffmoe_ep.train.stopping import leave
     from diffmoe_ep.train.trainer import train
 
-    train(config)
+    if not train(config):
+        leave()
 
 
 def _dry_run(config: Config) -> None:

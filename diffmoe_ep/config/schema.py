@@ -362,6 +362,15 @@ class CheckpointConfig:
     """What a run keeps."""
 
     every: int = reporting(1000, "steps between checkpoints; the last step is always saved", POSITIVE)
+    minutes: float = reporting(
+        0.0, "most minutes between checkpoints, by the first rank's clock, at the end of a step; 0 = none", NON_NEGATIVE
+    )
+    grace_seconds: float = execution(
+        60.0,
+        "a run that gets SIGTERM, SIGUSR1 or Ctrl-C ends its step, saves and leaves with exit code 75; after this time "
+        "it leaves unsaved",
+        POSITIVE,
+    )
     keep_last: int = reporting(2, "newest checkpoints that are kept", POSITIVE)
     keep_every: int = reporting(
         0, "checkpoints at multiples of this many steps are kept for ever; 0 = none", NON_NEGATIVE

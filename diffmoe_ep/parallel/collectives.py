@@ -70,6 +70,18 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def largest(value: int, group: Group) -> int:
+    """The largest of all ranks' numbers; over a group that carries host memory (gloo), so that no device is waited
+    for.
+    """
+    if group.size == 1:
+        return value
+    x = torch.tensor(value)
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group.handle)
+    group.traffic.count(x.nbytes)
+    return int(x)
+
+
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send rows x[offset_j : offset_j + send[j]] to rank j and concatenate what the ranks send here, receive[j] rows
     from rank j.

@@ -27,6 +27,7 @@ class Mesh:
     expert: Group = ALONE  # the EP ranks that share one copy of the experts
     replicas: Group = ALONE  # the EDP = W / EP ranks that hold the same experts as this one
     pool: Group = ALONE  # the ranks that one training pool spans (this rank alone if pools lie inside ranks)
+    control: Group = ALONE  # all W ranks by gloo: numbers that hosts agree on, whatever their devices are doing
     device: torch.device = field(default=torch.device("cpu"))
     host: str = ""  # this machine's name, for reports
 
@@ -136,11 +137,14 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     everyone = _group(all_ranks, hosts)
     experts = _group(parallel_state.get_expert_model_parallel_group(), hosts)
     replicas = _group(parallel_state.get_expert_data_parallel_group(), hosts)
+    control = _group(
+        all_ranks if backend == "gloo" or world == 1 else dist.new_group(timeout=timeout, backend="gloo"), hosts
+    )
     pool = ALONE
     if pool_ranks > 1:  # a group object of its own, so that its traffic is counted apart
         known = next((group.handle for group in (everyone, experts) if group.size == pool_ranks), None)
         pool = _group(known or _neighbors(pool_ranks, everyone, timeout), hosts)
-    return Mesh(everyone, experts, replicas, pool, where, hosts[rank])
+    return Mesh(everyone, experts, replicas, pool, control, where, hosts[rank])
 
 
 def destroy_mesh() -> None:

@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -39,7 +40,8 @@ class Progress:
         now = time.monotonic()
         if now - self.last_line >= 10 or step == self.steps:
             self.last_line = now
-            print(f"step {step}/{self.steps}  {'  '.join(figures)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # who read it may have left, as `| tee` at a Ctrl-C; the run has still to save
+                print(f"step {step}/{self.steps}  {'  '.join(figures)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""

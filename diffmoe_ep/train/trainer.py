@@ -46,12 +46,14 @@ from diffmoe_ep.train.progress import Progress, banner
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from diffmoe_ep.train.run_lock import RunLock
 from diffmoe_ep.train.schedule import learning_rate
+from diffmoe_ep.train.stopping import Stopping
 from diffmoe_ep.train.thresholds import predictors_of, rescale_thresholds, threshold_capacity, update_thresholds
 from diffmoe_ep.train.warm_start import load_initial_weights, resolve_init
 
 
-def train(config: Config) -> None:
-    """Train, or continue, the run that the config describes; returns when its last step is saved.
+def train(config: Config) -> bool:
+    """Train, or continue, the run that the config describes; returns when its last step is saved, or, with False, the
+    one after which a signal told it to stop.
 
     Raises ConfigError, DataError or CheckpointError, the same on every rank, before anything is built if something does
     not fit.
@@ -71,14 +73,16 @@ def train(config: Config) -> None:
         step = read_meta(checkpoint)["step"] if checkpoint else 0
 
         # -- training --------------------------------------------------------------------------------------------------
+        finished = True
         if step < config.train.steps:
-            Trainer(config, mesh, dataset, checkpoint).run()
+            finished = Trainer(config, mesh, dataset, checkpoint).run()
         elif mesh.is_first:
             print(
                 f"{config.folder} is finished: step {step} of {config.train.steps}. "
                 "To go on, raise train.steps; to start anew, give another folder."
             )
     destroy_mesh()  # not when something failed: leaving a group can wait for peers that wait for this rank
+    return finished
 
 
 def start_mesh(config: Config) -> Mesh:
@@ -133,36 +137,44 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to the last step, logging, sampling and saving on the way."""
+    def run(self) -> bool:
+        """Train to the last step, logging, sampling and saving on the way; False where a signal stopped it before."""
         config = self.config
         self.folder.describe(config, self.mesh, self.warm_start.ancestry, self.recipe)
         banner_text = banner(config, self.mesh, self.step, self.warm_start.source_line(), self.recipe)
         metrics_file = MetricsFile(self.folder.metrics, self.step) if self.mesh.is_first else None
         progress = Progress(banner_text, self.step, config.train.steps) if self.mesh.is_first else None
         clock = Clock(self.step)
-        while self.step < config.train.steps:
-            with self.traffic.step():
-                measured = self.train_step(clock)
-            # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one.
-            if self.due(config.log.every) or self.due(config.checkpoint.every):
-                metrics = self.measure(measured)
-            if self.due(config.log.every):
-                metrics |= self.measure_run() | clock.lap(self.step, config.train) | self.traffic.lap()
-                metrics |= self.utilization.of(metrics["samples_per_second"])
-                self.engine.log_to_monitor(metrics)
-                if metrics_file is not None and progress is not None:
-                    metrics_file.write(metrics)
-                    progress.show(metrics)
-            if self.due(config.checkpoint.every):
-                clock.pause(self.save)
-            if config.sample.grid_every and self.due(config.sample.grid_every):
-                clock.pause(self.sample_grid)
-        self.stream.close()
-        if metrics_file is not None and progress is not None:
-            metrics_file.close()
-            progress.close()
-            self.folder.draw_curves()
+        with Stopping(config.checkpoint, self.mesh, self.step) as stopping:
+            while self.step < config.train.steps and not stopping.stops:
+                with self.traffic.step():
+                    measured = self.train_step(clock)
+                saves = stopping.agree() or self.due(config.checkpoint.every)
+                # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one.
+                if self.due(config.log.every) or saves:
+                    metrics = self.measure(measured)
+                if self.due(config.log.every):
+                    metrics |= self.measure_run() | clock.lap(self.step, config.train) | self.traffic.lap()
+                    metrics |= self.utilization.of(metrics["samples_per_second"])
+                    self.engine.log_to_monitor(metrics)
+                    if metrics_file is not None and progress is not None:
+                        metrics_file.write(metrics)
+                        progress.show(metrics)
+                if saves:
+                    clock.pause(self.save)
+                    stopping.saved(self.step)
+                if config.sample.grid_every and self.due(config.sample.grid_every):
+                    clock.pause(self.sample_grid)
+            self.stream.close()
+            finished = self.step == config.train.steps
+            if metrics_file is not None and progress is not None:
+                metrics_file.close()
+                progress.close()
+                if finished:  # else there may be no time for it
+                    self.folder.draw_curves()
+            if not finished:
+                stopping.part(self.step, config.train.steps, self.folder.path)
+        return finished
 
     def train_step(self, clock: Clock) -> dict[str, Tensor]:
         """One optimizer step over `grad_accumulation` micro-steps; returns what it measured, still on the device.

@@ -2,7 +2,9 @@
 number of them.
 """
 
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from diffmoe_ep.data.loader.resampled import PlainTars, ResampledSteps
 from diffmoe_ep.data.manifest import DataError
 from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.sources import BatchSource
+from diffmoe_ep.processes import serve
 
 PackedResult = tuple[Packed, tuple[Fault, ...]] | DataError
 
@@ -173,6 +176,7 @@ class Stream:
             prefetch_factor=self._data.prefetch,
             generator=torch.Generator(),
             collate_fn=_packed,
+            worker_init_fn=partial(_serve, os.getpid()),
         )
         return iter(loader)
 
@@ -183,6 +187,10 @@ class Stream:
             self._results._shutdown_workers()  # type: ignore[attr-defined]
         self._results = None
         self.source.close()
+
+
+def _serve(parent: int, _worker: int) -> None:
+    serve(parent)
 
 
 def _packed(result: Any) -> PackedResult:
