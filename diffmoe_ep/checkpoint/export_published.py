@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import POSITIONS, Exported, opened, read_exported, stored_tensors
+from diffmoe_ep.checkpoint.exported import (
+    POSITIONS,
+    WEIGHTS,
+    Exported,
+    check_sums,
+    opened,
+    read_exported,
+    stored_tensors,
+)
 from diffmoe_ep.checkpoint.published_names import REST, THEIR_DECAY, THEIR_POSITIONS, to_theirs
 from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.checkpoint.time_convention import reverse_time
 from diffmoe_ep.config import ModelConfig, has_predictor, to_tree
 from diffmoe_ep.model.embed import sine_positions
+from diffmoe_ep.parallel.mesh import Mesh
 
 
 def export_published(folder: str | Path, file: str | Path) -> None:
@@ -29,6 +38,7 @@ def export_published(folder: str | Path, file: str | Path) -> None:
     _check_family(exported.config.model, folder)
     if file.exists():
         raise CheckpointError(f"{file} exists: give the name of a new file")
+    check_sums(folder, exported, Mesh(), (WEIGHTS, REST))
     ours = dict(stored_tensors(folder, exported))
     sets = _sets(folder, exported, ours)
     only = next(iter(sets.values()))

@@ -3,12 +3,13 @@
     FOLDER/model.safetensors    canonical names of parameters and persistent buffers; `positions` where they are not
                                 the computed ones
     FOLDER/config.json          the config (model, pool, training recipe, how to sample), time convention, what is known
-                                of the data, provenance
+                                of the data, provenance, SHA-256 of each file of weights, which is checked on load
 
 Nothing in it is ever unpickled. A loaded model is in our time convention (see `time_convention`), whichever the stored
 weights have.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -32,8 +33,9 @@ from diffmoe_ep.parallel.mesh import Mesh
 
 Kind = tuple[tuple[int, ...], str]  # shape and type, in the words of safetensors
 
-FORMAT = 2  # 1 called the time convention clock, and config keys by other names
+FORMAT = 3  # 2 had no checksums; 1 called the time convention clock, and config keys by other names
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+READABLE = 0o644  # by others, whatever the library that writes a file thinks
 POSITIONS = "positions"
 TYPES = {torch.float32: "F32", torch.int64: "I64"}
 
@@ -50,6 +52,8 @@ class Exported:
     """What is known of the data: kind, shape, scale, shift, class names; may be empty."""
     provenance: dict[str, Any]
     """Where the weights come from."""
+    sha256: dict[str, str]
+    """Checksum of each file of weights, by name; none where an earlier version wrote the folder."""
 
 
 def save_exported(
@@ -81,7 +85,9 @@ def write_exported(
     time_convention: TimeConvention = "forward",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the two files into an existing folder; see `save_exported`."""
+    """Write the two files into an existing folder, and vouch for those of weights that are there already; see
+    `save_exported`.
+    """
     if isinstance(source, DiT) and time_convention != "forward":
         raise CheckpointError(f"{folder}: a model in memory is of the time convention forward, not {time_convention}")
     tensors = _state(source) if isinstance(source, DiT) else dict(source)
@@ -97,7 +103,9 @@ def write_exported(
         "provenance": dict(provenance or {}),
     }
     write_tensors(folder / WEIGHTS, tensors)
+    content["sha256"] = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).chmod(READABLE)
 
 
 def _kept(config: Config) -> dict[str, Any]:
@@ -126,8 +134,10 @@ def read_exported(folder: str | Path) -> Exported:
     if isinstance(content, dict) and content.get("format") == 1:
         content["time_convention"] = content.pop("clock", None)
         content["config"] = today(content["config"]) if isinstance(content.get("config"), dict) else None
-    expected = (("format", int), ("time_convention", str), ("config", dict), ("data", dict), ("provenance", dict))
-    for key, kind in expected:
+    if isinstance(content, dict) and content.get("format") in (1, 2):
+        content["sha256"] = {}
+    expected = {"format": int, "time_convention": str, "config": dict, "data": dict, "provenance": dict, "sha256": dict}
+    for key, kind in expected.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise CheckpointError(
                 f"{path} lacks {key}, or it is no {kind.__name__}: the folder was not saved by this program"
@@ -151,20 +161,43 @@ def read_exported(folder: str | Path) -> Exported:
         data_info = DataInfo.from_json(content["data"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; use a sound copy") from error
-    return Exported(config, convention, data_info, content["provenance"])
+    sums = content["sha256"]
+    if content["format"] == FORMAT and WEIGHTS not in sums:
+        raise CheckpointError(f"{path}: sha256 has no sum of {WEIGHTS}: use a sound copy")
+    return Exported(config, convention, data_info, content["provenance"], sums)
 
 
 def load_exported(folder: str | Path, config: Config | None = None, mesh: Mesh | None = None) -> DiT:
     """Load a model in eval mode; it predicts eps - x_0 at t (under flow) whatever the convention of the stored weights.
 
     config: the folder's own, or one of the same model that computes it another way (precision, kernel). mesh: this
-    rank's device, and the ranks over which the experts are sharded; each reads only its own. Names, shapes and types
-    are compared before anything is read; raises CheckpointError that names the first differing key.
+    rank's device, and the ranks over which the experts are sharded; each reads only its own. The checksum and names,
+    shapes and types are compared before anything is read; raises CheckpointError that names the first differing key.
     """
     exported, mesh = read_exported(folder), mesh or Mesh()
+    check_sums(Path(folder), exported, mesh)
     model = build_sharded(config or exported.config, mesh)
     fill(model, Path(folder), exported, mesh, model.state_dict() | {POSITIONS: model.positions})
     return model.to(mesh.device).eval()
+
+
+def check_sums(folder: Path, exported: Exported, mesh: Mesh, files: tuple[str, ...] = (WEIGHTS,)) -> None:
+    """Raise CheckpointError on all ranks unless files have the sums in config.json; collective, the first one looks."""
+    problem: object = None
+    for name in files if mesh.is_first else ():
+        try:
+            if name in exported.sha256 and _sha256(folder / name) != exported.sha256[name]:
+                problem = f"{folder / name} is damaged: it has not the SHA-256 that {CONFIG} names; use a sound copy"
+        except OSError as error:
+            problem = f"{folder / name} cannot be read ({error}): use a sound copy"
+    problem = mesh.same(problem)
+    if problem:
+        raise CheckpointError(str(problem), everywhere=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()
@@ -266,6 +299,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         plain[name] = tensor.clone() if shared else tensor
         seen.add(tensor.data_ptr())
     save_file(plain, file, metadata={"format": "pt"})
+    file.chmod(READABLE)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,9 +115,9 @@ def import_published(
     )
     with new_folder(Path(out)) as partial:
         convention: TimeConvention = "reversed" if objective == "flow" else "forward"
-        write_exported(partial, ours, config, data_info, time_convention=convention, provenance=provenance)
         if rest:
             write_tensors(partial / REST, rest)
+        write_exported(partial, ours, config, data_info, time_convention=convention, provenance=provenance)
     return Path(out)
 
 
@@ -136,6 +137,7 @@ def _read(file: Path) -> dict[str, Any]:
     """The dictionary in a reference file; its tensors stay on the disk until they are used."""
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file: name a checkpoint of the reference implementation (.pt)")
+    _check_records(file)
     try:
         with _only_namespaces():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -168,6 +170,19 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
+def _check_records(file: Path) -> None:
+    """Raise CheckpointError unless all in a zip of torch.save has its checksum, at which torch.load does not look."""
+    if not zipfile.is_zipfile(file):
+        return  # the form before it, which has none
+    try:
+        with zipfile.ZipFile(file) as records:
+            damaged = records.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"{file} cannot be read as a file of torch.save ({error}): use a sound copy") from error
+    if damaged:
+        raise CheckpointError(f"{file} is damaged: {damaged} in it has not its checksum; use a sound copy")
+
+
 def _tensors(state: Any, where: str) -> tuple[dict[str, Tensor], str]:
     """A state by plain names, and what a wrapper had put before each."""
     if not isinstance(state, Mapping) or not state:
@@ -186,6 +201,8 @@ def _tensors(state: Any, where: str) -> tuple[dict[str, Tensor], str]:
         )
         if not backed or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise CheckpointError(f"{where}: {name} is no plain tensor")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{where}: {name} holds values that are not finite; use a sound copy")
         tensors[name[len(prefix[0]) :]] = tensor.detach()
     return tensors, prefix[0]
 

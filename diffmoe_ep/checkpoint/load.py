@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import CONFIG, fill, is_exported, load_exported, read_exported
+from diffmoe_ep.checkpoint.exported import CONFIG, check_sums, fill, is_exported, load_exported, read_exported
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
 from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, load, read_meta, resolve, tensors
 from diffmoe_ep.config import Config, from_tree, today
@@ -93,9 +93,11 @@ def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
         wanted += fragments(persistent_buffers(model), "model", model, mesh)
         load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
         return
+    exported = read_exported(folder)
+    check_sums(folder, exported, mesh)
     problem = None
     try:
-        fill(model, folder, read_exported(folder), mesh, model.state_dict())
+        fill(model, folder, exported, mesh, model.state_dict())
     except CheckpointError as error:
         problem = str(error)
     mesh.agree(problem)

@@ -3,7 +3,9 @@ name.
 """
 
 import dataclasses
+import hashlib
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffmoe_ep.checkpoint.export_published import export_published
 from diffmoe_ep.checkpoint.exported import is_exported, load_exported, read_exported, save_exported
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.checkpoint.time_convention import REWRITTEN, reverse_time
@@ -21,7 +24,8 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.parallelize import shard_experts
 from diffmoe_ep.parallel.collectives import Group
-from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.parallel.mesh import Mesh, init_mesh
+from ranks import run as run_ranks
 
 MODEL = {
     "input_size": 4,
@@ -51,6 +55,13 @@ def busy(config: Config, seed: int = 0) -> DiT:
             torch.randn(tensor.shape, generator=generator) * 0.3 if tensor.is_floating_point() else torch.tensor(7)
         )
     return model
+
+
+def sign(folder: Path) -> None:
+    """Name the weights' sum anew in config.json, as whoever changes them on purpose would."""
+    content = json.loads((folder / "config.json").read_text())
+    content["sha256"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(content))
 
 
 def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +170,7 @@ def test_a_folder_of_the_first_format_is_read(tmp_path: Path) -> None:
     content["clock"] = content.pop("time_convention")
     content["config"]["model"]["hidden"] = content["config"]["model"].pop("hidden_size")
     content["config"]["train"]["optimizer"]["rate"] = content["config"]["train"]["optimizer"].pop("lr")
+    del content["sha256"]
     path.write_text(json.dumps(content | {"format": 1}))
     exported = read_exported(path.parent)
     assert exported.time_convention == "reversed" and exported.config.model == config.model
@@ -212,6 +224,7 @@ def test_other_tensors_are_refused_by_name(
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    sign(folder)
     with pytest.raises(CheckpointError, match=message):
         load_exported(folder)
 
@@ -228,7 +241,15 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     config = config_of()
     folder = save_exported(busy(config), config, DataInfo(), tmp_path / "single")
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
+    content = file.read_bytes()
+    for damaged in (content[:-9], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: it has not the SHA-256 .*sound copy"):
+            load_exported(folder)
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+            export_published(folder, tmp_path / "published.pt")
+    file.write_bytes(content[:-9])
+    sign(folder)
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read .*sound copy"):
         load_exported(folder)
     file.unlink()
@@ -236,8 +257,35 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         load_exported(folder)
 
 
+def loaded_over_ranks(rank: int, folder: Path) -> str:
+    try:
+        load_exported(folder, mesh=init_mesh(1, 1, 1.0))
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_first_rank_looks_at_the_sum_for_all(tmp_path: Path, world: int) -> None:
+    folder = save_exported(busy(config_of()), config_of(), DataInfo(), tmp_path / "single")
+    assert run_ranks(world, loaded_over_ranks, folder) == ["loaded"] * world
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    answers = run_ranks(world, loaded_over_ranks, folder)
+    assert len(set(answers)) == 1 and "model.safetensors is damaged" in answers[0]
+
+
+def test_others_may_read_what_is_exported(tmp_path: Path) -> None:
+    folder = save_exported(busy(config_of()), config_of(), DataInfo(), tmp_path / "single")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+
+
 CONTENT: dict[str, tuple[dict[str, Any], str]] = {
-    "format": ({"format": 3}, "has format 3, this version reads up to 2"),
+    "format": ({"format": 4}, "has format 4, this version reads up to 3"),
+    "sums": ({"sha256": {}}, "sha256 has no sum of model.safetensors"),
+    "no sums": ({"sha256": None}, "lacks sha256"),
     "convention": ({"time_convention": "backwards"}, "time_convention is 'backwards'; it is forward or reversed"),
     "section": ({"data": None}, "lacks data"),
     "data": ({"data": {"kind": "pixel"}}, "kind of the data is 'pixel', expected pixels or moments"),
