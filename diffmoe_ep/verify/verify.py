@@ -6,6 +6,7 @@
    experts.
 3. Training is the same for every expert parallelism and ZeRO stage that the ranks allow: losses, gradient norms,
    thresholds, and how far each expert and each shared weight moves.
+5. What a run is made of goes from each of these layouts to the next, through checkpoints, without a changed bit.
 
 Each check compares with something that knows of no ranks: a sort, a few lines of tensor algebra, a plain training loop.
 """
@@ -15,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, launched_rank, launched_world
 from diffmoe_ep.parallel.rearrange import rearrange
 from diffmoe_ep.verify.difference import Difference
 from diffmoe_ep.verify.layer import check_choice, check_dispatch, check_kernels, check_layer
+from diffmoe_ep.verify.reshard import Relay, relay_over
 from diffmoe_ep.verify.train import Trace, check_training, train_alone
 
 
@@ -54,6 +57,7 @@ class Verdict:
     checks: tuple[Check, ...]
     ranks: int  # that took part
     seconds: float  # that it took
+    left_out: str = ""  # what could not be checked, and why
 
     @property
     def passed(self) -> bool:
@@ -64,7 +68,8 @@ class Verdict:
         """The sum, after the checks' own lines."""
         failed = [check.name for check in self.checks if not check.passed]
         end = f"{len(self.checks)} checks on {self.ranks} rank{'s' * (self.ranks > 1)} in {self.seconds:.0f} s"
-        return [f"{end}: all hold" if not failed else f"{end}: {len(failed)} FAILED: {'; '.join(failed)}"]
+        sums = f"{end}: all hold" if not failed else f"{end}: {len(failed)} FAILED: {'; '.join(failed)}"
+        return [*([self.left_out] if self.left_out else []), sums]
 
 
 @dataclass(frozen=True)
@@ -93,30 +98,36 @@ def verify(
     show: Callable[[Check], None] = lambda _: None,
     given: Sequence[Layout] | None = None,
     stages: Sequence[int] = (0, 1, 2),
+    folder: Path | None = None,
 ) -> Verdict:
     """Make all checks on the launched ranks, all of which call this.
 
     show: called with each check as soon as all ranks have made it; given: these layouts instead of all; stages: of
-    ZeRO.
+    ZeRO; folder: for checkpoints, one that all hosts see (usual: among temporary files, where all ranks are on one
+    host).
     """
-    started, mesh, checks = time.monotonic(), None, list[Check]()
+    started, checks = time.monotonic(), list[Check]()
     alone: dict[int, dict[str, Trace]] = {}  # by the ranks that a pool covers
+    chosen = given or layouts(launched_world())
     logging.disable(logging.WARNING)  # DeepSpeed repeats itself with every engine
-    for layout in given or layouts(launched_world()):
-        mesh = rearrange(layout.expert, layout.pool, timeout_minutes, device)
-        if layout.pool not in alone:
-            alone[layout.pool] = train_alone(mesh)
-        for check in _checks(mesh, layout, alone[layout.pool], timeout_minutes, stages, first=not checks):
-            checks.append(check)
-            show(check)
+    mesh = rearrange(chosen[0].expert, chosen[0].pool, timeout_minutes, device)
+    with relay_over(mesh, folder) as relay:
+        for layout in chosen:
+            mesh = rearrange(layout.expert, layout.pool, timeout_minutes, device)
+            if layout.pool not in alone:
+                alone[layout.pool] = train_alone(mesh)
+            for check in _checks(mesh, layout, alone[layout.pool], relay, timeout_minutes, stages, first=not checks):
+                checks.append(check)
+                show(check)
     logging.disable(logging.NOTSET)
-    assert mesh is not None
-    return Verdict(tuple(checks), mesh.size, time.monotonic() - started)
+    left_out = "" if relay else "5 state is not checked: hosts share no temporary files; name a folder with --folder"
+    return Verdict(tuple(checks), mesh.size, time.monotonic() - started, left_out)
 
 
 def _checks(
-    mesh: Mesh, layout: Layout, alone: dict[str, Trace], timeout_minutes: float, stages: Sequence[int], first: bool
-) -> Iterator[Check]:
+    mesh: Mesh, layout: Layout, alone: dict[str, Trace], relay: Relay | None, timeout_minutes: float,
+    stages: Sequence[int], first: bool,
+) -> Iterator[Check]:  # fmt: skip
     """All laws on one layout; what does not depend on it only the first time."""
     exact = 1e-12 if mesh.device.type == "cpu" else 1e-10  # a GPU sums in another order, in float64 too
     pools = f"pools over {layout.pool} rank{'s' * (layout.pool > 1)}"
@@ -135,9 +146,11 @@ def _checks(
             yield Check(f"2 expert kernel {kernel}", "one expert after the other", difference, tolerance)
     for name, difference, tolerance in check_training(mesh, alone, timeout_minutes, stages):
         yield Check(f"3 {name}, {pools}", "a plain loop in one process", difference, tolerance)
+    for name, writer, difference in relay.check(mesh, timeout_minutes, stages) if relay else ():
+        yield Check(f"5 state taken over by {name}", f"what {writer} saved", difference, 0.0)
 
 
-def run(device: str | None, timeout_minutes: float) -> None:
+def run(device: str | None, timeout_minutes: float, folder: Path | None = None) -> None:
     """The verb: print the checks on the first rank; exit code 1 on every rank if one failed."""
     first = launched_rank() == 0
 
@@ -147,7 +160,7 @@ def run(device: str | None, timeout_minutes: float) -> None:
 
     if first:
         print(HEAD, flush=True)
-    verdict = verify(device, timeout_minutes, show)
+    verdict = verify(device, timeout_minutes, show, folder=folder)
     if first:
         print("\n".join(verdict.lines()), flush=True)
     destroy_mesh()

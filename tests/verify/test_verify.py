@@ -1,6 +1,7 @@
 """`diffmoe verify` holds on sound ranks, and names each planted fault: what differs, for whom, by how much."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -108,6 +109,18 @@ def thresholds_twice() -> Any:
     return mock.patch.object(CapacityPredictor, "update", update)
 
 
+def forgotten_moments() -> Any:
+    """A resumed run begins with new moments."""
+    original: Callable[..., None] = Engine.continue_from
+
+    def continue_from(self: Engine, step: int) -> None:
+        for fragment in self.moments():
+            fragment.data.zero_()
+        original(self, step)
+
+    return mock.patch.object(Engine, "continue_from", continue_from)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": lambda: mock.patch.object(Layout, "__doc__", Layout.__doc__),
     "narrow pools": narrow_pools,
@@ -117,6 +130,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "expert gradients times replicas": expert_gradients_times_replicas,
     "unshared training pools": unshared_training_pools,
     "thresholds twice": thresholds_twice,
+    "forgotten moments": forgotten_moments,
 }
 
 
@@ -146,6 +160,7 @@ def test_sound_ranks_pass(world: int) -> None:
         "2 dispatch",
         "2 expert kernel loop",
         "3 losses",
+        *(["5 state taken over"] if world > 1 else []),  # one layout at one stage hands nothing on
     ):
         assert part in names
 
@@ -179,6 +194,15 @@ def test_planted_faults_are_named(fault: str, world: int, layout: Layout, failin
     assert all(message in where for name, where in failed.items() if name.startswith(failing)), failed
     if fault == "thresholds twice":
         assert {name[:1] for name in failed} == {"3"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_state_that_a_change_of_layout_loses_is_named() -> None:
+    rows = run(2, on_ranks, "forgotten moments", [Layout(1, 2), Layout(2, 2)], (1,), timeout=300)[0]
+    failed = {name: where for name, passed, where in rows if not passed}
+    assert list(failed) == ["5 state taken over by EP 2, ZeRO 1"]
+    assert re.match(r"rank 0: optimizer\.\S+\[.*\] is 0, not ", failed["5 state taken over by EP 2, ZeRO 1"])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 16])
