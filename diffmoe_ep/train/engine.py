@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from diffmoe_ep.parallel.mesh import Mesh
 
 # What a user's own DeepSpeed file may set: how a step is communicated and watched, never what it computes.
 USER_KEYS = (
-    "zero_optimization", "tensorboard", "wandb", "comet", "csv_monitor", "wall_clock_breakdown", "memory_breakdown",
-    "comms_logger", "flops_profiler", "dump_state",
+    "zero_optimization", "tensorboard", "wandb", "comet", "csv_monitor", "memory_breakdown", "comms_logger",
+    "dump_state",
 )  # fmt: skip
+# Its timers start in hooks on a model's output that it does not find in ours, and stop all the same: an AssertionError.
+BROKEN_KEYS = ("wall_clock_breakdown", "flops_profiler")
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # the package that each needs
 USER_ZERO_KEYS = ("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "overlap_comm")
 
 
@@ -95,7 +99,7 @@ class Engine:
             self._norm = self.optimizer._global_grad_norm
 
     def log_to_monitor(self, metrics: dict[str, Any]) -> None:
-        """Write metrics to DeepSpeed's monitor (TensorBoard and others, where they are switched on), over samples."""
+        """Write metrics to the monitors that the user's own DeepSpeed file switches on, over samples seen."""
         if self.mesh.is_first and self.engine.monitor.enabled:
             samples = metrics["samples"]
             scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
@@ -229,13 +233,7 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if config.log.tensorboard:
-        ours["tensorboard"] = {
-            "enabled": True,
-            "output_path": str(Path(config.folder) / "tensorboard"),
-            "job_name": "run",
-        }
-    return _merge_settings(ours, _user_settings(config.parallel.deepspeed), config)
+    return _merge_settings(ours, _user_settings(config.parallel.deepspeed), config, mesh)
 
 
 def _user_settings(path: str | None) -> dict[str, Any]:
@@ -252,15 +250,27 @@ def _user_settings(path: str | None) -> dict[str, Any]:
     return user
 
 
-def _merge_settings(ours: dict[str, Any], user: dict[str, Any], config: Config) -> dict[str, Any]:
+def _merge_settings(ours: dict[str, Any], user: dict[str, Any], config: Config, mesh: Mesh) -> dict[str, Any]:
     where = f"parallel.deepspeed {config.parallel.deepspeed}"
+    for key in BROKEN_KEYS:
+        if _is_on(user.get(key)):
+            raise ConfigError(
+                f"{where} switches {key} on, whose timers DeepSpeed never starts for a model that returns more than "
+                "tensors; remove it there. log.profile=[10,13] writes a trace of steps 10 to 13, and every line of "
+                "metrics.jsonl has samples_per_second and mfu"
+            )
+    for key, package in MONITORS.items():
+        if _is_on(user.get(key)) and mesh.is_first and find_spec(package) is None:
+            raise ConfigError(f"{where} switches {key} on, which needs {package}: pip install {package}")
+    if _is_on(user.get("wandb")) and config.log.wandb:
+        raise ConfigError(f"{where} switches wandb on, and so does log.wandb=true; remove one of them")
     zero = user.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", config.parallel.zero_stage) != config.parallel.zero_stage:
         raise ConfigError(
             f"{where} sets zero_optimization to {zero!r}, but parallel.zero_stage is {config.parallel.zero_stage}; "
             "set the stage with parallel.zero_stage"
         )
-    closed = [key for key in user if key not in USER_KEYS] + [
+    closed = [key for key in user if key not in (*USER_KEYS, *BROKEN_KEYS)] + [
         f"zero_optimization.{key}" for key in zero if key not in USER_ZERO_KEYS
     ]
     if closed:
@@ -269,6 +279,11 @@ def _merge_settings(ours: dict[str, Any], user: dict[str, Any], config: Config) 
             f"It may set {', '.join(USER_KEYS)}, and in zero_optimization {', '.join(USER_ZERO_KEYS)}"
         )
     return {**ours, **user, "zero_optimization": {**ours["zero_optimization"], **zero}}
+
+
+def _is_on(section: Any) -> bool:
+    """Whether a part of DeepSpeed's settings is switched on: itself, or by its `enabled`."""
+    return bool(section.get("enabled") if isinstance(section, dict) else section)
 
 
 def _unmark_frozen_layers(model: DiT) -> None:

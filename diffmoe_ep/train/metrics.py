@@ -4,7 +4,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +16,7 @@ from diffmoe_ep.planner.plan import plan
 T = TypeVar("T")
 
 # Metrics of the machine, not of the run: in these alone two runs of one config may differ.
-MACHINE_METRICS = ("samples_per_second", "data_wait", "seconds", "eta_seconds", "mfu", "peak_memory_gb")
+MACHINE_METRICS = ("time", "samples_per_second", "data_wait", "seconds", "eta_seconds", "mfu", "peak_memory_gb")
 
 # Makers' peaks of dense bf16 matmuls in TFLOP/s, by part of the device's name; the first that matches counts.
 PEAK_TFLOPS = {
@@ -55,16 +56,17 @@ class Clock:
         work()
         self.paused += time.monotonic() - begin
 
-    def lap(self, step: int, train: TrainConfig) -> dict[str, float]:
+    def lap(self, step: int, train: TrainConfig) -> dict[str, Any]:
         """Speed since the last lap, and start anew; time left by the run's pace since it (re)started, pauses included.
 
-        samples_per_second over all ranks; data_wait: share of the time; seconds since the start, eta_seconds to the
-        end.
+        time: now, in UTC (ISO 8601); samples_per_second over all ranks; data_wait: share of the time; seconds since the
+        start, eta_seconds to the end.
         """
         now = time.monotonic()
         spent = max(now - self.mark - self.paused, 1e-9)
         pace = (now - self.started) / max(1, step - self.first)  # seconds per step
         result = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "samples_per_second": (step - self.step) * train.global_batch / spent,
             "data_wait": self.waited / spent,
             "seconds": now - self.started,

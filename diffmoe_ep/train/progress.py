@@ -2,9 +2,9 @@
 
 import shutil
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from tqdm import tqdm
@@ -14,9 +14,24 @@ from diffmoe_ep.config import Config, has_experts, num_tokens, pool_samples
 from diffmoe_ep.model.count import count
 from diffmoe_ep.parallel.mesh import Mesh
 
+LINE = 120  # characters that a line in a file has at most
+BAR = 10  # that the bar on a terminal has at least
+
+# key, how soon it is left out where there is no room (the highest first), words
+FIGURES: tuple[tuple[str, int, Callable[[Any], str]], ...] = (
+    ("loss", 0, lambda value: f"loss {value:.4f}"),
+    ("grad_norm", 3, lambda value: f"norm {value:.3g}"),
+    ("lr", 7, lambda value: f"lr {value:.1e}"),
+    ("capacity", 6, lambda value: f"C {value:.2f}"),
+    ("samples_per_second", 2, lambda value: f"{value:.0f} samples/s"),
+    ("mfu", 4, lambda value: f"MFU {value:.1%}"),
+    ("peak_memory_gb", 5, lambda value: f"{value:.1f} GB"),
+    ("eta_seconds", 1, lambda value: f"ETA {duration(value)}"),
+)
+
 
 class Progress:
-    """A bar on a terminal, a line now and then in a file: step, speed, loss, capacity, MFU, memory, time left."""
+    """A bar on a terminal, in a file a line for each step that is logged; what does not fit the width is left out."""
 
     def __init__(self, banner: str, step: int, steps: int) -> None:
         print(banner, file=sys.stderr, flush=True)
@@ -24,40 +39,44 @@ class Progress:
         # tqdm's own estimate of the time left knows nothing of saves and sample grids; ours stands among the figures
         bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self.bar = tqdm(total=steps, initial=step, ncols=width, disable=not sys.stderr.isatty(), bar_format=bar_format)
+        self.room = width - BAR - len(f"100%|| {steps}/{steps}, ")
         self.steps = steps
         self.loss: float | None = None
-        self.last_line = time.monotonic()
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Show where the run stands, from a step's metrics; the loss shown is a moving average."""
         step, loss = metrics["step"], metrics["loss"]
         self.loss = loss if self.loss is None else 0.8 * self.loss + 0.2 * loss
-        figures = shown_figures(metrics | {"loss": self.loss})
+        shown = metrics | {"loss": self.loss}
         if not self.bar.disable:
-            self.bar.set_postfix_str("  ".join(figures), refresh=False)
+            self.bar.set_postfix_str(figures(shown, self.room), refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        now = time.monotonic()
-        if now - self.last_line >= 10 or step == self.steps:
-            self.last_line = now
-            with suppress(OSError):  # who read it may have left, as `| tee` at a Ctrl-C; the run has still to save
-                print(f"step {step}/{self.steps}  {'  '.join(figures)}", file=sys.stderr, flush=True)
+        where = f"{time_of_day(metrics['time'])}  step {step:>{len(str(self.steps))}}/{self.steps}  "
+        with suppress(OSError):  # who read it may have left, as `| tee` at a Ctrl-C; the run has still to save
+            print(where + figures(shown, LINE - len(where)), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
 
 
-def shown_figures(metrics: dict[str, Any]) -> list[str]:
-    """What a progress line shows of a step's metrics, in words; those that are not measured are left out."""
-    figures = [f"loss {metrics['loss']:.4f}", f"{metrics['samples_per_second']:.0f} samples/s"]
-    if "capacity" in metrics:
-        figures.append(f"C {metrics['capacity']:.2f}")
-    if "mfu" in metrics:
-        figures.append(f"MFU {metrics['mfu']:.1%}")
-    figures.append(f"{metrics['peak_memory_gb']:.1f} GB")
-    figures.append(f"ETA {duration(metrics['eta_seconds'])}")
-    return figures
+def figures(metrics: Mapping[str, Any], room: int) -> str:
+    """A step's metrics in words, in a line of at most `room` characters: what is not measured is left out, and what
+    finds no room, the least important first.
+    """
+    shown = []  # in their order: (what goes first when there is no room, words)
+    for key, importance, words in FIGURES:
+        if key in metrics:
+            shown.append((importance, words(metrics[key])))
+    while len(shown) > 1 and len("  ".join(words for _, words in shown)) > room:
+        shown.remove(max(shown))
+    return "  ".join(words for _, words in shown)
+
+
+def time_of_day(iso: str) -> str:
+    """The time of a metric `time`, on this machine's clock: 14:03:27."""
+    return datetime.fromisoformat(iso).astimezone().strftime("%H:%M:%S")
 
 
 def duration(seconds: float) -> str:

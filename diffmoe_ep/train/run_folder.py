@@ -5,20 +5,16 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from diffmoe_ep.checkpoint.same_run import RecipeChange, shown
 from diffmoe_ep.config import Config, ConfigError, dump
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.curves import curves
-
-PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "numpy")
+from diffmoe_ep.train.provenance import environment
 
 
 @dataclass(frozen=True)
@@ -71,28 +67,16 @@ class RunFolder:
         """Write the resolved config, the environment report, the weights' ancestry and the changes of the recipe, on
         rank 0; collective.
         """
-        devices = gather_objects((mesh.host, str(mesh.device)), mesh.world)
+        machines = gather_objects((mesh.host, str(mesh.device)), mesh.world)
         if not mesh.is_first:
             return
-        report = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "device": torch.cuda.get_device_name(mesh.device)
-            if mesh.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads a rank",
-            "ranks": mesh.size,
-            "expert_parallel": mesh.expert.size,
-            "hosts": sorted({host for host, _ in devices}),
-            "rank_devices": [device for _, device in devices],
-        }
         earlier = [f"# until step {change.step} this run had {change.key} {shown(change.was)}\n" for change in recipe]
         _replace(self.path / "config.yaml", "".join(earlier) + dump(config))
         if recipe:
             _replace(self.recipe, "".join(json.dumps(asdict(change)) + "\n" for change in recipe))
         else:  # a run that went back to before its changes
             self.recipe.unlink(missing_ok=True)
-        _replace(self.path / "environment.json", json.dumps(report, indent=2) + "\n")
+        _replace(self.path / "environment.json", json.dumps(environment(mesh, machines), indent=2) + "\n")
         if ancestry:
             _replace(self.path / "ancestry.json", json.dumps(list(ancestry), indent=2) + "\n")
 
@@ -148,10 +132,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
