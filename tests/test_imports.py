@@ -48,6 +48,7 @@ FENCES = {
 # Not in the core install, or slow to import: inside functions only.
 EXTRAS = (
     "boto3", "botocore", "isal", "matplotlib", "PIL", "safetensors", "scipy", "sklearn", "tensorboard", "torchdiffeq",
+    "wandb",
 )  # fmt: skip
 # A name stands for one thing. Files of these rooms may bear the name of what they start, measure or prove; so may, by
 # the table, a file for the thing beside it.

@@ -9,6 +9,8 @@ from typing import Any
 from diffmoe_ep.config.knob import ConfigError
 from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 
+MOST_PROFILED = 100  # steps; the traces of more take too much memory to be written or looked at
+
 
 def check(config: Config) -> None:
     """Check what follows from the config alone; raises ConfigError at the first contradiction."""
@@ -36,6 +38,7 @@ def check(config: Config) -> None:
     _check_start(config)
     _check_data(config)
     _check_sampling(config)
+    _check_log(config)
     if config.parallel.zero_stage not in (0, 1, 2):
         reason = "DeepSpeed refuses ZeRO-3 with native MoE layers, whose experts parallel.expert_parallel shards; use 2"
         raise ConfigError(
@@ -92,10 +95,10 @@ def _check_data(config: Config) -> None:
                 "data.mode is resampled, so captions come as words; set text.online=true and text.folder, or index "
                 "the tars"
             )
-        if text and config.sample.grid_every:
+        if text and config.sample.grid_every and not config.sample.prompts:
             raise ConfigError(
                 "sample.grid_every takes captions from an indexed dataset; with data.mode=resampled set "
-                "sample.grid_every=0"
+                "sample.prompts, or sample.grid_every=0"
             )
     if data.mixture and data.folder != DataConfig.folder:
         raise ConfigError(
@@ -137,6 +140,11 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(
             f"sample.steps is {sample.steps}, but {sample.sampler} chooses among 1000 steps; set at most 1000"
         )
+    if sample.prompts and model.condition == "class":
+        raise ConfigError(
+            "sample.prompts are words, but model.condition is class, whose grids show the classes in turn; set "
+            "sample.prompts=[]"
+        )
     low, high = sample.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"sample.guidance_interval is [{low:g}, {high:g}]; it must be 0 <= low <= high <= 1")
@@ -144,6 +152,17 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(
             f"sample.guidance_channels is {sample.guidance_channels}; it must be 1 to {model.in_channels} "
             "(model.in_channels), or null"
+        )
+
+
+def _check_log(config: Config) -> None:
+    if config.log.profile is None:
+        return
+    first, last = config.log.profile
+    if not 1 <= first <= last <= config.train.steps or last - first >= MOST_PROFILED:
+        raise ConfigError(
+            f"log.profile is [{first}, {last}]; it must be the first and the last of at most {MOST_PROFILED} steps "
+            f"from 1 to train.steps {config.train.steps}, or null"
         )
 
 

@@ -139,6 +139,15 @@ MEANINGS = {
     "sample.sampler": ("the solver", "solver ode_solver sampling_method sampler_type"),
     "sample.vae": ("the VAE's local folder", "vae_path vae_folder autoencoder vae_ckpt vae.path vae.folder"),
     "sample.grid_every": ("the number of steps between sample grids", "sample_every eval_every vis_every image_every"),
+    "sample.prompts": (
+        "the list of prompts that grids show",
+        "validation_prompts validation_prompt sample_prompts eval_prompts",
+    ),
+    "log.wandb": ("Weights & Biases, on or off,", "use_wandb enable_wandb log_wandb wandb.enabled"),
+    "log.profile": (
+        "the pair of the first and the last step that are traced",
+        "profiler profile_steps torch_profiler enable_profiling use_profiler",
+    ),
     "log.every": (
         "the number of steps between logged lines",
         "log_every log_interval logging_steps log_freq print_freq",
@@ -181,9 +190,12 @@ EXPLAINED = {
     "dp dp_size data_parallel data_parallel_size": "all ranks are data parallel, whatever parallel.expert_parallel is",
     "mlp_ratio ffn_dim ffn_hidden_size intermediate_size": "an FFN is 4 * model.hidden_size wide, an expert that over "
     "model.granularity",
-    "wandb use_wandb wandb_project report_to comet": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes "
-    "them for TensorBoard too, and a DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, "
-    "sends them on",
+    "wandb_project wandb_entity wandb_mode wandb_name": "set log.wandb=true; the environment says where it writes to "
+    "(WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline), and a run is called by its folder",
+    "report_to comet": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true and log.wandb=true write them there "
+    "too, and a DeepSpeed JSON file with a section comet, named by parallel.deepspeed, sends them on",
+    "wall_clock_breakdown flops_profiler profile_step": "a trace of some steps is written with log.profile=[10,13]; "
+    "speed and mfu stand in every line of metrics.jsonl",
     "num_samples n_samples num_images": "how many are drawn is an option of the verb, diffmoe sample RUN --samples N, "
     "and in a grid while training sample.grid_size",
     "run_name exp_name experiment_name run_id": "a run is called by its folder: set folder=runs/NAME",

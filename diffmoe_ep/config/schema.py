@@ -346,15 +346,30 @@ class SampleConfig:
         None, "local folder of the VAE that made the latents, to see samples as pictures; null: latents alone"
     )
     grid_every: int = reporting(0, "steps between sample grids while training; 0 = none", NON_NEGATIVE)
-    grid_size: int = reporting(80, "samples in such a grid, classes in turn", POSITIVE)
+    grid_size: int = reporting(80, "samples in such a grid, classes in turn or the data's first captions", POSITIVE)
+    prompts: tuple[str, ...] | str = reporting(
+        (),
+        "what such a grid shows instead, one sample each (condition text; needs text.folder): a list of prompts, or a "
+        "text file with one on each line",
+    )
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """What a run reports while it trains."""
 
-    every: int = reporting(10, "steps between lines in metrics.jsonl (and updates of the progress bar)", POSITIVE)
-    tensorboard: bool = reporting(False, "also write TensorBoard events to the run folder, through DeepSpeed's monitor")
+    every: int = reporting(10, "steps between lines in metrics.jsonl, of which the progress shows each", POSITIVE)
+    tensorboard: bool = reporting(
+        False, "also write numbers, capacity by layer and sample grids for TensorBoard, to the run folder"
+    )
+    wandb: bool = reporting(
+        False,
+        "also send them to Weights & Biases, with the config less its credentials; the environment says where "
+        "(WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline)",
+    )
+    profile: tuple[int, int] | None = reporting(
+        None, "first and last step of which each rank writes a trace (torch.profiler) to the run folder; null: none"
+    )
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def _setting(run: Found) -> dict[str, Any]:
     """What makes a run's numbers what they are, by dotted key: all that changes what is computed but the seed, for how
     many steps, how the recipe changed on the way, and how samples are drawn, which scores depend on.
     """
-    sampling = {f"sample.{key}": value for key, value in to_tree(run.config.sample).items() if "grid_" not in key}
+    grids = ("grid_every", "grid_size", "prompts")  # of training alone
+    sampling = {f"sample.{key}": value for key, value in to_tree(run.config.sample).items() if key not in grids}
     changed = {f"{change['key']}{UNTIL}{change['step']}": change["was"] for change in run.recipe}
     made = {key: value for key, value in effective(run.config, "identity", "recipe").items() if key != "seed"}
     return made | {"train.steps": run.config.train.steps} | sampling | changed

@@ -121,6 +121,15 @@ def collect_objects(value: Any, group: Group) -> list[Any] | None:
     return values
 
 
+def first_object(value: Any, group: Group) -> Any:
+    """Give every rank the first rank's value, which may be large; for set-up, never in a training step."""
+    if group.size == 1:
+        return value
+    values = [value if group.rank == 0 else None]
+    dist.broadcast_object_list(values, group=group.handle, group_src=0)
+    return values[0]
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffmoe_ep.config import Config, ConfigError
+from diffmoe_ep.config import Config, ConfigError, SampleConfig
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.checked import read_chosen
 from diffmoe_ep.data.condition import CaptionFeatures, padded
@@ -46,21 +46,30 @@ class Prompts:
         return replace(self, words=self.words[first:end], rows=self.rows[first:end])
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one on each line; empty lines and lines that start with # are passed over."""
+def grid_prompts(config: SampleConfig) -> tuple[str, ...]:
+    """The prompts that training's grids show by `sample.prompts`; none where they show captions of the data."""
+    if isinstance(config.prompts, str):
+        return tuple(read_prompts(Path(config.prompts), "sample.prompts"))
+    return config.prompts
+
+
+def read_prompts(path: Path, where: str = "--prompts") -> list[str]:
+    """The prompts of a text file, one on each line; empty lines and lines that start with # are passed over. where: who
+    names the file.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            f"--prompts {path} cannot be read ({error.strerror}); give a text file with a prompt on each line"
+            f"{where} {path} cannot be read ({error.strerror}); give a text file with a prompt on each line"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--prompts {path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such"
+            f"{where} {path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such"
         ) from error
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
-        raise ConfigError(f"--prompts {path} holds no prompt; give a text file with a prompt on each line")
+        raise ConfigError(f"{where} {path} holds no prompt; give a text file with a prompt on each line")
     return found
 
 

@@ -20,7 +20,10 @@ from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.sampling.picture import check_pictures
+from diffmoe_ep.sampling.prompts import grid_prompts
 from diffmoe_ep.sampling.sample import check_sampling
+from diffmoe_ep.train.boards import check_boards
+from diffmoe_ep.train.engine import settings
 from diffmoe_ep.train.run_folder import RunFolder
 
 
@@ -44,6 +47,9 @@ def prepare(config: Config, mesh: Mesh) -> tuple[BatchSource, Path | None]:
             )
         if checkpoint is not None:
             check_continues(checkpoint, config)
+        if mesh.is_first:
+            check_boards(config)
+        settings(config, mesh)
         dataset = open_data(config)
         if checkpoint is not None:
             check_same_data(checkpoint, config, dataset.fingerprint)
@@ -152,4 +158,4 @@ def check_data(config: Config, dataset: BatchSource) -> None:
         )
     if config.sample.grid_every:
         check_pictures(DataInfo.of(manifest), config.sample.vae)
-        check_sampling(config, config.sample.grid_size)
+        check_sampling(config, len(grid_prompts(config.sample)) or config.sample.grid_size)

@@ -20,7 +20,7 @@ BAR = 10  # that the bar on a terminal has at least
 # key, how soon it is left out where there is no room (the highest first), words
 FIGURES: tuple[tuple[str, int, Callable[[Any], str]], ...] = (
     ("loss", 0, lambda value: f"loss {value:.4f}"),
-    ("grad_norm", 3, lambda value: f"norm {value:.3g}"),
+    ("grad_norm", 3, lambda value: f"norm {value:#.3g}"),
     ("lr", 7, lambda value: f"lr {value:.1e}"),
     ("capacity", 6, lambda value: f"C {value:.2f}"),
     ("samples_per_second", 2, lambda value: f"{value:.0f} samples/s"),

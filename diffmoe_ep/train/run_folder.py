@@ -80,17 +80,21 @@ class RunFolder:
         if ancestry:
             _replace(self.path / "ancestry.json", json.dumps(list(ancestry), indent=2) + "\n")
 
-    def picture(self, name: str, make: Callable[[Path], None]) -> None:
+    def grid(self, step: int) -> Path:
+        """The sample grid of a step."""
+        return self.samples / f"step-{step:07d}.png"
+
+    def picture(self, path: Path, make: Callable[[Path], None]) -> None:
         """Write a picture; a full disk is reported, and does not end a run in which other ranks wait."""
         try:
-            make(self.path / name)
+            make(path)
         except OSError as error:
-            print(f"the picture {name} could not be written ({error}); the run goes on", file=sys.stderr, flush=True)
+            print(f"the picture {path} could not be written ({error}); the run goes on", file=sys.stderr, flush=True)
 
     def draw_curves(self) -> None:
         """Draw loss, capacity, learning rate and speed so far; without matplotlib there are no curves."""
         if find_spec("matplotlib") is not None:
-            self.picture("curves.png", lambda path: curves(self.metrics, path))
+            self.picture(self.path / "curves.png", lambda path: curves(self.metrics, path))
 
 
 class MetricsFile:

@@ -37,6 +37,7 @@ from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_wor
 from diffmoe_ep.sampling.decode import load_decoder
 from diffmoe_ep.sampling.picture import write_grid
 from diffmoe_ep.sampling.sample import sample
+from diffmoe_ep.train.boards import Boards
 from diffmoe_ep.train.conditioner import Conditioner
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, learning_rates
@@ -46,6 +47,7 @@ from diffmoe_ep.train.progress import Progress, banner
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from diffmoe_ep.train.run_lock import RunLock
 from diffmoe_ep.train.schedule import learning_rate
+from diffmoe_ep.train.step_trace import StepTrace
 from diffmoe_ep.train.stopping import Stopping
 from diffmoe_ep.train.thresholds import predictors_of, rescale_thresholds, threshold_capacity, update_thresholds
 from diffmoe_ep.train.warm_start import load_initial_weights, resolve_init
@@ -144,10 +146,12 @@ class Trainer:
         banner_text = banner(config, self.mesh, self.step, self.warm_start.source_line(), self.recipe)
         metrics_file = MetricsFile(self.folder.metrics, self.step) if self.mesh.is_first else None
         progress = Progress(banner_text, self.step, config.train.steps) if self.mesh.is_first else None
+        boards = Boards(config, self.mesh, self.step)
         clock = Clock(self.step)
+        trace = StepTrace(config.log.profile, self.folder.path, self.mesh, clock)
         with Stopping(config.checkpoint, self.mesh, self.step) as stopping:
             while self.step < config.train.steps and not stopping.stops:
-                with self.traffic.step():
+                with self.traffic.step(), trace.step(self.step + 1):
                     measured = self.train_step(clock)
                 saves = stopping.agree() or self.due(config.checkpoint.every)
                 # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one.
@@ -160,11 +164,14 @@ class Trainer:
                     if metrics_file is not None and progress is not None:
                         metrics_file.write(metrics)
                         progress.show(metrics)
+                        boards.write(metrics)
                 if saves:
                     clock.pause(self.save)
                     stopping.saved(self.step)
                 if config.sample.grid_every and self.due(config.sample.grid_every):
                     clock.pause(self.sample_grid)
+                    boards.picture("grid", self.folder.grid(self.step), self.step * config.train.global_batch)
+            trace.close()
             self.stream.close()
             finished = self.step == config.train.steps
             if metrics_file is not None and progress is not None:
@@ -174,6 +181,7 @@ class Trainer:
                     self.folder.draw_curves()
             if not finished:
                 stopping.part(self.step, config.train.steps, self.folder.path)
+            boards.close(finished)  # last: it may wait for a network
         return finished
 
     def train_step(self, clock: Clock) -> dict[str, Tensor]:
@@ -258,7 +266,9 @@ class Trainer:
         return {**epoch, "bad_samples": num_bad, "peak_memory_gb": float(ranks[:, 1].max()) / 1e9}
 
     def sample_grid(self) -> None:
-        """Sample the grid of this step: classes in turn, or captions, from the same noise at every step; collective."""
+        """Sample the grid of this step: classes in turn, captions or fixed prompts, from the same noise at every step;
+        collective.
+        """
         config = self.config.sample
         weights = self.ema if config.weights == "ema" else None
         samples = sample(
@@ -266,8 +276,7 @@ class Trainer:
             objective=self.config.train.objective, weights=weights, decode=self.decode,
         )  # fmt: skip
         if samples is not None:
-            name = f"samples/step-{self.step:07d}.png"
-            self.folder.picture(name, lambda path: write_grid(samples, self.data_info, path))
+            self.folder.picture(self.folder.grid(self.step), lambda path: write_grid(samples, self.data_info, path))
             self.folder.draw_curves()
 
     # -- state ---------------------------------------------------------------------------------------------------------
