@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from diffmoe_ep.cli import bench, capacity, compare, convert, data, evaluate, keys, plan, sample, train, verify
+from diffmoe_ep.cli import bench, capacity, compare, convert, data, evaluate, keys, plan, sample, train, verify, watch
 from diffmoe_ep.cli.options import Verb, build, declare
 from diffmoe_ep.config import ConfigError, UserError
 from diffmoe_ep.config import keys as all_keys
 from diffmoe_ep.config.names import hint
 from diffmoe_ep.processes import follow_launchers
 
-FILES = (train, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
+FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
 GROUPS = {
     "capacity": "where a trained model spends its compute",
@@ -33,6 +33,7 @@ ELSEWHERE = {  # what verbs are called in other programs
     "data": "dataset datasets",
     "bench": "benchmark measure profile",
     "compare": "diff table report",
+    "watch": "monitor tail follow status dashboard top progress",
     "import": "load from-pt",
     "export": "convert save to-pt",
 }

@@ -9,8 +9,11 @@ import fcntl
 import json
 import os
 import platform
+import struct
 import threading
 import time
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +22,7 @@ from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.run_folder import RunFolder
 
 LOCK = "lock.json"
+SINCE = "%Y-%m-%d %H:%M:%S %z"
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 60.0  # a holder on another host that was not heard of for so long is gone
 
@@ -69,7 +73,7 @@ class RunLock:
         if problem is not None:
             os.close(descriptor)
             return f"{self.folder} is in use: {problem}"
-        mine = {"host": platform.node(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        mine = {"host": platform.node(), "process": os.getpid(), "since": time.strftime(SINCE)}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(mine) + "\n").encode(), 0)
         self.descriptor = descriptor
@@ -80,6 +84,57 @@ class RunLock:
     def _touch(self, descriptor: int) -> None:
         while not self.released.wait(TOUCH_SECONDS):
             os.utime(descriptor)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a run folder, or left it without freeing it."""
+
+    process: int | str
+    host: str
+    since: str
+    is_here: bool  # whether it is a process of this host
+    is_alive: bool  # whether it holds the folder still
+    heard_of: float  # seconds since its last sign of life
+
+    @property
+    def held(self) -> float:
+        """Seconds since it took the folder; 0 where that is not known."""
+        try:
+            return max(0.0, time.time() - datetime.strptime(self.since, SINCE).timestamp())
+        except ValueError:
+            return 0.0
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who has a run folder, as somebody sees who is not that process and takes no lock; None where nobody has it.
+
+    Not for the holder itself: a process that closes the file frees its own lock.
+    """
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        told, age = _read(descriptor), max(0.0, time.time() - os.fstat(descriptor).st_mtime)
+        locked = _is_locked(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    if not told:
+        return None
+    is_here = told.get("host") == platform.node()
+    process, host, since = (told.get(key, "?") for key in ("process", "host", "since"))
+    return Holder(process, str(host), str(since), is_here, locked or (not is_here and age <= STALE_SECONDS), age)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether another process has the lock of a file; asks, and takes none."""
+    flock = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
+    asked = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind: int = struct.unpack(flock, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))[0]
+    return kind != fcntl.F_UNLCK
 
 
 def _elsewhere(descriptor: int) -> str | None:
