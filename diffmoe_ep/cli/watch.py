@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ def _watch(options: Options) -> None:
     if options.once or not sys.stdout.isatty():
         print("\n".join(_frame(views)))
         return
-    with _own_screen():
+    with _own_screen(), suppress(KeyboardInterrupt):
         while True:
             lines = _frame(views)[: shutil.get_terminal_size().lines]
             sys.stdout.write(HOME + "\n".join(line + END_OF_LINE for line in lines) + REST)
@@ -63,13 +63,11 @@ def _frame(views: "Sequence[RunView]") -> list[str]:
 
 @contextmanager
 def _own_screen() -> Iterator[None]:
-    """Leave the terminal as it was found, also at Ctrl-C, which ends it, and SIGTERM."""
+    """Leave the terminal as it was found; SIGTERM is as Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.write(ENTER)
     try:
         yield
-    except KeyboardInterrupt:
-        pass
     finally:
         sys.stdout.write(LEAVE)
         sys.stdout.flush()

@@ -48,7 +48,10 @@ class Boards:
         self.boards: dict[str, Board] = {}
         problem = None
         if mesh.is_first:
-            kinds = {"log.tensorboard": TensorBoard, "log.wandb": WeightsAndBiases}
+            kinds: dict[str, Callable[[Config, int], Board]] = {
+                "log.tensorboard": TensorBoard,
+                "log.wandb": WeightsAndBiases,
+            }
             for switch, kind in kinds.items():
                 if getattr(config.log, switch.removeprefix("log.")):
                     try:

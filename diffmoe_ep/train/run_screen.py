@@ -144,14 +144,14 @@ def _table(views: Sequence[RunView], width: int) -> list[Line]:
     curves = [sampled(view.steps, view.curves["loss"], columns) for view in views]
     every = [value for values in curves for value in values]
     lines: list[Line] = [[(time.strftime("%H:%M:%S"), "dim")]]
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         sides = "<<" + ">" * (len(row) - 2)
         text = "".join(f"{cell:{side}{wide}}  " for cell, side, wide in zip(row, sides, widths, strict=True))
-        if number == 0:
+        if place == 0:
             lines.append([(text, "bold"), ("loss over its steps", "bold")])
             continue
-        state = views[number - 1].state
-        drawn = sparkline(curves[number - 1], min(every), max(every)) if every else ""
+        state = views[place - 1].state
+        drawn = sparkline(curves[place - 1], min(every), max(every)) if every else ""
         lines.append([(text, "red" if state.is_bad else ""), (drawn, "blue")])
     return lines
 
