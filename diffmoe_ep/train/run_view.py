@@ -169,7 +169,7 @@ class RunView:
             self.gaps.append(now - before)
         replaced = number(record, "bad_samples") - (number(self.last, "bad_samples") if now >= before else 0.0)
         if replaced > 0:
-            self.happened.append((step, f"{replaced:.0f} bad samples were replaced"))
+            self.happened.append((step, f"{replaced:.0f} bad sample{' was' if replaced == 1 else 's were'} replaced"))
         for key in ("loss", "grad_norm"):
             if key in record and not math.isfinite(number(record, key)):
                 self.happened.append((step, f"{key} is {record[key]}"))

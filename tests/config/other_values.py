@@ -12,6 +12,7 @@ BESIDE = {
     "model.predictor": ["model.family=ec", "pool.span=1"],
     "sample.sampler": ["train.objective=ddpm"],
     "init_from": ["folder=runs/other"],
+    "sample.prompts": ["model.condition=text"],
 }
 # What has to stand beside a key so that it has an effect on training at all: beside the defaults it has none.
 EFFECTIVE = {
@@ -34,6 +35,8 @@ CHOSEN: dict[str, Any] = {
     "train.freeze": ["time.*"],
     "sample.guidance_interval": [0.2, 0.8],
     "model.size": "B",
+    "sample.prompts": ["a fox", "a hen"],
+    "log.profile": [10, 13],
 }
 
 

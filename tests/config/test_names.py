@@ -78,10 +78,12 @@ ANSWERS = {  # exactly
     "router_lr_scale, momentum",
     "sample.num_samples": "how many are drawn is an option of the verb, diffmoe sample RUN --samples N, and in a grid "
     "while training sample.grid_size",
-    "wandb": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes them for TensorBoard too, and a "
-    "DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, sends them on",
-    "log.wandb": "metrics stand in RUN/metrics.jsonl; log.tensorboard=true writes them for TensorBoard too, and a "
-    "DeepSpeed JSON file with a section wandb or comet, named by parallel.deepspeed, sends them on",
+    "wandb": "Weights & Biases, on or off, is log.wandb",
+    "use_wandb": "Weights & Biases, on or off, is log.wandb",
+    "wandb_project": "set log.wandb=true; the environment says where it writes to (WANDB_PROJECT, WANDB_ENTITY, "
+    "WANDB_MODE=offline), and a run is called by its folder",
+    "wall_clock_breakdown": "a trace of some steps is written with log.profile=[10,13]; speed and mfu stand in every "
+    "line of metrics.jsonl",
     "log.dir": "the run's folder is folder",
     "vae.path": "the VAE's local folder is sample.vae",
     "precision": "did you mean text.precision, the type that the text encoder computes in, or train.precision, the "
@@ -93,7 +95,7 @@ ANSWERS = {  # exactly
     "train.lrr": "did you mean train.optimizer.lr?",
     "log.evry": "did you mean log.every?",
     "pool.banana": "the keys of pool are span, capacity",
-    "log.monkey": "the keys of log are every, tensorboard",
+    "log.monkey": "the keys of log are every, tensorboard, wandb, profile",
     "pool.foo": "the keys of pool are span, capacity",
     "banana.foo": "list all: diffmoe keys",
 }

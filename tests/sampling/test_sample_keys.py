@@ -258,6 +258,7 @@ CASES: dict[str, Callable[[], None] | None] = {
     "weights": None,
     "grid_every": None,
     "grid_size": None,
+    "prompts": None,  # in train/test_text_run.py
 }
 
 

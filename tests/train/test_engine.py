@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from diffmoe_ep.config import Config, ConfigError, from_tree
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train import engine
 from diffmoe_ep.train.engine import settings
 
 
@@ -32,9 +34,9 @@ def test_batch_sizes_follow_the_config(tmp_path: Path) -> None:
 
 
 def test_user_settings_are_merged(tmp_path: Path) -> None:
-    user = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}, "wall_clock_breakdown": True}
+    user = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5}, "memory_breakdown": True}
     found = settings(config(tmp_path, user, "parallel.zero_stage=2"), Mesh())
-    assert found["wall_clock_breakdown"] is True
+    assert found["memory_breakdown"] is True
     assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5}
 
 
@@ -44,6 +46,9 @@ def test_user_settings_are_merged(tmp_path: Path) -> None:
         ({"gradient_clipping": 1.0}, r"sets gradient_clipping, which this config decides"),
         ({"zero_optimization": {"stage": 2}}, r"but parallel\.zero_stage is 1"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"zero_optimization\.offload_optimizer"),
+        ({"wall_clock_breakdown": True}, r"switches wall_clock_breakdown on, .* log\.profile=\[10,13\] writes a trace"),
+        ({"flops_profiler": {"enabled": True}}, r"switches flops_profiler on, .* remove it there"),
+        ({"comet": {"enabled": True}}, r"switches comet on, which needs comet_ml: pip install comet_ml"),
         ("{not json", "cannot be read as JSON"),
         ([1], "holds a list"),
     ],
@@ -51,6 +56,19 @@ def test_user_settings_are_merged(tmp_path: Path) -> None:
 def test_contradictions_are_named(tmp_path: Path, user: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(config(tmp_path, user), Mesh())
+
+
+def test_what_does_not_work_may_be_off(tmp_path: Path) -> None:
+    user = {"wall_clock_breakdown": False, "flops_profiler": {"enabled": False}, "comet": {"enabled": False}}
+    assert settings(config(tmp_path, user), Mesh())["wall_clock_breakdown"] is False
+
+
+def test_one_run_is_not_sent_to_wandb_twice(tmp_path: Path) -> None:
+    with (
+        mock.patch.object(engine, "find_spec"),
+        pytest.raises(ConfigError, match="switches wandb on, and so does log.wandb=true"),
+    ):
+        settings(config(tmp_path, {"wandb": {"enabled": True}}, "log.wandb=true"), Mesh())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """What a run tells: metrics that survive a kill, speeds that are right, and a stop when the loss is no number."""
 
+import io
 import json
 import mmap
+import re
+import sys
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +21,7 @@ from diffmoe_ep.planner.plan import plan
 from diffmoe_ep.train import metrics as measuring
 from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.metrics import Clock, TrafficMeter, Utilization, peak_memory, peak_tflops
-from diffmoe_ep.train.progress import Progress, duration
+from diffmoe_ep.train.progress import Progress, duration, figures
 from diffmoe_ep.train.run_folder import MetricsFile, RunFolder
 from ranks import run
 from train.runs import config
@@ -54,6 +59,8 @@ def test_speed_leaves_out_what_is_no_training() -> None:
         train = TrainConfig(global_batch=8, steps=100)
         first = clock.lap(50, train)  # at 130: 30 s less a pause of 4
         second = clock.lap(60, train)  # at 140
+    assert abs(datetime.fromisoformat(first.pop("time")).timestamp() - time.time()) < 600
+    assert datetime.fromisoformat(second.pop("time")).utcoffset() == timedelta(0)
     assert first == {
         "samples_per_second": pytest.approx(10 * 8 / 26),
         "data_wait": pytest.approx(2 / 26),
@@ -68,14 +75,56 @@ def test_speed_leaves_out_what_is_no_training() -> None:
     }
 
 
-def test_progress_in_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+LOGGED = {
+    "step": 8, "time": "2026-11-27T14:03:27.123+00:00", "loss": 2.0, "grad_norm": 0.3, "lr": 1e-4, "capacity": 0.98,
+    "samples_per_second": 123.4, "peak_memory_gb": 12.34, "eta_seconds": 75.0,
+}  # fmt: skip
+
+
+def test_progress_in_a_file_is_a_line_for_each_step_that_is_logged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")  # two hours before UTC, as POSIX counts
+    time.tzset()
     progress = Progress("the run starts", 0, 20)
-    common = {"peak_memory_gb": 12.34, "eta_seconds": 75.0}
-    progress.show({"step": 10, "loss": 2.0, "capacity": 0.98, "samples_per_second": 123.4} | common)
-    progress.show({"step": 20, "loss": 1.0, "samples_per_second": 99.0, "mfu": 0.414} | common)
+    progress.show(LOGGED)
+    dense = {key: value for key, value in LOGGED.items() if key != "capacity"}
+    progress.show(dense | {"step": 16, "loss": 1.0, "grad_norm": 12.0, "mfu": 0.414})
     progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["the run starts", "step 20/20  loss 1.8000  99 samples/s  MFU 41.4%  12.3 GB  ETA 1m15s"]
+    monkeypatch.undo()
+    time.tzset()
+    told = capsys.readouterr().err
+    assert "\r" not in told
+    assert told.splitlines() == [
+        "the run starts",
+        "16:03:27  step  8/20  loss 2.0000  norm 0.300  lr 1.0e-04  C 0.98  123 samples/s  12.3 GB  ETA 1m15s",
+        "16:03:27  step 16/20  loss 1.8000  norm 12.0  lr 1.0e-04  123 samples/s  MFU 41.4%  12.3 GB  ETA 1m15s",
+    ]
+
+
+def test_a_line_fits_its_room_and_keeps_what_matters_most() -> None:
+    whole = LOGGED | {"mfu": 0.414}
+    lines = [figures(whole, room) for room in range(12, 130)]
+    assert all(len(line) <= room for room, line in enumerate(lines, 12))
+    assert lines[0] == "loss 2.0000"
+    assert figures(whole, 40) == "loss 2.0000  123 samples/s  ETA 1m15s"
+    assert lines[-1] == "loss 2.0000  norm 0.300  lr 1.0e-04  C 0.98  123 samples/s  MFU 41.4%  12.3 GB  ETA 1m15s"
+
+
+def test_a_bar_on_a_terminal_keeps_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = Progress("the run starts", 0, 100_000)
+    progress.show(LOGGED | {"step": 50_000, "mfu": 0.414})
+    progress.close()
+    last = terminal.getvalue().rstrip().rpartition("\r")[2]
+    assert len(last) <= 80
+    assert re.fullmatch(r" 50%\|#+ +\| 50000/100000, loss 2\.0000  123 samples/s  ETA 1m15s", last)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +189,6 @@ def test_a_picture_that_fails_costs_no_run(digits: Path, tmp_path: Path) -> None
     files: list[Any] = run(2, finishes, given)
     assert "checkpoints/step-0000002/meta.json" in files[0]
     assert "curves.png" in files[0]
-
-
-@pytest.mark.slow
-def test_tensorboard_events_are_written(digits: Path, tmp_path: Path) -> None:
-    given = config(digits / "train", tmp_path / "run", "train.steps=2", "log.tensorboard=true")
-    files: list[Any] = run(1, finishes, given)
-    assert any("tensorboard" in name and "events" in name for name in files[0])
 
 
 def test_the_meter_counts_training_steps_alone() -> None:

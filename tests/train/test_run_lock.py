@@ -13,7 +13,7 @@ import pytest
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.mesh import Mesh, init_mesh
 from diffmoe_ep.train import run_lock
-from diffmoe_ep.train.run_lock import LOCK, STALE_SECONDS, RunLock
+from diffmoe_ep.train.run_lock import LOCK, STALE_SECONDS, RunLock, holder
 from ranks import run
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,31 @@ def test_the_second_names_the_first_on_every_rank_and_a_kill_frees_the_folder(
     held.send_signal(signal.SIGKILL)
     held.wait()
     assert run(2, refused, tmp_path) == ["held", "held"]
+
+
+def test_who_looks_on_sees_the_holder_and_takes_nothing(tmp_path: Path, held: subprocess.Popen[str]) -> None:
+    seen = holder(tmp_path)
+    assert seen is not None
+    assert (seen.process, seen.host, seen.is_here, seen.is_alive) == (held.pid, os.uname().nodename, True, True)
+    assert seen.heard_of < 60 and seen.held < 600
+    assert "is in use" in run(1, refused, tmp_path)[0]  # still
+    held.kill()
+    held.wait()
+    gone = holder(tmp_path)
+    assert gone is not None and not gone.is_alive
+    assert run(1, refused, tmp_path) == ["held"]
+    assert holder(tmp_path) is None  # it was left in order
+    assert holder(tmp_path / "nowhere") is None
+
+
+def test_a_holder_elsewhere_is_alive_while_it_gives_signs(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"host": "another", "process": 7, "since": "noon"}))
+    seen = holder(tmp_path)
+    assert seen is not None and seen.is_alive and not seen.is_here and seen.held == 0
+    past = time.time() - STALE_SECONDS - 1
+    os.utime(tmp_path / LOCK, (past, past))
+    seen = holder(tmp_path)
+    assert seen is not None and not seen.is_alive and seen.heard_of > STALE_SECONDS
 
 
 def test_leaving_frees_the_folder_after_an_error_too(tmp_path: Path) -> None:

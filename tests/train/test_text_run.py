@@ -5,12 +5,15 @@ trains.
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.config import Config
+from diffmoe_ep.encoders.text import load_text_encoder
+from diffmoe_ep.sampling.prompts import encode
 from diffmoe_ep.train import trainer as training
 from ranks import RankError, run
 from train.runs import config
@@ -81,6 +84,51 @@ def test_captions_encoded_while_training_are_those_that_were_stored(captioned: t
     assert found["loss"] < 1e-4 and found["grad_norm"] < 1e-3, found
     found = differences(traced(online, 2, 2, 1), single)
     assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-3, found
+
+
+def draws(rank: int, given: Config) -> list[tuple[tuple[str, ...], list[torch.Tensor], int]]:
+    """Words, features and seed of the grids of a run."""
+    calls: list[tuple[tuple[str, ...], list[torch.Tensor], int]] = []
+    with mock.patch.object(training, "sample") as sample:
+        sample.side_effect = lambda module, prompts, settings, mesh, **options: calls.append(
+            (prompts.words, list(prompts.rows), options["seed"])
+        )
+        until(rank, given)
+    return calls
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("online", ["true", "false"])
+def test_grids_show_the_prompts_of_the_config_with_the_same_noise(
+    captioned: tuple[Path, Path], tmp_path: Path, online: str
+) -> None:
+    """A list or a file; the same bits on every rank, of the encoder that the data were made with."""
+    words = ("one three", "a nine above")
+    (tmp_path / "prompts.txt").write_text("# two\none three\n\na nine above\n")
+    encoder = load_text_encoder("t5", captioned[1], max_length=40)
+    expected = encode(encoder, words, 40)[0]
+    for world, given in ((1, '["one three","a nine above"]'), (2, str(tmp_path / "prompts.txt"))):
+        run_config = text_config(
+            captioned, "train.steps=4", "sample.grid_every=2", f"sample.prompts={given}", f"text.online={online}"
+        )
+        for calls in run(world, draws, dataclasses.replace(run_config, folder=str(tmp_path / f"run{world}"))):
+            assert [(said, seed) for said, _, seed in calls] == [(words, 0), (words, 0)]
+            assert all(torch.equal(*pair) for _, rows, _ in calls for pair in zip(rows, expected.rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("text.folder=null", r"text\.folder is not set, so prompts cannot be encoded"),
+        ("sample.prompts=nowhere.txt", r"sample\.prompts nowhere\.txt cannot be read"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_refused_on_every_rank(
+    captioned: tuple[Path, Path], tmp_path: Path, setting: str, message: str
+) -> None:
+    given = text_config(captioned, "train.steps=4", "sample.grid_every=2", 'sample.prompts=["one"]', setting)
+    with pytest.raises(RankError, match=message):
+        run(2, until, dataclasses.replace(given, folder=str(tmp_path / "run")))
 
 
 def until(rank: int, given: Config) -> None:
