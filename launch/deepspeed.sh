@@ -92,7 +92,7 @@ read_hostfile() {
     done
 }
 
-# Says in one line what keeps a host from taking part.
+# Says in one line what keeps a host from taking part. check_hosts [PROGRAM]: it must be there, too, once it was set up.
 check_hosts() {
     command -v pdsh >/dev/null ||
         fail_launch "pdsh is not installed here; DeepSpeed starts the other hosts with it (Debian, Ubuntu: apt install pdsh)"
@@ -102,14 +102,14 @@ check_hosts() {
     # shellcheck disable=SC2016  # these are for the host's shell
     script='same="the project and its environment must lie at the same path on all hosts (a shared file system)"
 [ -d "$2" ] || { echo "has no folder $2; $same"; exit; }
-[ -x "$1" ] || { echo "has no program $1; $same"; exit; }
+[ -z "$1" ] || [ -x "$1" ] || { echo "has no program $1; $same"; exit; }
 for name in $(echo "$3" | tr , " "); do
     [ -e "/sys/class/net/$name" ] && continue
     echo "has no interface $name, but" $(ls /sys/class/net)"; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to names that all hosts have"
     exit
 done
 echo fine'
-    script="$(printf '%q ' sh -c "$script" sh "$python" "$root" "${GLOO_SOCKET_IFNAME:-}")"
+    script="$(printf '%q ' sh -c "$script" sh "${1:-}" "$root" "${GLOO_SOCKET_IFNAME:-}")"
     for index in "${!hosts[@]}"; do
         {
             ssh -n -o BatchMode=yes -o ConnectTimeout=15 ${port[@]+"${port[@]}"} "${hosts[index]}" "$script" 2>"$checks/$index.error" ||
@@ -150,12 +150,8 @@ variables_for_hosts() {
 
 hosts=() slots=()
 if [[ -n "$hostfile" ]]; then read_hostfile; fi
-if [[ -n "$print" ]]; then
-    find_existing
-    python="${python:-$venv/bin/python}"
-else
-    setup
-fi
+find_existing
+python="${python:-$venv/bin/python}"
 several=""
 if [[ ${#hosts[@]} -gt 1 || ${#hosts[@]} == 1 && "${hosts[0]}" != localhost && "${hosts[0]}" != "$(hostname)" ]]; then several=yes; fi
 
@@ -176,7 +172,7 @@ else
     ranks=$((ranks > 0 ? ranks : 1))
     set_environment "$ranks"
     free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-    launcher=(--master_port "${master_port:-$("$python" -c "$free")}")
+    launcher=(--master_port "${master_port:-$(plain_python -c "$free")}")
     if [[ "${CUDA_VISIBLE_DEVICES:-}" =~ ^[0-9]+(,[0-9]+)*$ && "${DS_ACCELERATOR:-}" != cpu ]]; then
         launcher+=(--include "localhost:$(cut -d, -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")  # a number would mean the first of all GPUs
     else
@@ -209,15 +205,22 @@ if [[ -n "$print" ]]; then
     exit
 fi
 
-cd -- "$root"
 if [[ -z "$several" ]]; then
+    setup
+    cd -- "$root"
     compose ""
     exec "${started[@]}"
 fi
 
-check_hosts
+# Hosts first: what is wrong with one should not be heard after minutes of installing.
+if [[ -z "$origin" ]] && ! ready; then check_hosts; fi
+setup
+cd -- "$root"
+check_hosts "$python"
 work="$(mktemp -d)"
 trap 'rm -rf -- "$work"' EXIT
+# Without this ssh, and pdsh with it, would wait for ever for a host behind a cut link.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 printf '%s\n' "$list" >"$work/hosts"
 variables_for_hosts >"$work/variables"
 compose "$work/hosts"
@@ -230,7 +233,7 @@ stop() {
     local names pattern="^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*--master_addr=${master_addr//./[.]} --master_port=$master_port "
     printf -v names '%s,' "${hosts[@]}"
     printf 'launch: stopping the ranks on %s\n' "${hosts[*]}" >&2
-    PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="${ssh_port:+-p $ssh_port}" timeout 30 pdsh -w "${names%,}" "pkill -TERM -f '$pattern'" || true
+    PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND+="${ssh_port:+ -p $ssh_port}" timeout 30 pdsh -w "${names%,}" "pkill -TERM -f '$pattern'" || true
 }
 set -m  # a process group of its own, which an interrupt at the terminal does not reach: `stop` does it in order
 DS_ENV_FILE="$work/variables" "${started[@]}" </dev/null &

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The one place for what ranks need in their environment: network interfaces and messages of NCCL and gloo, threads, the device.
-# launch/deepspeed.sh and launch/slurm.sbatch source it and hand what it sets to every host. What you export yourself wins;
+# The launchers source it and hand what it sets to every host. What you export yourself wins;
 # edit `set_environment` for a cluster of yours. Run by itself it shows what it would set on this machine.
 #
 #   ./launch/environment.sh
@@ -12,7 +12,8 @@ passed_on="NCCL_ GLOO_ TORCH_ PYTORCH_ OMP_ MKL_ DS_ACCELERATOR FI_ UCX_ CUDA_DE
 
 # set_environment RANKS [HOST...]: RANKS on each host, and all hosts when there are several (this machine may be one of them).
 set_environment() {
-    local ranks="$1" interface="" name
+    local ranks="$1" name
+    interface="" address="" others=0
     shift
     for name in ${DIFFMOE_EXPORT:-}; do
         [[ -n "${!name+set}" ]] || fail_launch "DIFFMOE_EXPORT names $name, which is not set; export it, or take it out"
@@ -49,18 +50,42 @@ count_gpus() {
     fi
 }
 
-count_cores() { "$python" -c 'import os; print(len(os.sched_getaffinity(0)))'; }
+count_cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }  # nproc goes by both
 
-# Sets $interface to the one that leads from here to the other hosts, and $takes_part to whether this machine is one of the hosts.
+# Any Python will do to look up hosts and ports, before anything is installed: the environment's where there is one.
+plain_python() {
+    local candidate
+    for candidate in "$python" "${PYTHON:-}" python3 python3.11 python3.12 python3.13; do
+        if [[ -n "$candidate" ]] && "$candidate" -c '' 2>/dev/null; then "$candidate" "$@"; return; fi
+    done
+    fail_launch "there is no Python here to look up hosts and ports with; name one with PYTHON=/path/to/python"
+}
+
+# Sets $interface and $address to those that lead from here to the other hosts, $others to how many hosts are not known to be this
+# machine, and $takes_part to whether it is one of them.
+# shellcheck disable=SC2034  # launch/torchrun.sh uses what is set
 find_interface() {
     local found
-    found="$("$python" - "$@" <<'PY'
+    found="$(plain_python - "$@" <<'PY'
+import array
+import fcntl
 import socket
+import struct
 import sys
 
-import psutil
-
-names = {one.address.split("%")[0]: name for name, addresses in psutil.net_if_addrs().items() for one in addresses}
+names = {}  # address: interface
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    table = array.array("B", bytes(1 << 16))
+    asked = fcntl.ioctl(probe.fileno(), 0x8912, struct.pack("iP", len(table), table.buffer_info()[0]))  # SIOCGIFCONF
+    rows = table.tobytes()[: struct.unpack("iP", asked)[0]]
+for row in (rows[start : start + 40] for start in range(0, len(rows), 40)):
+    names[socket.inet_ntoa(row[20:24])] = row[:16].split(b"\0")[0].decode().split(":")[0]
+try:
+    with open("/proc/net/if_inet6") as lines:
+        for line in lines:
+            names[socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0]))] = line.split()[-1]
+except OSError:
+    pass  # a machine without IPv6
 
 
 def address_of(host):
@@ -70,24 +95,31 @@ def address_of(host):
         return ""  # a name that only ssh knows
 
 
+def is_loopback(address):
+    return address.startswith("127.") or address == "::1"
+
+
 def is_here(address):
-    return address in names or address.startswith("127.") or address == "::1"
+    return address in names or is_loopback(address)
 
 
 addresses = [address_of(host) for host in sys.argv[1:]]
 others = [(host, address) for host, address in zip(sys.argv[1:], addresses) if address and not is_here(address)]
-if not any(map(is_here, addresses)):
+elsewhere = len(addresses) - sum(map(is_here, addresses))
+own = [address for address in addresses if address in names and not is_loopback(address)]
+if elsewhere == len(addresses):
     print("elsewhere")
 elif others:
     host, address = others[0]
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # asks for the route; a datagram socket sends nothing by this
-            print("here", names[probe.getsockname()[0].split("%")[0]])
+            source = probe.getsockname()[0].split("%")[0]
+            print("here", elsewhere, source, names[source])
     except (OSError, KeyError):
         print("unreachable", f"{host} ({address})" if host != address else host)
 else:
-    print("here")
+    print("here", elsewhere, *([own[0], names[own[0]]] if own else []))
 PY
 )"
     case "$found" in
@@ -97,7 +129,7 @@ PY
                 fail_launch "no network leads from this machine to ${found#unreachable }; correct the host's name, or name the interface with" \
                     "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             ;;
-        *) interface="${found#here}" interface="${interface# }" ;;
+        *) read -r _ others address interface <<<"$found" ;;
     esac
     local name names=()
     IFS=, read -ra names <<<"${GLOO_SOCKET_IFNAME:-}"

@@ -8,6 +8,7 @@ from diffmoe_ep.config import (
     Config,
     check_world,
     dump,
+    fit_world,
     has_experts,
     load,
     num_tokens,
@@ -47,6 +48,7 @@ def _dry_run(config: Config) -> None:
     from diffmoe_ep.planner.plan import plan
 
     world = max(launched_world(), config.parallel.expert_parallel if launched_world() == 1 else 1)
+    config = fit_world(config, world)
     check_world(config, world)
     if launched_rank() != 0:
         return

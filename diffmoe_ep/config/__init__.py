@@ -9,6 +9,7 @@ from diffmoe_ep.config.check import (
     check,
     check_limits,
     check_world,
+    fit_world,
     has_experts,
     has_predictor,
     num_tokens,
@@ -54,7 +55,7 @@ __all__ = [
     "SIZES", "Change", "CheckpointConfig", "ComputeConfig", "Config", "ConfigError", "DataConfig", "EmaConfig", "Key",
     "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PartConfig", "PoolConfig", "Role", "SampleConfig",
     "ScheduleConfig", "TextConfig", "TrainConfig", "UserError", "changes", "check", "check_limits", "check_world",
-    "dump", "effective", "flat", "from_tree", "has_experts", "has_predictor", "keys", "load", "load_stored", "nested",
-    "num_tokens", "of_role", "override", "pool_samples", "read_section", "setting", "to_tree", "today",
-    "tokens_per_expert",
+    "dump", "effective", "fit_world", "flat", "from_tree", "has_experts", "has_predictor", "keys", "load",
+    "load_stored", "nested", "num_tokens", "of_role", "override", "pool_samples", "read_section", "setting", "to_tree",
+    "today", "tokens_per_expert",
 ]  # fmt: skip

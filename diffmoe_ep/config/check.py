@@ -1,7 +1,8 @@
 """Cross-checks of a config that need no device, and the numbers that follow from it."""
 
+import math
 import os
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _check_data(config: Config) -> None:
     if waits >= 60 * config.parallel.timeout_minutes:
         raise ConfigError(
             f"data.retries {data.retries} wait {waits} seconds for a shard, but the other ranks wait no longer than "
-            f"parallel.timeout_minutes {config.parallel.timeout_minutes}; lower data.retries or raise the timeout"
+            f"parallel.timeout_minutes {config.parallel.timeout_minutes:g}; lower data.retries or raise the timeout"
         )
 
 
@@ -229,6 +230,13 @@ def _check_family(config: Config) -> None:
             "not here; "
             "set sample.selection=auto" + ("" if model.family == "tc" else ", or train with model.predictor=true")
         )
+
+
+def fit_world(config: Config, world: int) -> Config:
+    """The config on W ranks: itself, or with `parallel.elastic` as many ranks for a copy of the experts as divide W."""
+    parallel = config.parallel
+    expert = math.gcd(parallel.expert_parallel, world) if parallel.elastic else parallel.expert_parallel
+    return replace(config, parallel=replace(parallel, expert_parallel=expert))
 
 
 def check_world(config: Config, world: int) -> None:

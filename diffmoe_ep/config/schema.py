@@ -270,8 +270,13 @@ class ParallelConfig:
     expert_parallel: int = execution(
         1, "expert parallelism EP: ranks over which one copy of the experts is sharded", POSITIVE
     )
+    elastic: bool = execution(
+        False,
+        "train on whatever number of ranks is started: where expert_parallel does not divide it, the largest number "
+        "that divides both is taken instead",
+    )
     zero_stage: int = execution(1, "DeepSpeed ZeRO stage: 0, 1 or 2")
-    timeout_minutes: int = execution(10, "longest wait for a peer in any collective", POSITIVE)
+    timeout_minutes: float = execution(10.0, "longest wait for a peer in any collective", POSITIVE)
     deepspeed: str | None = execution(
         None, "a DeepSpeed JSON file whose settings are merged in (not those that this config decides)"
     )

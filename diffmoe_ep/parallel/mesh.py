@@ -6,7 +6,6 @@ place in their groups hold copies of the same experts. Groups are made once, eag
 """
 
 import datetime
-import math
 import os
 import socket
 import warnings
@@ -128,7 +127,7 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
             parallel_state.initialize_model_parallel(
                 expert_model_parallel_size=expert,
                 expert_tensor_parallel_size=1,
-                distributed_timeout_minutes=math.ceil(timeout_minutes),
+                distributed_timeout_minutes=timeout_minutes,
                 create_gloo_process_groups=False,
             )
     all_ranks = dist.group.WORLD

@@ -9,6 +9,7 @@ their timeout.
 """
 
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from diffmoe_ep.checkpoint.fragments import Fragment, not_finite
 from diffmoe_ep.checkpoint.load import config_of, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.same_run import recipe_changes
 from diffmoe_ep.checkpoint.store import load, read_meta, save
-from diffmoe_ep.config import Config, ConfigError, check_world, has_experts, pool_samples, to_tree
+from diffmoe_ep.config import Config, ConfigError, check_world, fit_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader import quarantine
@@ -61,10 +62,15 @@ def train(config: Config) -> bool:
     not fit.
     """
     # -- config: what cannot work on this number of ranks is refused first ---------------------------------------------
+    asked = config.parallel.expert_parallel
+    config = fit_world(config, launched_world())
     check_world(config, launched_world())
 
     # -- mesh: join the other ranks (collective, like all that follows) ------------------------------------------------
     mesh = start_mesh(config)
+    if mesh.is_first and config.parallel.expert_parallel != asked:
+        now = f"parallel.expert_parallel is {config.parallel.expert_parallel}, not {asked}, on {mesh.size} ranks"
+        print(f"{now} (parallel.elastic)", file=sys.stderr, flush=True)
     if mesh.device.type == "cpu":
         keep_freed_memory()
 
