@@ -69,7 +69,8 @@ def train(config: Config) -> bool:
     # -- mesh: join the other ranks (collective, like all that follows) ------------------------------------------------
     mesh = start_mesh(config)
     if mesh.is_first and config.parallel.expert_parallel != asked:
-        now = f"parallel.expert_parallel is {config.parallel.expert_parallel}, not {asked}, on {mesh.size} ranks"
+        over = f"{mesh.size} rank{'s' * (mesh.size > 1)}"
+        now = f"parallel.expert_parallel is {config.parallel.expert_parallel}, not {asked}, on {over}"
         print(f"{now} (parallel.elastic)", file=sys.stderr, flush=True)
     if mesh.device.type == "cpu":
         keep_freed_memory()

@@ -1,11 +1,23 @@
 """The config: strict, typed, documented, and read back to the bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffmoe_ep.config import Config, ConfigError, check_world, dump, from_tree, keys, load, override, tokens_per_expert
+from diffmoe_ep.config import (
+    Config,
+    ConfigError,
+    check_world,
+    dump,
+    fit_world,
+    from_tree,
+    keys,
+    load,
+    override,
+    tokens_per_expert,
+)
 
 
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
@@ -149,3 +161,14 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> No
         load(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(("asked", "world", "taken"), [(4, 8, 4), (4, 6, 2), (4, 3, 1), (4, 2, 2), (4, 1, 1)])
+def test_an_elastic_run_fits_its_experts_to_the_ranks_that_there_are(asked: int, world: int, taken: int) -> None:
+    elastic = from_tree({"parallel": {"expert_parallel": asked, "elastic": True}, "train": {"global_batch": 48}})
+    fitted = fit_world(elastic, world)
+    assert fitted.parallel.expert_parallel == taken
+    check_world(fitted, world)
+    assert replace(fitted, parallel=elastic.parallel) == elastic
+    fixed = from_tree({"parallel": {"expert_parallel": asked}})
+    assert fit_world(fixed, world) == fixed

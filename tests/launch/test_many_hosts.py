@@ -228,7 +228,7 @@ def test_a_training_wants_a_config_and_help_starts_nothing(script: str) -> None:
 
 # -- slurm.sbatch ------------------------------------------------------------------------------------------------------
 
-SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n'
+SCONTROL = '#!/bin/sh\n[ "$1 $2 $3" != "show hostnames node[1-2]" ] || printf "node1\\nnode2\\n"\n'
 SRUN = """#!/usr/bin/env bash
 # A Slurm of this machine: the job's tasks, node by node, one after the other.
 while [[ "$1" == --* ]]; do shift; done
@@ -313,6 +313,60 @@ def test_outside_a_job_it_is_shown_and_not_started() -> None:
     done = start("slurm.sbatch", "configs/digits.yaml")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("launch: this is no Slurm job; submit it with sbatch")
+
+
+def test_jobs_of_an_array_differ_by_their_number(job: dict[str, str]) -> None:
+    array = job | {"SLURM_ARRAY_TASK_ID": "7"}
+    _, lines = printed("slurm.sbatch", "configs/digits.yaml", "seed=%a", "folder=runs/a-%a", **array)
+    assert lines[1].endswith(f" {ROOT}/configs/digits.yaml seed=7 folder=runs/a-7")
+    done = start("slurm.sbatch", "--print", "configs/digits.yaml", "seed=%a", **array)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith(
+        "launch: the jobs of an array would share one run folder; give each its own with folder="
+    )
+    assert printed("slurm.sbatch", "--verb", "verify", **array)[1][1].endswith(" diffmoe_ep verify")
+
+
+def test_ranks_run_in_the_container_that_is_named(job: dict[str, str], tmp_path: Path) -> None:
+    """By apptainer or pyxis; nothing of the machine's own Python is asked."""
+    named = job | {"DIFFMOE_PYTHON": "python3.12", "DIFFMOE_MOUNTS": "/data:/data"}
+    _, lines = printed("slurm.sbatch", "configs/digits.yaml", **named, DIFFMOE_CONTAINER="/images/a.sif")
+    assert f" task apptainer exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} /images/a.sif " in lines[1]
+    ends = f" python3.12 -u -m diffmoe_ep train {ROOT}/configs/digits.yaml"
+    assert lines[1].endswith(ends)
+    _, lines = printed("slurm.sbatch", "configs/digits.yaml", **named, DIFFMOE_CONTAINER="nvcr.io#team/diffmoe:1")
+    options = f"--container-image=nvcr.io#team/diffmoe:1 --container-mounts={ROOT}:{ROOT}\\,/data:/data"
+    assert lines[1].startswith(f"srun --kill-on-bad-exit=1 {options} --container-workdir={ROOT} bash -c ")
+    assert lines[1].endswith(f" task{ends}")
+
+    (tmp_path / "srun").write_text("#!/bin/sh\necho --cpu-bind\n")
+    done = start("slurm.sbatch", "configs/digits.yaml", **named, DIFFMOE_CONTAINER="team/diffmoe:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "but this Slurm has no pyxis (srun knows no --container-image); give a .sif file" in done.stderr
+    done = start("slurm.sbatch", "configs/digits.yaml", **named, DIFFMOE_CONTAINER="/images/a.sif")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "but there is no apptainer on " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "requeued"),
+    [(["USR1"], 75, True), (["USR1"], 137, True), (["USR1"], 1, False), ([], 75, False), (["USR1", "TERM"], 75, False)],
+)
+def test_a_job_goes_back_into_the_queue_when_its_time_is_up_and_never_else(
+    job: dict[str, str], tmp_path: Path, signals: list[str], code: int, requeued: bool
+) -> None:
+    """The ranks' stand-in tells the job's shell, as Slurm does, and leaves with a code."""
+    told = "".join(f"kill -{name} $PPID; sleep 0.3; " for name in signals)
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\ntrap '' USR1\n{told}exit {code}\n")
+    asked = tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(f'{SCONTROL}[ "$1" != requeue ] || echo "$@" >>{asked}\n')
+    done = start("slurm.sbatch", "configs/digits.yaml", **job)
+    assert done.returncode == code, done.stderr
+    assert asked.exists() == requeued
+    if requeued:
+        assert asked.read_text() == "requeue 70001\n"
+        assert "launch: the time is up: job 70001 goes into the queue again" in done.stderr
+    assert ("is not put into the queue again" in done.stderr) == (code == 1)
 
 
 # -- environment.sh ----------------------------------------------------------------------------------------------------

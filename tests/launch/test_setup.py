@@ -186,3 +186,55 @@ def test_a_failed_installation_shows_why_and_counts_for_nothing(project: Path, t
         == f"set-up: pip install {torch} failed; the lines above are the end of {project}/.venv.log"
     )
     assert "is not set up yet" in start(project / "launch" / "setup.sh", "--check").stderr
+
+
+# -- before anything is installed --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> str:
+    """A PATH on which the one Python has its standard library alone."""
+    programs = tmp_path / "plain"
+    programs.mkdir()
+    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')  # type: ignore[attr-defined]
+    (programs / "python3").chmod(0o755)
+    for name in ("bash", "dirname", "cat", "cksum", "env", "nproc", "awk", "cut", "sed", "grep", "seq", "hostname"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    for name in ("mktemp", "rm", "tail", "realpath", "sh", "echo"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    return str(programs)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("deepspeed.sh", []),
+        ("deepspeed.sh", ["--hostfile", "hosts"]),
+        ("torchrun.sh", ["--gpus", "2"]),
+        ("torchrun.sh", ["--nnodes", "2", "--rdzv-endpoint", "localhost"]),
+        ("slurm.sbatch", []),
+    ],
+)
+def test_what_would_be_started_is_shown_before_anything_is_installed(
+    project: Path, plain: str, script: str, options: list[str]
+) -> None:
+    (project / "hosts").write_text("localhost slots=2\n" if "torchrun" in script else "127.0.0.1 slots=2\n")
+    options = [str(project / word) if word == "hosts" else word for word in options]
+    done = start(project / "launch" / script, "--print", *options, "configs/digits.yaml", PATH=plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"a\\ project/\.venv/bin/python .*diffmoe_ep train configs/digits\.yaml", done.stdout)
+    assert not (project / ".venv").exists()
+
+
+def test_hosts_are_asked_before_anything_is_installed(project: Path, plain: str) -> None:
+    (project / "hosts").write_text("127.0.0.1 slots=1\nnode-b.invalid slots=1\n")
+    (Path(plain) / "pdsh").symlink_to("/bin/true")
+    (Path(plain) / "ssh").write_text('#!/bin/sh\necho "No route to host" >&2\nexit 255\n')
+    (Path(plain) / "ssh").chmod(0o755)
+    done = start(
+        project / "launch/deepspeed.sh", "--hostfile", str(project / "hosts"), "configs/digits.yaml", PATH=plain
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("launch: host 127.0.0.1 cannot be used over ssh (No route to host); ")
+    assert not (project / ".venv").exists()
+    assert not (project / ".venv.log").exists()
