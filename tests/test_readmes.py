@@ -18,7 +18,7 @@ from diffmoe_ep.config import ConfigError, keys, load
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "configs", "data_prep", "diffmoe_ep", "docker", "launch", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-HEADS = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
+HEADS = sorted([*ROOT.glob("configs/**/*.yaml"), *(path for path in ROOT.glob("launch/*.*") if path.suffix != ".md")])
 OURS = re.compile(rf"^({'|'.join(re.escape(folder) for folder in FOLDERS)})/")  # a path of this repository
 
 # Scripts whose settings are overrides of one config, and those of pytest.
@@ -28,7 +28,7 @@ SETTINGS_OF = {
     "same_run.sh": "configs/digits.yaml",
     "text_to_image.sh": "configs/text/digits_diffmoe.yaml",
 }
-STARTS = {"deepspeed.sh", "slurm.sbatch"}  # they start a verb over ranks
+STARTS = {"deepspeed.sh", "slurm.sbatch", "torchrun.sh"}  # they start a verb over ranks
 LAUNCHERS = {
     "torchrun": {"--nproc-per-node": 1, "-m": 0},
     "deepspeed": {"--num_gpus": 1, "--hostfile": 1, "--module": 0},
@@ -152,7 +152,7 @@ def check_script(name: str, words: list[str], settings: list[str]) -> None:
             value = value or (pending.pop(0) if pending else "")
             verb = value if option == "--verb" else verb
     if name in STARTS and (rest or verb != "train"):
-        check_verb([verb, *rest])
+        check_verb([verb, *(word.replace("%a", "0") for word in rest)])  # %a: a job's number in its array
     elif name in SETTINGS_OF:
         check_settings(SETTINGS_OF[name], rest)
 
@@ -248,6 +248,7 @@ def test_commands_of_heads_are_taken(head: Path) -> None:
         ("RUM=runs/mine ./launch/quickstart.sh", "does not know RUM"),
         ("./launch/deepspeed.sh --hostfiles hosts configs/digits.yaml", "no option --hostfiles"),
         ("./launch/deepspeed.sh --hostfile hosts --verb verfy", "there is no verb verfy"),
+        ("./launch/torchrun.sh --nnodes 2 --rdzv hosts:1 configs/digits.yaml", "no option --rdzv"),
         ("sbatch --nodes=4 launch/slurm.sbatch configs/digits.yaml seeed=1", "seeed"),
         ("pip install -e '.[prepp]'", "there is no extra prepp"),
     ],

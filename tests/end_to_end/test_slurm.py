@@ -85,6 +85,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Waits until it happened."""
         deadline = time.monotonic() + 120
         while not happened():
             logs = "\n".join(f"{path}\n{path.read_text()[-4000:]}" for path in sorted(self.folder.glob("*.log")))
@@ -129,6 +130,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         deadline = time.monotonic() + 60
         idle: subprocess.CompletedProcess[str] | None = None
         while idle is None or idle.stdout.split() != ["2"]:
+            ended = [command[0] for command, daemon in zip(daemons, running, strict=True) if daemon.poll() is not None]
+            if ended:
+                last = (folder / "slurmctld.log").read_text().splitlines()[-1:]
+                pytest.skip(f"this Slurm cannot be started for a test: {' '.join(ended)} ended ({' '.join(last)})")
             assert time.monotonic() < deadline, "\n".join(path.read_text()[-4000:] for path in folder.glob("*.log"))
             time.sleep(0.2)
             idle = subprocess.run(
@@ -178,7 +183,8 @@ def test_a_job_whose_time_is_up_is_saved_and_goes_on_in_the_queue(
     assert f"launch: the time is up: job {job} goes into the queue again" in log.read_text()
 
     path.write_text(path.read_text().replace("steps: 1000000", f"steps: {saved + 5}"))
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets a job rest two minutes
+    # Slurm lets a job rest for two minutes.
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now")
     cluster.until(lambda: cluster.says(job)["JobState"] == "COMPLETED", "the job's end")
     assert steps(folder) == list(range(1, saved + 6))
     assert cluster.says(job)["ExitCode"] == "0:0"

@@ -5,6 +5,7 @@ Needs root and Debian's iproute2, openssh-server and pdsh; is skipped where they
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from end_to_end.hosts import Hosts, command_of, finish, metrics, missing, two_hosts
+from end_to_end.hosts import Hosts, command_of, finish, ip, metrics, missing, two_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +99,45 @@ def test_a_stopped_launch_leaves_nothing_on_any_host(hosts: Hosts, digits: Path,
             assert time.monotonic() < deadline, [command_of(pid) for pid in hosts.processes()]
             time.sleep(0.1)
     finally:
+        running.kill()
+        for pid in hosts.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(300)
+def test_a_cut_link_ends_the_launch_and_the_run_goes_on_with_what_is_left(
+    hosts: Hosts, digits: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = [
+        "configs/digits.yaml", f"data.folder={digits / 'train'}", f"folder={folder}", "parallel.expert_parallel=2",
+        "parallel.elastic=true", *SMALL, "parallel.timeout_minutes=0.15", "data.retries=1", "checkpoint.every=2",
+    ]  # fmt: skip
+    patience = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"}  # usual: a minute
+    running = subprocess.Popen(
+        hosts.command(*settings, "train.steps=100000"), env=hosts.environment() | patience,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints/latest").exists():
+            assert running.poll() is None, running.communicate()[0]
+            assert time.monotonic() < deadline, "no checkpoint after two minutes"
+            time.sleep(0.05)
+        ip("-n", hosts.names[1], "link", "set", "eth0", "down")
+        told = running.communicate(timeout=120)[0].decode()
+        assert running.returncode != 0
+        assert re.search(r"Timed out waiting 9000ms|parallel\.timeout_minutes", told), told
+        deadline = time.monotonic() + 60
+        while hosts.processes():
+            assert time.monotonic() < deadline, [command_of(pid) for pid in hosts.processes()]
+            time.sleep(0.1)
+        saved = int((folder / "checkpoints/latest").read_text().strip().removeprefix("step-"))
+        told = finish(hosts.command("--nodes", "1", *settings, f"train.steps={saved + 2}"), hosts.environment())
+        assert "parallel.expert_parallel is 1, not 2, on 1 rank" in told
+        assert [line["step"] for line in metrics(folder)] == list(range(1, saved + 3))
+    finally:
+        ip("-n", hosts.names[1], "link", "set", "eth0", "up")
         running.kill()
         for pid in hosts.processes():
             os.kill(pid, signal.SIGKILL)
