@@ -253,7 +253,8 @@ def check_world(config: Config, world: int) -> None:
     if world % expert:
         raise ConfigError(
             f"the number of ranks {world} is not a multiple of parallel.expert_parallel {expert}; "
-            f"parallel.expert_parallel that divides it: {_divisors(world)}"
+            f"parallel.expert_parallel that divides it: {_divisors(world)}; parallel.elastic=true takes "
+            f"{math.gcd(world, expert)}"
         )
     if micro % world:
         raise ConfigError(

@@ -114,6 +114,7 @@ MEANINGS = {
         "the number of ranks that share one copy of the experts",
         "ep ep_size expert_parallel_size expert_parallelism expert_model_parallel_size moe_ep_size ep_degree",
     ),
+    "parallel.elastic": ("whether the number of ranks may be any", "elastic elasticity elastic_training"),
     "parallel.zero_stage": ("DeepSpeed's ZeRO stage", "zero stage zero_optimization zero_optimization_stage"),
     "parallel.deepspeed": ("a DeepSpeed JSON file of your own", "deepspeed_config ds_config "),
     "parallel.timeout_minutes": ("the longest wait for a peer", "timeout nccl_timeout ddp_timeout dist_timeout"),

@@ -5,7 +5,6 @@ without munge.
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from end_to_end.hosts import PATH, ROOT, metrics
 
 pytestmark = pytest.mark.slow
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -84,6 +83,12 @@ class Cluster:
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def starts(self, job: str) -> bool:
+        """Whether a job in the queue has started; it need not rest there for two minutes, as Slurm would have it."""
+        if self.says(job)["JobState"] == "PENDING":
+            self.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now")
+        return self.says(job)["JobState"] in ("RUNNING", "COMPLETED")
+
     def until(self, happened: Callable[[], bool], what: str) -> None:
         """Waits until it happened."""
         deadline = time.monotonic() + 120
@@ -141,14 +146,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 env=made.environment, capture_output=True, text=True, check=False, timeout=60,
             )  # fmt: skip
         yield made
-        subprocess.run(
-            ["scancel", "--signal=KILL", "--full", "--state=RUNNING", "--quiet"], env=made.environment, timeout=60
-        )
+        user = getpass.getuser()
+        made.ask("scancel", "--quiet", f"--user={user}")
+        made.until(lambda: made.ask("squeue", "--noheader", f"--user={user}") == "", "the end of all jobs")
     finally:
         for daemon in reversed(running):
-            daemon.send_signal(signal.SIGTERM)
+            daemon.terminate()
         for daemon in running:
-            daemon.wait(timeout=60)
+            try:
+                daemon.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
 def config(place: Path, digits: Path, **more: object) -> Path:
@@ -183,8 +192,7 @@ def test_a_job_whose_time_is_up_is_saved_and_goes_on_in_the_queue(
     assert f"launch: the time is up: job {job} goes into the queue again" in log.read_text()
 
     path.write_text(path.read_text().replace("steps: 1000000", f"steps: {saved + 5}"))
-    # Slurm lets a job rest for two minutes.
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now")
+    cluster.until(lambda: cluster.starts(job), "the job's new start")
     cluster.until(lambda: cluster.says(job)["JobState"] == "COMPLETED", "the job's end")
     assert steps(folder) == list(range(1, saved + 6))
     assert cluster.says(job)["ExitCode"] == "0:0"
