@@ -179,14 +179,14 @@ def test_all_checks_run_whichever_fails(tmp_path: Path, fail: str) -> None:
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_ci_installs_what_skipped_tests_need_and_names_what_is_missing(tmp_path: Path, broken: bool) -> None:
-    """A machine that has pdsh and ip alone, on which apt works or does not."""
+    """A machine that has pdsh, ip and Slurm alone, on which apt works or does not."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("bash", "dirname", "ln", "timeout", "nproc", "awk", "sort", "head"):
         (programs / name).symlink_to(str(shutil.which(name)))
     installed = "; ".join(f"ln -sf ip {programs}/{name}" for name in ("sshd", "ssh", "shellcheck"))
     apt = f'echo "$@" >>{tmp_path}/apt; ' + ("exit 100" if broken else installed)
-    for name, does in {"id": "echo 0", "ip": "", "pdsh": "", "apt-get": apt}.items():
+    for name, does in {"id": "echo 0", "ip": "", "pdsh": "", "slurmctld": "", "apt-get": apt}.items():
         (programs / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
         (programs / name).chmod(0o755)
     stand_in = tmp_path / "python"
