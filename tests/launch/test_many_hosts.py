@@ -319,7 +319,7 @@ def test_jobs_of_an_array_differ_by_their_number(job: dict[str, str]) -> None:
     array = job | {"SLURM_ARRAY_TASK_ID": "7"}
     _, lines = printed("slurm.sbatch", "configs/digits.yaml", "seed=%a", "folder=runs/a-%a", **array)
     assert lines[1].endswith(f" {ROOT}/configs/digits.yaml seed=7 folder=runs/a-7")
-    done = start("slurm.sbatch", "--print", "configs/digits.yaml", "seed=%a", **array)
+    done = start("slurm.sbatch", "--print", "configs/digits.yaml", "folder=runs/a", "seed=%a", **array)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert done.stderr.startswith(
         "launch: the jobs of an array would share one run folder; give each its own with folder="
