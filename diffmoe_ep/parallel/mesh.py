@@ -73,6 +73,11 @@ def launched_rank(strict: bool = True) -> int:
     return _integer("RANK", 0, strict)
 
 
+def variables(*prefixes: str) -> dict[str, str]:
+    """What the environment says under names that begin so, for reports and for those who meet before there is a mesh."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
+
+
 def is_initialized() -> bool:
     """Whether this process has joined the others in a process group."""
     return dist.is_initialized()

@@ -1,0 +1,133 @@
+"""Where ranks meet before they have a process group: a store at the first rank (or at torchrun), where each says what the
+others shall know.
+
+A process group joins every rank with every other, and a pair that cannot reach each other keeps all waiting. Here each
+only has to reach the store, and who does not come in time is known by number.
+"""
+
+import datetime
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from diffmoe_ep.config import ConfigError
+from diffmoe_ep.parallel.mesh import launched_rank, launched_world, variables
+
+GRACE_SECONDS = 5.0  # what the first rank gets to tell the others who is missing
+
+
+class Meeting:
+    """All launched ranks at one store. Calls are made by every rank, in the same order."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int, seconds: float) -> None:
+        self.store, self.rank, self.world, self.seconds = store, rank, world, seconds
+        self.calls = 0
+
+    @classmethod
+    def join(cls, seconds: float) -> Self:
+        """Come to MASTER_ADDR:MASTER_PORT; ConfigError, on this rank alone, where that cannot be done in some
+        seconds.
+        """
+        world, rank = launched_world(), launched_rank()
+        if world == 1:
+            return cls(dist.HashStore(), 0, 1, seconds)
+        said = variables("MASTER_", "TORCHELASTIC_")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in said]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun"
+            )
+        host, text = said["MASTER_ADDR"], said["MASTER_PORT"]
+        if not (text.isdigit() and 0 < int(text) < 2**16):
+            raise ConfigError(f"MASTER_PORT is {text!r}; give a free port between 1024 and 65535")
+        serves = rank == 0 and said.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            _reach(host, int(text), rank, seconds)
+        try:
+            store = dist.TCPStore(
+                host, int(text), is_master=serves, timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
+                multi_tenant=serves,
+            )  # fmt: skip
+        except RuntimeError as error:
+            used = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+            reason = "another program has it" if used else str(error).splitlines()[0]
+            raise ConfigError(
+                f"rank {rank} on {platform.node()} cannot open port {text} ({reason}); give another with --master-port"
+            ) from error
+        number = store.add(f"meetings/{rank}", 1)  # a later meeting at the same store is another one
+        return cls(dist.PrefixStore(f"meeting/{number}", store), rank, world, seconds)
+
+    def gather(self, value: Any, seconds: float | None = None) -> dict[int, Any]:
+        """Give every rank what each rank says, by rank; who has not come after some seconds is missing. Values are what
+        JSON holds.
+        """
+        key = self._say(value)
+        if self.rank == 0:
+            found = self._collected(key, seconds or self.seconds)
+            self.store.set(key, json.dumps(sorted(found.items())))
+        else:
+            self._wait([key], (seconds or self.seconds) + GRACE_SECONDS)
+            found = dict(json.loads(self.store.get(key)))
+        return found
+
+    def collect(self, value: Any, seconds: float | None = None) -> dict[int, Any]:
+        """Give the first rank what each rank says, as `gather`; the others nothing."""
+        key = self._say(value)
+        return self._collected(key, seconds or self.seconds) if self.rank == 0 else {}
+
+    def _say(self, value: Any) -> str:
+        self.calls += 1
+        self.store.set(f"{self.calls}/{self.rank}", json.dumps(value))
+        return str(self.calls)
+
+    def _collected(self, key: str, seconds: float) -> dict[int, Any]:
+        deadline = time.monotonic() + seconds
+        keys = {rank: f"{key}/{rank}" for rank in range(self.world)}
+        there = dict(keys) if self._came(list(keys.values()), deadline - time.monotonic()) else {
+            rank: one for rank, one in keys.items() if self.store.check([one])
+        }  # fmt: skip
+        return {rank: json.loads(self.store.get(one)) for rank, one in there.items()}
+
+    def _came(self, keys: Sequence[str], seconds: float) -> bool:
+        try:
+            self.store.wait(list(keys), datetime.timedelta(seconds=max(seconds, 0.001)))
+        except dist.DistStoreError:
+            return False
+        return True
+
+    def _wait(self, keys: Sequence[str], seconds: float) -> None:
+        try:
+            came = self._came(keys, seconds)
+        except dist.DistNetworkError as error:
+            raise ConfigError(f"rank {self.rank} lost rank 0, which has ended; see what rank 0 says") from error
+        if not came:
+            raise ConfigError(f"rank {self.rank} heard nothing of rank 0 in {seconds:g} s; see what rank 0 says")
+
+
+def _reach(host: str, port: int, rank: int, seconds: float) -> None:
+    """Connect as soon as somebody listens there; ConfigError if nobody does in time, with the reason."""
+    deadline = time.monotonic() + seconds
+    here = f"rank {rank} on {platform.node()}"
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except socket.gaierror as error:
+            raise ConfigError(
+                f"{here} does not know the name {host} of MASTER_ADDR ({error.strerror}); give an address that all "
+                "hosts reach with --master-addr"
+            ) from error
+        except OSError as error:
+            if time.monotonic() > deadline:
+                reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+                raise ConfigError(
+                    f"{here} does not reach rank 0 at {host}:{port} in {seconds:g} s ({reason}); let its firewall open "
+                    "that port, or give an address that all hosts reach with --master-addr"
+                ) from error
+            time.sleep(0.2)
