@@ -19,7 +19,7 @@ LEVELS = {
     "model": 3,
     "sampling": 4, "planner": 4, "checkpoint": 4,
     "evaluate": 5, "train": 5,  # strangers to each other
-    "study": 6, "bench": 6, "verify": 6,
+    "study": 6, "bench": 6, "doctor": 6, "verify": 6,
     "cli": 7,
 }  # fmt: skip
 TOP = {"__init__": "cli", "__main__": "cli"}  # the public face and the command line are one unit

@@ -10,14 +10,28 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from diffmoe_ep.cli import bench, capacity, compare, convert, data, evaluate, keys, plan, sample, train, verify, watch
+from diffmoe_ep.cli import (
+    bench,
+    capacity,
+    compare,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    keys,
+    plan,
+    sample,
+    train,
+    verify,
+    watch,
+)
 from diffmoe_ep.cli.options import Verb, build, declare
 from diffmoe_ep.config import ConfigError, UserError
 from diffmoe_ep.config import keys as all_keys
 from diffmoe_ep.config.names import hint
 from diffmoe_ep.processes import follow_launchers
 
-FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify)
+FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify, doctor)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
 GROUPS = {
     "capacity": "where a trained model spends its compute",
@@ -34,6 +48,7 @@ ELSEWHERE = {  # what verbs are called in other programs
     "bench": "benchmark measure profile",
     "compare": "diff table report",
     "watch": "monitor tail follow status dashboard top progress",
+    "doctor": "check diagnose diagnostics env environment info nccl",
     "import": "load from-pt",
     "export": "convert save to-pt",
 }

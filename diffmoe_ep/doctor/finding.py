@@ -8,7 +8,7 @@ from typing import Any, Literal
 from diffmoe_ep.tables import table
 
 State = Literal["ok", "note", "problem"]
-WORST: tuple[State, ...] = ("ok", "note", "problem")
+Operation = Literal["all-reduce", "all-to-all"]
 SCHEMA = 1  # of the JSON: rises when a field changes its meaning or goes
 NARROWEST, WIDEST = 72, 100  # columns of the page
 
@@ -35,7 +35,7 @@ class Speed:
 
     group: str  # which ranks
     ranks: int  # of each group
-    operation: Literal["all-reduce", "all-to-all"]
+    operation: Operation
     latency: float  # seconds of one with 8 bytes for each rank
     nbytes: int  # that each rank gave to the large one
     seconds: float  # of the large one, by the slowest rank
@@ -181,7 +181,7 @@ def _entry(mark: str, name: str, text: str, width: int, further: int = 0) -> lis
 
 
 def _speed_lines(speeds: Sequence[Speed]) -> list[str]:
-    rows = [("collectives", "ranks", "latency", "GB/s", "latency", "GB/s")]
+    rows: list[tuple[str, ...]] = [("collectives", "ranks", "latency", "GB/s", "latency", "GB/s")]
     for group in dict.fromkeys(speed.group for speed in speeds):
         both = {speed.operation: speed for speed in speeds if speed.group == group}
         cells = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from diffmoe_ep.doctor.finding import Finding, State
+from diffmoe_ep.doctor.finding import Finding
 from diffmoe_ep.tables import size
 
 _found = partial(Finding, "host")

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffmoe_ep.config import Config, ConfigError, check_world, num_tokens
 from diffmoe_ep.data.manifest import MANIFEST_NAME
 from diffmoe_ep.data.remote.fetch import is_remote, shown
-from diffmoe_ep.doctor.finding import Finding, State
+from diffmoe_ep.doctor.finding import Finding
 from diffmoe_ep.doctor.host import existing
 from diffmoe_ep.planner.layout import Layout
 from diffmoe_ep.planner.memory import memory

@@ -12,6 +12,7 @@ import psutil
 from diffmoe_ep.doctor.finding import Finding, State
 
 _found = partial(Finding, "network")
+Resolve = Callable[[str], list[str]]  # from a name to its addresses; OSError where it has none
 PORT = 29500  # where the first rank listens unless another is given
 
 
@@ -69,10 +70,8 @@ def check_interfaces(known: Sequence[Interface], variables: Mapping[str, str]) -
         yield _found("NCCL_SOCKET_IFNAME", "problem", f"{said}: no interface that is up has such a name", remedy)
 
 
-def check_names(host: str, several: bool, variables: Mapping[str, str], resolve: Callable[[str], list[str]]) -> Iterator[
-    Finding
-]:  # fmt: skip
-    """Whether this host's name, at which gloo listens unless it is told an interface, and MASTER_ADDR lead somewhere."""
+def check_names(host: str, several: bool, variables: Mapping[str, str], resolve: Resolve) -> Iterator[Finding]:
+    """Whether MASTER_ADDR leads somewhere, and this host's own name, at which gloo listens unless told an interface."""
     told = bool(variables.get("GLOO_SOCKET_IFNAME"))
     state: State = "problem" if several and not told else "note"
     remedy = (
@@ -142,8 +141,8 @@ SURPRISES = {
 
 
 def listening_addresses(
-    known: Sequence[Interface], variables: Mapping[str, str], host: str, with_nccl: bool, resolve: Callable[[str], list[str]]
-) -> dict[str, str]:  # fmt: skip
+    known: Sequence[Interface], variables: Mapping[str, str], host: str, with_nccl: bool, resolve: Resolve
+) -> dict[str, str]:
     """Where the ranks of this host will listen, and for which back end: gloo's address and, on GPUs, NCCL's."""
     usable = [one for one in known if one.is_up and one.addresses]
     named = variables.get("GLOO_SOCKET_IFNAME", "").split(",")[0]

@@ -98,7 +98,13 @@ def contact(address: str, port: int, word: str, seconds: float) -> Contact:
 def contacts(targets: Mapping[str, tuple[str, int, str]], seconds: float) -> dict[str, Contact]:
     """`contact` with several (address, port, word) by name, many at once."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(targets, pool.map(lambda target: contact(*target, seconds), targets.values()), strict=True))
+        return dict(
+            zip(
+                targets,
+                pool.map(lambda target: contact(target[0], target[1], target[2], seconds), targets.values()),
+                strict=True,
+            )
+        )
 
 
 def family(address: str) -> socket.AddressFamily:

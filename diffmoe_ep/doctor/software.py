@@ -8,9 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from torch.nn.functional import grouped_mm
 
 from diffmoe_ep import __version__
-from diffmoe_ep.doctor.finding import Finding, State
+from diffmoe_ep.doctor.finding import Finding
 
 _found = partial(Finding, "software")
 PROJECT = "diffmoe_ep"

@@ -5,17 +5,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 
-from diffmoe_ep.doctor.finding import Finding, Speed
+from diffmoe_ep.doctor.finding import Finding, Operation, Speed
 from diffmoe_ep.parallel.collectives import Group, all_to_all_even
 from diffmoe_ep.parallel.links import ranks_of, sum_in_place, wait_for_all
 from diffmoe_ep.parallel.mesh import Mesh
 
 SMALL_TURNS, LARGE_TURNS = 20, 5
 LARGE = {"cpu": 4 << 20, "cuda": 64 << 20}  # bytes that a rank gives
-OPERATIONS = ("all-reduce", "all-to-all")
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 SLOW_HOST, SLOW_NETWORK = 50e9, 5e9  # bytes per second of a GPU: PCIe in place of NVLink; TCP in place of InfiniBand
 
 _found = partial(Finding, "communication")
@@ -27,7 +28,7 @@ class Timed:
 
     group: str
     ranks: tuple[int, ...]
-    operation: str
+    operation: Operation
     latency: float
     nbytes: int
     seconds: float
@@ -56,7 +57,7 @@ def measure(mesh: Mesh, groups: Mapping[str, Group]) -> list[Timed]:
     return found
 
 
-def _seconds(mesh: Mesh, group: Group, operation: str, nbytes: int, turns: int, together: bool) -> float:
+def _seconds(mesh: Mesh, group: Group, operation: Operation, nbytes: int, turns: int, together: bool) -> float:
     """Seconds of one collective: the median of several, or, together, their mean one right behind the other."""
     x = torch.zeros(nbytes // 4, device=mesh.device)
     act: Callable[[], object] = partial(sum_in_place if operation == "all-reduce" else all_to_all_even, x, group)
@@ -92,9 +93,8 @@ def speeds(measured: Sequence[Sequence[Timed]]) -> list[Speed]:
     for (group, _), by_ranks in found.items():
         slowest = max(by_ranks.values(), key=lambda one: one.seconds)
         latency = max(one.latency for one in by_ranks.values())
-        operation = "all-reduce" if slowest.operation == "all-reduce" else "all-to-all"
         rows.append(
-            Speed(group, len(slowest.ranks), operation, latency, slowest.nbytes, slowest.seconds, slowest.ranks)
+            Speed(group, len(slowest.ranks), slowest.operation, latency, slowest.nbytes, slowest.seconds, slowest.ranks)
         )
     return rows
 

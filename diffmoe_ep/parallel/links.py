@@ -76,8 +76,8 @@ def try_pairs(mesh: Mesh, seconds: float) -> Tried:
     """Exchange a number with every other rank over the mesh's own back end; collective.
 
     Round k ends `seconds` times k + 1 after the start at the latest: who was held up in one round still comes in time
-    for the next, so that nobody is accused for another's fault. A rank stops after a second failure, and with NCCL, whose
-    queue a hanging exchange blocks, after the first.
+    for the next, so that nobody is accused for another's fault. A rank stops after a second failure, and with NCCL,
+    whose queue a hanging exchange blocks, after the first.
     """
     failed: dict[int, str] = {}
     start, most = time.monotonic(), 1 if mesh.device.type == "cuda" else 2
@@ -112,7 +112,7 @@ def _exchange(partner: int, mesh: Mesh, deadline: float) -> str | None:
 
 
 def _ended(work: dist.Work, device: torch.device, deadline: float) -> bool:
-    """Whether a transfer ends in time. Gloo's tells only by being waited for, NCCL's waits for nothing but its queue."""
+    """Whether a transfer ends in time. Gloo's only tells when it is waited for; NCCL's does not block the host."""
     if device.type == "cuda":
         while not work.is_completed():
             if time.monotonic() > deadline:

@@ -1,5 +1,5 @@
-"""Where ranks meet before they have a process group: a store at the first rank (or at torchrun), where each says what the
-others shall know.
+"""Where ranks meet before they have a process group: a store at the first rank (or at torchrun), where each says what
+the others shall know.
 
 A process group joins every rank with every other, and a pair that cannot reach each other keeps all waiting. Here each
 only has to reach the store, and who does not come in time is known by number.

@@ -73,8 +73,13 @@ def launched_rank(strict: bool = True) -> int:
     return _integer("RANK", 0, strict)
 
 
+def local_rank() -> int:
+    """This process's number on its host as the launcher tells it; 0 without one."""
+    return _integer("LOCAL_RANK", 0)
+
+
 def variables(*prefixes: str) -> dict[str, str]:
-    """What the environment says under names that begin so, for reports and for those who meet before there is a mesh."""
+    """What the environment says under names that begin so: for reports, and for ranks that meet without a mesh."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
