@@ -9,6 +9,7 @@ from diffmoe_ep.tables import table
 
 State = Literal["ok", "note", "problem"]
 Operation = Literal["all-reduce", "all-to-all"]
+SECTIONS = ("software", "devices", "host", "network", "run folder", "this config", "communication")
 SCHEMA = 1  # of the JSON: rises when a field changes its meaning or goes
 NARROWEST, WIDEST = 72, 100  # columns of the page
 
@@ -107,7 +108,7 @@ class Report:
         width = min(max(width, NARROWEST), WIDEST)
         merged = list(_merged(self.findings, self.hosts))
         page = [_title(self.hosts, self.ranks)]
-        for section in dict.fromkeys(finding.section for finding in merged):
+        for section in sorted({finding.section for finding in merged}, key=SECTIONS.index):
             rows = [finding for finding in merged if finding.section == section]
             page += ["", section]
             for finding in rows:
@@ -162,7 +163,7 @@ def _merged(findings: Sequence[Finding], hosts: Sequence[str]) -> Iterator[Findi
         if not first.host or len(hosts) == 1:
             yield from group
         elif len(group) == len(hosts):
-            end = "" if len(wordings) == 1 else f" ({first.host}; the other hosts are well, too)"
+            end = "" if len(wordings) == 1 else f" ({first.host}; others likewise)"
             yield replace(first, found=first.found + end)
         else:
             where = ", ".join(one.host for one in group[:4]) + (f" and {len(group) - 4} more" * (len(group) > 4))
@@ -192,7 +193,7 @@ def _speed_lines(speeds: Sequence[Speed]) -> list[str]:
         rows.append((group, str(both["all-reduce"].ranks), *cells))
     lines = table(rows, "<>", groups=(("", 2), ("all-reduce", 2), ("all-to-all", 2)))
     sent = speeds[0].nbytes / 2**20
-    return [*lines, f"GB/s: bus bandwidth one way, {sent:g} MiB a rank; of several groups the slowest"]
+    return [*lines, f"GB/s: bus bandwidth one way, {sent:.3g} MiB a rank; of several groups the slowest"]
 
 
 def _counted(number: int, word: str, plural: str = "s") -> str:

@@ -43,7 +43,7 @@ def cores(threads: int, ranks: int) -> Iterator[Finding]:
     number = min(float(allowed), quota or allowed)
     values = {"cores": number, "ranks": ranks, "threads": threads or None}
     text = f"{number:g}" + (f", of {allowed} by the container's quota" if quota and quota < allowed else "")
-    text += f" for {ranks} ranks of {threads} threads" if threads and ranks > 1 else ""
+    text += f" for {ranks} ranks, OMP_NUM_THREADS={threads}" if threads else ""
     if threads * ranks > max(number, ranks):
         remedy = f"export OMP_NUM_THREADS={max(1, int(number) // ranks)}; more threads than cores take turns"
         yield _found("cores", "note", text, remedy, values)
@@ -124,7 +124,7 @@ def build_locks(folders: Sequence[Path], now: float | None = None) -> Iterator[F
         yield _found("build locks", "ok", "none")
 
 
-def disk(name: str, folder: Path, needed: int = 0, what: str = "") -> Iterator[Finding]:
+def disk(name: str, folder: Path, needed: int = 0, what: str = "", section: str = "host") -> Iterator[Finding]:
     """Room in a folder, which may be yet to be made. needed: bytes that `what` will take."""
     there = existing(folder)
     space = os.statvfs(there)
@@ -134,13 +134,13 @@ def disk(name: str, folder: Path, needed: int = 0, what: str = "") -> Iterator[F
     values = {"path": str(there), "free_bytes": free, "total_bytes": total, "needed_bytes": needed or None}
     remedy = f"make room at {there}, or give another folder"
     if space.f_files and space.f_favail < 1000:
-        yield _found(name, "problem", f"{text}; room for {space.f_favail} more files only", remedy, values)
+        yield Finding(section, name, "problem", f"{text}; room for {space.f_favail} more files only", remedy, values)
     elif free < max(needed, 1e9):
-        yield _found(name, "problem", text, remedy, values)
+        yield Finding(section, name, "problem", text, remedy, values)
     elif free < 1e10 and not needed:
-        yield _found(name, "note", text, remedy, values)
+        yield Finding(section, name, "note", text, remedy, values)
     else:
-        yield _found(name, "ok", text, values=values)
+        yield Finding(section, name, "ok", text, values=values)
 
 
 def writable(folder: Path, now: float | None = None) -> Iterator[Finding]:
@@ -153,18 +153,18 @@ def writable(folder: Path, now: float | None = None) -> Iterator[Finding]:
             ahead = os.stat(file.name).st_mtime - before
     except OSError as error:
         remedy = "change its permissions, or give another folder with --run or folder=..."
-        yield _found("run folder", "problem", f"{there} cannot be written ({error.strerror})", remedy)
+        yield Finding("run folder", "writable", "problem", f"{there} cannot be written ({error.strerror})", remedy)
         return
     made = "" if there == folder.absolute() else "; it will be made there"
-    yield _found("run folder", "ok", f"{folder}: {there} can be written{made}")
+    yield Finding("run folder", "writable", "ok", f"{folder}: {there} can be written{made}")
     values = {"ahead_seconds": ahead}
     text = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this host's, for files in {there}"
     if abs(ahead) > 5:
         remedy = "let hosts and file server follow one clock (chrony or ntpd: timedatectl set-ntp true)"
         text += "; whether a run folder is in use is told by the time of its lock"
-        yield _found("its clock", "problem", text, remedy, values)
+        yield Finding("run folder", "clock", "problem", text, remedy, values)
     else:
-        yield _found("its clock", "ok", "this host's" if abs(ahead) < 0.5 else text, values=values)
+        yield Finding("run folder", "clock", "ok", "this host's" if abs(ahead) < 0.5 else text, values=values)
 
 
 def existing(folder: Path) -> Path:

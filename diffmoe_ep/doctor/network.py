@@ -73,21 +73,20 @@ def check_interfaces(known: Sequence[Interface], variables: Mapping[str, str]) -
 def check_names(host: str, several: bool, variables: Mapping[str, str], resolve: Resolve) -> Iterator[Finding]:
     """Whether MASTER_ADDR leads somewhere, and this host's own name, at which gloo listens unless told an interface."""
     told = bool(variables.get("GLOO_SOCKET_IFNAME"))
-    state: State = "problem" if several and not told else "note"
-    remedy = (
-        f"export GLOO_SOCKET_IFNAME with the interface to the other hosts, or give {host} its address in /etc/hosts"
-    )
+    state: State = "ok" if told else "problem" if several else "note"
+    remedy = "export GLOO_SOCKET_IFNAME with the interface to the other hosts, or give the host's name its address in "
+    remedy += "/etc/hosts"
     try:
         addresses = resolve(host)
     except OSError as error:
-        text = f"{host} does not resolve ({error.strerror})"
-        yield _found("own name", "ok" if told else state, text, "" if told else remedy, {"addresses": []})
+        text = f"does not resolve ({error.strerror})" + (", and nobody asks" if told else "")
+        yield _found("own name", state, text, "" if told else remedy, {"addresses": []})
     else:
         text, values = f"{host} is {', '.join(addresses)}", {"addresses": addresses}
         if told or not all(is_loopback(address) for address in addresses):
             yield _found("own name", "ok", text, values=values)
         elif several:
-            text += ", this host alone: gloo would listen where no other host comes"
+            text = f"means {', '.join(addresses)}, the host alone: gloo would listen where no other host comes"
             yield _found("own name", state, text, remedy, values)
         else:
             yield _found("own name", "ok", f"{text}: enough for one host, not for several", values=values)
@@ -99,7 +98,8 @@ def check_names(host: str, several: bool, variables: Mapping[str, str], resolve:
             text = f"{master} does not resolve here ({error.strerror})"
             yield _found("MASTER_ADDR", "problem", text, "give an address that all hosts reach with --master-addr")
         else:
-            yield _found("MASTER_ADDR", "ok", f"{master} is {', '.join(addresses)}", values={"addresses": addresses})
+            text = master if addresses == [master] else f"{master} is {', '.join(addresses)}"
+            yield _found("MASTER_ADDR", "ok", text, values={"addresses": addresses})
 
 
 def check_port(port: int) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ class Meeting:
     def __init__(self, store: dist.Store, rank: int, world: int, seconds: float) -> None:
         self.store, self.rank, self.world, self.seconds = store, rank, world, seconds
         self.calls = 0
+        self.expected = list(range(world))  # who once did not come is not waited for again
 
     @classmethod
     def join(cls, seconds: float) -> Self:
@@ -74,6 +75,8 @@ class Meeting:
         else:
             self._wait([key], (seconds or self.seconds) + GRACE_SECONDS)
             found = dict(json.loads(self.store.get(key)))
+            if self.rank not in found:
+                raise ConfigError(f"rank {self.rank} came later than the others waited; see what rank 0 says")
         return found
 
     def collect(self, value: Any, seconds: float | None = None) -> dict[int, Any]:
@@ -87,18 +90,22 @@ class Meeting:
         return str(self.calls)
 
     def _collected(self, key: str, seconds: float) -> dict[int, Any]:
-        deadline = time.monotonic() + seconds
-        keys = {rank: f"{key}/{rank}" for rank in range(self.world)}
-        there = dict(keys) if self._came(list(keys.values()), deadline - time.monotonic()) else {
-            rank: one for rank, one in keys.items() if self.store.check([one])
-        }  # fmt: skip
-        return {rank: json.loads(self.store.get(one)) for rank, one in there.items()}
+        keys = {rank: f"{key}/{rank}" for rank in self.expected}
+        if not self._came(list(keys.values()), seconds):
+            keys = {rank: one for rank, one in keys.items() if self.store.check([one])}
+        self.expected = list(keys)
+        return {rank: json.loads(self.store.get(one)) for rank, one in keys.items()}
 
     def _came(self, keys: Sequence[str], seconds: float) -> bool:
-        try:
-            self.store.wait(list(keys), datetime.timedelta(seconds=max(seconds, 0.001)))
-        except dist.DistStoreError:
-            return False
+        """Whether all of these are there in time. By asking again and again: a store that is told to wait for them
+        warns of each that does not come.
+        """
+        deadline, pause = time.monotonic() + seconds, 0.01
+        while not self.store.check(list(keys)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.25)
         return True
 
     def _wait(self, keys: Sequence[str], seconds: float) -> None:
