@@ -13,7 +13,7 @@ _found = partial(Finding, "communication")
 def pairs(bad: Mapping[tuple[int, int], str], hosts: Mapping[int, str], world: int) -> Iterator[Finding]:
     """The pairs of ranks that do not reach each other, with the reason; that all do, if there are none."""
     for (low, high), reason in list(bad.items())[:SHOWN_PAIRS]:
-        text = f"ranks {low} ({hosts[low]}) and {high} ({hosts[high]}): {reason}"
+        text = f"ranks {low} ({hosts[low]}) and {high} ({hosts[high]}): {reason}; what these two had left was not tried"
         remedy = "look at the link between them: nvidia-smi topo -m on one host, ibstat and the firewall between two"
         yield _found("pair of ranks", "problem", text, remedy, {"ranks": [low, high], "reason": reason})
     if len(bad) > SHOWN_PAIRS:

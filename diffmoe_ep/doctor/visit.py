@@ -68,6 +68,7 @@ def examine_hosts(patient: Patient, started: float, show: Callable[[Report], Non
         if rank == 0:
             show(report)  # before the others leave: a launcher ends all its ranks once one has left with an error
         is_well = visit.meeting.gather(report.is_well)[0]
+        visit.meeting.part()
     except ConfigError as error:  # of this rank alone: the first one does not know why it is missing
         if rank == 0 or local_rank() == 0:
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
@@ -368,8 +369,12 @@ class Visit:
     def _guard(self, name: str, seconds: float) -> Iterator[None]:
         def give_up() -> None:
             if self.is_first:
-                text = f"ranks do not come out of it in {seconds:g} s"
-                self.findings.append(_found(name, "problem", text, STUCK_REMEDY))
+                said = self.meeting.peek()
+                inside = [rank for rank in range(self.meeting.world) if rank not in said]
+                text = f"{listed(inside)} of {self.meeting.world} did not come out of it in {seconds:g} s"
+                for rank, problem in said.items():
+                    text += f"; rank {rank} on {self.host_of(rank)}: {problem}" if problem else ""
+                self.findings.append(_found(name, "problem", text, STUCK_REMEDY, {"ranks": inside}))
                 self.show(self.report())
             _leave()
 

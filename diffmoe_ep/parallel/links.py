@@ -76,22 +76,18 @@ def try_pairs(mesh: Mesh, seconds: float) -> Tried:
     """Exchange a number with every other rank over the mesh's own back end; collective.
 
     Round k ends `seconds` times k + 1 after the start at the latest: who was held up in one round still comes in time
-    for the next, so that nobody is accused for another's fault. A rank stops after a second failure, and with NCCL,
-    whose queue a hanging exchange blocks, after the first.
+    for the next, so that nobody is accused for another's fault. A rank stops after its first failure: in NCCL's queue
+    all else would wait behind the hanging exchange, and gloo closes a rank's other pairs with the one that timed out.
     """
-    failed: dict[int, str] = {}
-    start, most = time.monotonic(), 1 if mesh.device.type == "cuda" else 2
-    rounds = rounds_of(mesh.size)
+    start, rounds = time.monotonic(), rounds_of(mesh.size)
     for number, pairs in enumerate(rounds):
         for pair in pairs:
             if mesh.rank in pair:
                 partner = pair[pair[0] == mesh.rank]
                 problem = _exchange(partner, mesh, start + (number + 1) * seconds)
                 if problem is not None:
-                    failed[partner] = problem
-        if len(failed) == most:
-            return Tried(failed, number + 1)
-    return Tried(failed, len(rounds))
+                    return Tried({partner: problem}, number + 1)
+    return Tried({}, len(rounds))
 
 
 def _exchange(partner: int, mesh: Mesh, deadline: float) -> str | None:

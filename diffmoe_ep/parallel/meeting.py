@@ -84,6 +84,15 @@ class Meeting:
         key = self._say(value)
         return self._collected(key, seconds or self.seconds) if self.rank == 0 else {}
 
+    def peek(self) -> dict[int, Any]:
+        """What the others have said already in the call that this rank has not come to."""
+        keys = {rank: f"{self.calls + 1}/{rank}" for rank in self.expected}
+        return {rank: json.loads(self.store.get(key)) for rank, key in keys.items() if self.store.check([key])}
+
+    def part(self) -> None:
+        """Leave, the first rank last: the store is its own."""
+        self.collect(None)
+
     def _say(self, value: Any) -> str:
         self.calls += 1
         self.store.set(f"{self.calls}/{self.rank}", json.dumps(value))

@@ -12,7 +12,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 
 
 
 def test_a_machine_without_gpus_is_well(tmp_path: Path) -> None:
-    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
         found = [*devices.gpus(driver=tmp_path / "none"), *devices.nccl({}, []), *devices.infiniband(tmp_path / "none")]
     assert {one.state for one in found} == {"ok"}
     assert all(one.found.startswith("none") for one in found)
@@ -21,7 +21,10 @@ def test_a_machine_without_gpus_is_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("cuda", "state"), [(None, "note"), ("13.0", "problem")])
 def test_a_gpu_that_torch_does_not_see(tmp_path: Path, cuda: str | None, state: str) -> None:
     (tmp_path / "version").write_text(DRIVER)
-    with mock.patch.object(torch.cuda, "is_available", lambda: False), mock.patch.object(torch.version, "cuda", cuda):
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=False),
+        mock.patch.object(torch.version, "cuda", cuda),
+    ):
         (found,) = devices.gpus(driver=tmp_path / "version")
     assert found.state == state
     assert "470.57.02" in found.found
@@ -43,8 +46,8 @@ def test_adapters_and_ports(tmp_path: Path) -> None:
 def test_settings_of_nccl() -> None:
     said = {"NCCL_IB_HCA": "bnxt", "NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "0"}
     with (
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda.nccl, "version", lambda: (2, 27, 5)),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda.nccl, "version", return_value=(2, 27, 5)),
     ):
         found = {one.name: one for one in devices.nccl(said, ["mlx5_0"])}
     assert {name: one.state for name, one in found.items()} == {

@@ -3,9 +3,8 @@
 import os
 import resource
 import time
-from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -13,7 +12,13 @@ import pytest
 from diffmoe_ep.doctor import host
 from diffmoe_ep.doctor.finding import Finding
 
-Space = namedtuple("Space", "f_frsize f_blocks f_bavail f_files f_favail")
+
+class Space(NamedTuple):
+    f_frsize: int
+    f_blocks: int
+    f_bavail: int
+    f_files: int
+    f_favail: int
 
 
 def one(findings: Any, name: str) -> Finding:
@@ -26,7 +31,7 @@ def one(findings: Any, name: str) -> Finding:
 def space(total: int, free: int, files: int = 10**6) -> Any:
     """A file system of this size, whichever is asked for."""
     made = Space(4096, total // 4096, free // 4096, 10**6, files)
-    return mock.patch.object(os, "statvfs", lambda _: made)
+    return mock.patch.object(os, "statvfs", return_value=made)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +62,9 @@ def test_limits() -> None:
     states = {found.name: found.state for found in host.limits(True, low)}
     assert states == {"open files": "note", "processes": "note", "locked memory": "problem"}
     assert one(host.limits(False, low), "locked memory").state == "ok"  # nothing locks it without InfiniBand
-    with mock.patch.object(host, "_limit", lambda _: None):
+    with mock.patch.object(host, "_limit", return_value=None):
         assert {found.state for found in host.limits(True, high)} == {"ok"}
-    with mock.patch.object(host, "_limit", lambda _: 100):  # of the control group
+    with mock.patch.object(host, "_limit", return_value=100):  # of the control group
         assert "100 processes" in one(host.limits(True, high), "processes").found
 
 
@@ -105,7 +110,7 @@ def test_a_file_server_with_another_clock(tmp_path: Path) -> None:
 
 def test_more_threads_than_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    with mock.patch.object(host, "_quota", lambda: None):
+    with mock.patch.object(host, "_quota", return_value=None):
         assert one(host.cores(0, 4), "cores").state == "ok"
         found = one(host.cores(cores, 2), "cores")
     assert found.state == "note"

@@ -56,7 +56,7 @@ def test_apex_is_nvidias_or_is_not_counted(tmp_path: Path, files: list[str], ext
 
 
 def test_without_apex_torch_does_the_work() -> None:
-    with mock.patch.object(software, "find_spec", lambda _: None):
+    with mock.patch.object(software, "find_spec", return_value=None):
         (found,) = software.apex()
     assert found.state == "ok"
     assert found.found.startswith("none")
@@ -65,14 +65,14 @@ def test_without_apex_torch_does_the_work() -> None:
 def test_grouped_matmul_is_tried() -> None:
     device = torch.device("cpu")
     assert software.grouped(device).state == "ok"
-    with mock.patch.object(software, "grouped_mm", lambda rows, weight, offs: torch.zeros(48, 16)):
+    with mock.patch.object(software, "grouped_mm", return_value=torch.zeros(48, 16)):
         assert software.grouped(device).state == "problem"
     with mock.patch.object(software, "grouped_mm", side_effect=RuntimeError("not on this device")):
         assert "not on this device" in software.grouped(device).found
 
 
 def test_no_compiler() -> None:
-    with mock.patch.object(software.shutil, "which", lambda _: None):
+    with mock.patch.object(software.shutil, "which", return_value=None):
         found = software.compiler(torch.device("cpu"))
     assert found.state == "note"
     assert "g++" in found.remedy
