@@ -17,7 +17,6 @@ import torch
 from packaging.requirements import Requirement
 from torch.nn.functional import grouped_mm
 
-from diffmoe_ep import __version__
 from diffmoe_ep.doctor.finding import Finding
 
 _found = partial(Finding, "software")
@@ -36,7 +35,7 @@ def versions(requirements: Sequence[str] | None = None) -> Iterator[Finding]:
             PROJECT, "note", f"{__version__}, not installed as a package", "pip install -e . -c constraints.txt"
         )
         return
-    installed = {"python": platform.python_version(), PROJECT: __version__}
+    installed = {"python": platform.python_version(), PROJECT: _version(PROJECT)}
     for text in named or ():
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):

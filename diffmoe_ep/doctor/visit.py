@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,10 @@ import torch
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.doctor import host, network
-from diffmoe_ep.doctor.between import SHOWN_PAIRS, differences, listed, pairs, remedy_of
+from diffmoe_ep.doctor.between import clocks, differences, listed, pairs, reached
 from diffmoe_ep.doctor.examine import Patient, host_findings
 from diffmoe_ep.doctor.finding import Finding, Report, Speed
-from diffmoe_ep.doctor.reach import Contact, Listener, contacts, skew
+from diffmoe_ep.doctor.reach import AT_ONCE, Contact, Listener, contacts
 from diffmoe_ep.doctor.speed import Timed, check_speeds, groups_of, measure, speeds
 from diffmoe_ep.parallel.links import Tried, accused, host_groups, try_pairs
 from diffmoe_ep.parallel.meeting import Meeting
@@ -39,7 +39,6 @@ from diffmoe_ep.train.preflight import check_shared
 
 CONNECT_SECONDS = 5.0  # between two hosts
 LOOK_SECONDS = 120.0  # that looking at a host may take, imports from a busy network disk included
-CLOCK_NOTE, CLOCK_PROBLEM = 1.0, 5.0  # seconds between clocks
 _found = partial(Finding, "communication")
 
 
@@ -188,104 +187,61 @@ class Visit:
 
     def reach(self) -> bool:
         """Connect every host with every other; whether all can, on every rank alike."""
-        rank = self.meeting.rank
-        said, listeners, problem = variables("GLOO_", "NCCL_"), list[Listener](), ""
-        mine: dict[str, Any] = {}
-        if rank in self.speakers and len(self.speakers) > 1:
-            known, on_gpus = network.interfaces(), self.patient.kind == "cuda"
-            word = secrets.token_hex(8)
-            for address, purpose in network.listening_addresses(
-                known, said, platform.node(), on_gpus, network.resolved
-            ).items():
-                try:
-                    listeners.append(Listener(address, word).__enter__())
-                except OSError as error:
-                    problem = f"{address}, where {purpose} will listen, is not this host's ({error.strerror})"
-                else:
-                    mine[address] = (listeners[-1].port, word, purpose)
-        places = self.meeting.gather({"places": mine, "problem": problem})
-        targets = {
-            f"{other} {address}": (address, port, word)
-            for other in self.speakers
-            if other != rank and rank in self.speakers
-            for address, (port, word, _) in places[other]["places"].items()
-        }
-        tried = {name: asdict(one) for name, one in contacts(targets, CONNECT_SECONDS).items()} if targets else {}
-        wait = self.patient.seconds + CONNECT_SECONDS * (1 + len(targets) // 16)
-        came = self.meeting.gather(tried, wait)
-        for listener in listeners:
-            listener.__exit__()
-        unable = {other: place["problem"] for other, place in places.items() if place["problem"]}
+        with ExitStack() as listening:
+            places, problem = self._listen(listening)
+            said = self.meeting.gather({"places": places, "problem": problem})
+            if self._lost(said):
+                return False
+            targets = {
+                f"{other} {address}": (address, port, word)
+                for other in self.speakers
+                if other != self.meeting.rank and self.meeting.rank in self.speakers
+                for address, (port, word, _) in said[other]["places"].items()
+            }
+            mine = {name: asdict(one) for name, one in contacts(targets, CONNECT_SECONDS).items()}
+            came = self.meeting.gather(mine, self.patient.seconds + CONNECT_SECONDS * (1 + len(targets) // AT_ONCE))
+        if self._lost(came):
+            return False
         made = {
             (one, int(name.split()[0]), name.split()[1]): Contact(**contact)
             for one, its in came.items()
             for name, contact in its.items()
         }
-        failed = {key: one.problem for key, one in made.items() if one.problem}
+        unable = {other: place["problem"] for other, place in said.items() if place["problem"]}
         if self.is_first and len(self.speakers) > 1:
             purposes = {
                 (other, address): place[2]
                 for other in self.speakers
-                for address, place in places[other]["places"].items()
+                for address, place in said[other]["places"].items()
             }
-            self.findings += self._reached(made, failed, unable, purposes)
-            self.findings += self._clocks(made)
-        return not failed and not unable
+            self.findings += reached(made, unable, purposes, self.names)
+            self.findings += clocks(made, self.names)
+        return not unable and not any(one.problem for one in made.values())
 
-    def _reached(
-        self,
-        made: Mapping[tuple[int, int, str], Contact],
-        failed: Mapping[tuple[int, int, str], str],
-        unable: Mapping[int, str],
-        purposes: Mapping[tuple[int, str], str],
-    ) -> Iterator[Finding]:
-        for rank, problem in unable.items():
-            remedy = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or give the host its address in /etc/hosts"
-            yield _found("pair of hosts", "problem", f"{self.names[rank]}: {problem}", remedy)
-        ways: dict[tuple[int, str, str], list[int]] = {}
-        for (one, other, address), reason in failed.items():
-            ways.setdefault((other, address, reason), []).append(one)
-        for (other, address, reason), ones in list(ways.items())[:SHOWN_PAIRS]:
-            who = ", ".join(self.names[one] for one in ones[:4]) + f" and {len(ones) - 4} more" * (len(ones) > 4)
-            text = f"{who} {'do' if len(ones) > 1 else 'does'} not reach {self.names[other]} at {address}, where "
-            text += f"{purposes[other, address]} listens: {reason}"
-            values = {"from": [self.names[one] for one in ones], "to": self.names[other], "address": address}
-            yield _found("pair of hosts", "problem", text, remedy_of(reason, address), values | {"reason": reason})
-        if len(ways) > SHOWN_PAIRS:
-            rest = sorted({self.names[other] for other, _, _ in list(ways)[SHOWN_PAIRS:]})
-            text = f"nor are {', '.join(rest[:SHOWN_PAIRS])}{', ...' * (len(rest) > SHOWN_PAIRS)} reached by all"
-            yield _found("pair of hosts", "problem", text, "mend the first ones first", {"to": rest})
-        if not failed and not unable:
-            slowest = max(made, key=lambda key: made[key].seconds)
-            text = (
-                f"each of {len(self.speakers)} reaches each other, in {made[slowest].seconds * 1e6:,.0f} us there and "
-            )
-            text += f"back at most ({self.names[slowest[0]]} to {self.names[slowest[1]]})"
-            yield _found("hosts", "ok", text, values={"seconds": made[slowest].seconds})
-        else:
-            text = "ranks do not join: they would wait for those pairs"
-            yield _found("collectives", "note", f"not measured; {text}", "mend what is named above, and start again")
+    def _listen(self, listening: ExitStack) -> tuple[dict[str, tuple[int, str, str]], str]:
+        """Listen where this host's ranks will: by address the port, the word to answer with, and who will listen
+        there; and why that cannot be done. Nothing on ranks that do not speak for their host.
+        """
+        places: dict[str, tuple[int, str, str]] = {}
+        if self.meeting.rank not in self.speakers or len(self.speakers) == 1:
+            return places, ""
+        known, said, problem = network.interfaces(), variables("GLOO_", "NCCL_"), ""
+        word, on_gpus = secrets.token_hex(8), self.patient.kind == "cuda"
+        addresses = network.listening_addresses(known, said, platform.node(), on_gpus, network.resolved)
+        for address, purpose in addresses.items():
+            try:
+                places[address] = listening.enter_context(Listener(address, word)).port, word, purpose
+            except OSError as error:
+                problem = f"{address}, where {purpose} will listen, is not this host's ({error.strerror})"
+        return places, problem
 
-    def _clocks(self, made: Mapping[tuple[int, int, str], Contact]) -> Iterator[Finding]:
-        """From what the first host saw of the others' clocks."""
-        first = self.speakers[0]
-        seen = {other: one for (asked, other, _), one in made.items() if asked == first and not one.problem}
-        if not seen:
-            return
-        ranks, ahead = [first, *seen], [0.0, *(one.ahead for one in seen.values())]
-        number, by = skew(ahead)
-        exact = max(one.seconds for one in seen.values()) / 2
-        who = self.names[ranks[number]]
-        values = {"ahead_seconds": {self.names[rank]: one for rank, one in zip(ranks, ahead, strict=True)}}
-        text = f"that of {who} is {abs(by):.3g} s {'ahead of' if by > 0 else 'behind'} the others"
-        remedy = (
-            f"let {who} follow the others' clock (chrony or ntpd: timedatectl set-ntp true): launchers and locks of "
-        )
-        remedy += "run folders go by it"
-        if abs(by) > CLOCK_NOTE:
-            yield _found("clocks", "problem" if abs(by) > CLOCK_PROBLEM else "note", text, remedy, values)
-        else:
-            yield _found("clocks", "ok", f"within {max(abs(by), exact) * 1e3:.2g} ms", values=values)
+    def _lost(self, said: Mapping[int, Any]) -> bool:
+        """Whether ranks that had come have left since."""
+        gone = [rank for rank in self.guests if rank not in said]
+        if gone and self.is_first:
+            text = f"{listed(gone)} came, and left or fell silent before all were done"
+            self.findings.append(_found("ranks", "problem", text, "see what they print", {"missing": gone}))
+        return bool(gone)
 
     # 4. all together
 
@@ -301,7 +257,8 @@ class Visit:
         folder = patient.folder
         if folder is not None and len(self.speakers) > 1:
             self._phase("shared folder", lambda: self._shared(folder, mesh))
-        tried = self._phase("pairs of ranks", lambda: try_pairs(mesh, min(10.0, patient.seconds)), factor=4)
+        most = 4 * patient.seconds + 0.2 * world  # each broken pair stops two ranks, who stop two each, and so on
+        tried = self._phase("pairs of ranks", lambda: try_pairs(mesh, min(10.0, patient.seconds)), most)
         all_tried = self.meeting.gather(None if tried is None else [list(tried.failed.items()), tried.rounds])
         known = [Tried(dict(said[0]), said[1]) if said else Tried({}, 0) for said in all_tried.values()]
         bad = accused(known)
@@ -313,7 +270,7 @@ class Visit:
         groups = self._phase("groups", lambda: host_groups(mesh, list(hosts.values()), minutes))
         if groups is None:
             return
-        timed = self._phase("collectives", lambda: measure(mesh, groups_of(mesh, *groups)), factor=4)
+        timed = self._phase("collectives", lambda: measure(mesh, groups_of(mesh, *groups)), 4 * patient.seconds)
         rows = self.meeting.collect([asdict(one) for one in timed or ()], patient.seconds)
         measured = [[Timed(**one | {"ranks": tuple(one["ranks"])}) for one in said] for said in rows.values()]
         if self.is_first and measured:
@@ -343,17 +300,17 @@ class Visit:
         if self.is_first:
             self.findings.append(finding)
 
-    def _phase(self, name: str, act: Callable[[], Any], factor: float = 2.0) -> Any:
+    def _phase(self, name: str, act: Callable[[], Any], seconds: float | None = None) -> Any:
         """What every rank does together; None, on this rank, where it fails. If it does not end in time, the first rank
         shows what is known and says who is stuck, and all leave.
         """
-        problem, result = "", None
-        with self._guard(name, self.patient.seconds * factor):
+        problem, result, most = "", None, seconds or 2 * self.patient.seconds
+        with self._guard(name, most):
             try:
                 result = act()
             except (ConfigError, RuntimeError) as error:
                 problem = str(error).splitlines()[0] or type(error).__name__
-        said = self.meeting.gather(problem, self.patient.seconds * factor)
+        said = self.meeting.gather(problem, most)
         wrong = {rank: text for rank, text in said.items() if text}
         away = [rank for rank in range(self.meeting.world) if rank not in said]
         if self.is_first and (wrong or away):
@@ -361,9 +318,10 @@ class Visit:
             text = f"rank {rank} on {self.host_of(rank)}: {wrong.get(rank, 'does not come out of it')}"
             text += f" (and {len(wrong) + len(away) - 1} more ranks)" if len(wrong) + len(away) > 1 else ""
             self.findings.append(_found(name, "problem", text, STUCK_REMEDY, {"ranks": [*wrong, *away]}))
-        if away:
+        if wrong or away:
             self.stuck = True
-        return None if wrong or away else result
+            return None
+        return result
 
     @contextmanager
     def _guard(self, name: str, seconds: float) -> Iterator[None]:

@@ -75,16 +75,16 @@ def rounds_of(world: int) -> list[list[tuple[int, int]]]:
 def try_pairs(mesh: Mesh, seconds: float) -> Tried:
     """Exchange a number with every other rank over the mesh's own back end; collective.
 
-    Round k ends `seconds` times k + 1 after the start at the latest: who was held up in one round still comes in time
-    for the next, so that nobody is accused for another's fault. A rank stops after its first failure: in NCCL's queue
-    all else would wait behind the hanging exchange, and gloo closes a rank's other pairs with the one that timed out.
+    A pair has `seconds`. A rank stops after its first failure: in NCCL's queue all else would wait behind the hanging
+    exchange, and gloo closes a rank's other pairs with the one that timed out. `accused` tells such pairs from those of
+    ranks that had stopped.
     """
-    start, rounds = time.monotonic(), rounds_of(mesh.size)
+    rounds = rounds_of(mesh.size)
     for number, pairs in enumerate(rounds):
         for pair in pairs:
             if mesh.rank in pair:
                 partner = pair[pair[0] == mesh.rank]
-                problem = _exchange(partner, mesh, start + (number + 1) * seconds)
+                problem = _exchange(partner, mesh, time.monotonic() + seconds)
                 if problem is not None:
                     return Tried({partner: problem}, number + 1)
     return Tried({}, len(rounds))
