@@ -122,12 +122,12 @@ class Report:
             for number, finding in enumerate(listed, 1):
                 page += _entry(f"{number}.", finding.name, finding.found, width)
                 page += _entry("", "", f"-> {finding.remedy}", width, further=3)
-        return [*page, "", self._sum()]
+        return [*page, "", self._sum(merged)]
 
-    def _sum(self) -> str:
+    def _sum(self, merged: Sequence[Finding]) -> str:
         checks = f"{len(self.findings)} checks on {_counted(len(self.hosts), 'host')} in {self.seconds:.1f} s"
-        counts = [(len(self.of("problem")), "problem"), (len(self.of("note")), "note")]
-        said = ", ".join(_counted(number, word) for number, word in counts if number)
+        counts = [(state, sum(finding.state == state for finding in merged)) for state in ("problem", "note")]
+        said = ", ".join(_counted(number, word) for word, number in counts if number)
         return f"{checks}: {said or 'all is well'}"
 
 
@@ -164,7 +164,8 @@ def _merged(findings: Sequence[Finding], hosts: Sequence[str]) -> Iterator[Findi
             yield from group
         elif len(group) == len(hosts):
             end = "" if len(wordings) == 1 else f" ({first.host}; others likewise)"
-            yield replace(first, found=first.found + end)
+            everywhere = "" if first.state == "ok" else "on all hosts: "
+            yield replace(first, found=everywhere + first.found + end)
         else:
             where = ", ".join(one.host for one in group[:4]) + (f" and {len(group) - 4} more" * (len(group) > 4))
             yield replace(first, found=f"{where}: {first.found}")
@@ -182,7 +183,7 @@ def _entry(mark: str, name: str, text: str, width: int, further: int = 0) -> lis
 
 
 def _speed_lines(speeds: Sequence[Speed]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("collectives", "ranks", "latency", "GB/s", "latency", "GB/s")]
+    rows: list[tuple[str, ...]] = [("collectives", "ranks", "latency", "bus GB/s", "latency", "bus GB/s")]
     for group in dict.fromkeys(speed.group for speed in speeds):
         both = {speed.operation: speed for speed in speeds if speed.group == group}
         cells = [
@@ -193,7 +194,7 @@ def _speed_lines(speeds: Sequence[Speed]) -> list[str]:
         rows.append((group, str(both["all-reduce"].ranks), *cells))
     lines = table(rows, "<>", groups=(("", 2), ("all-reduce", 2), ("all-to-all", 2)))
     sent = speeds[0].nbytes / 2**20
-    return [*lines, f"GB/s: bus bandwidth one way, {sent:.3g} MiB a rank; of several groups the slowest"]
+    return [*lines, f"bus GB/s: what a link carries one way, {sent:.3g} MiB a rank; of several groups the slowest"]
 
 
 def _counted(number: int, word: str, plural: str = "s") -> str:

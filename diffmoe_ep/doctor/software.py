@@ -31,9 +31,7 @@ def versions(requirements: Sequence[str] | None = None) -> Iterator[Finding]:
     try:
         named = metadata.requires(PROJECT) if requirements is None else requirements
     except metadata.PackageNotFoundError:
-        yield _found(
-            PROJECT, "note", f"{__version__}, not installed as a package", "pip install -e . -c constraints.txt"
-        )
+        yield _found(PROJECT, "note", "not installed as a package", "pip install -e . -c constraints.txt")
         return
     installed = {"python": platform.python_version(), PROJECT: _version(PROJECT)}
     for text in named or ():

@@ -25,6 +25,11 @@ def test_versions_are_those_that_are_required() -> None:
     assert "pip install 'no-such-thing>=1'" in found["no-such-thing"].remedy
 
 
+def test_a_project_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "PROJECT", "no-such-project")
+    assert faults(software.versions())["no-such-project"].state == "note"
+
+
 def test_training_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_for_doctor.py").write_text("raise ImportError('libcudart.so.12: no such file')")
     monkeypatch.syspath_prepend(str(tmp_path))
