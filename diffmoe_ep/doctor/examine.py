@@ -119,9 +119,10 @@ def build_folders(said: Mapping[str, str]) -> list[Path]:
 def in_use(folder: Path) -> Iterator[Finding]:
     """Whether a training has the run folder."""
     found = Finding("run folder", "in use", "ok", "by no training")
-    if (who := holder(folder)) is not None:
+    if (who := holder(folder)) is not None and who.is_alive:
+        told = f"process {who.process} on {who.host} has trained there since {who.since}"
         remedy = "wait for its end, stop it, or give another folder"
-        found = replace(found, state="note", found=who, remedy=remedy)
+        found = replace(found, state="note", found=told, remedy=remedy)
     yield found
 
 
