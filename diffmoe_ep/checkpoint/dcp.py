@@ -5,18 +5,21 @@ Errors here are ValueErrors; torch.distributed.checkpoint carries them to all ra
 they are about.
 """
 
+import contextlib
 import dataclasses
 import enum
+import hashlib
 import io
 import math
+import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -176,11 +179,17 @@ class FragmentLoadPlanner(LoadPlanner):
 
 
 class ChunkWriter(FileSystemWriter):
-    """Knows which files this rank wrote, and leaves this machine's paths out of the checkpoint."""
+    """Knows which files this rank wrote, with their sizes and checksums, and leaves this machine's paths out of the
+    checkpoint.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True)
-        self.written: list[str] = []
+    def __init__(self, folder: Path, on_host: bool) -> None:
+        """on_host: the tensors lie in host memory, and nothing is fetched ahead from a device: a thread beside the
+        training has no business with it.
+        """
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0 if on_host else 10_000_000)
+        self.fs = self.files = _HashedFiles()
+        self.written: dict[str, Sum] = {}
 
     def storage_meta(self) -> StorageMeta:
         """Nothing about where or by whom."""
@@ -195,8 +204,51 @@ class ChunkWriter(FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from None
-        self.written = sorted({result.storage_data.relative_path for result in future.value()})
+        self.written = {
+            name: self.files.sums[name] for name in {each.storage_data.relative_path for each in future.value()}
+        }
         return future
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """What was written to a file, before it went to the disk."""
+
+    size: int
+    digest: str  # sha256
+
+
+class _HashedFiles(FileSystem):
+    """Opens files whose content is hashed on its way to the disk."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Sum] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file; its sum is known once it is closed."""
+        with Path(path).open(mode) as file:
+            hashed = _Hashed(file)
+            yield cast(io.IOBase, hashed)
+        self.sums[Path(path).name] = Sum(hashed.size, hashed.sha.hexdigest())
+
+
+class _Hashed:
+    """As much of a file as its writers ask for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.sha = file, 0, hashlib.sha256()
+        self.flush, self.fileno, self.close = file.flush, file.fileno, file.close
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write and hash."""
+        self.sha.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
 
 
 class ChunkReader(FileSystemReader):

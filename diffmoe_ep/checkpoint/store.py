@@ -1,5 +1,4 @@
-"""Checkpoint folders: written by all ranks beside the final name, checked, then renamed, so that whatever has its name
-is complete.
+"""Checkpoint folders: found, verified and read, by one process or by all ranks; `saving` writes them.
 
     checkpoints/step-0000600/    .metadata and __R_0.distcp (torch.distributed.checkpoint), meta.json (progress),
                                  SHA256SUMS
@@ -12,13 +11,10 @@ unpickled but `.metadata`, with a short list of allowed classes, and no file out
 
 import hashlib
 import json
-import os
-import platform
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from diffmoe_ep.checkpoint.dcp import (
-    ChunkReader,
-    ChunkWriter,
-    FragmentLoadPlanner,
-    FragmentSavePlanner,
-    kinds,
-    read_metadata,
-)
+from diffmoe_ep.checkpoint.dcp import ChunkReader, FragmentLoadPlanner, kinds, read_metadata
 from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.config import UserError
 
@@ -58,50 +47,6 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint whose files are not those that were saved; an older one may be sound."""
 
 
-def save(
-    root: Path,
-    step: int,
-    fragments: Sequence[Fragment],
-    meta: dict[str, Any],
-    *,
-    group: dist.ProcessGroup | None = None,
-    rank: int = 0,
-    world: int = 1,
-    keep_last: int = 2,
-    keep_every: int = 0,
-) -> Path:
-    """Write what all ranks' fragments make up as `root/step-...` and return that folder once it is complete, on every
-    rank.
-
-    Every element of every tensor has to be given by exactly one rank. `meta` (rank 0's) has to fit into JSON. What was
-    written is read back, by the first rank's view of the file system and by another rank than wrote it, before the
-    folder gets its name. Then, of the folders up to this step, the last `keep_last` stay and, unless `keep_every` is 0,
-    those whose step it divides. Raises CheckpointError on all ranks if one fails; `latest` then still names a complete
-    checkpoint, and no older one was removed.
-    """
-    assert keep_last >= 1, keep_last
-    final = root / f"step-{step:07d}"
-    partial = final.with_name(final.name + PARTIAL)
-    ranks = _Ranks(group, world, f"cannot save the checkpoint {final}")
-    text = ranks.together(lambda: _prepare(root, partial, step, meta) if rank == 0 else "")[0]
-    writer = ChunkWriter(partial)
-    with ranks.errors():
-        dcp.save(
-            {}, storage_writer=writer, planner=FragmentSavePlanner(fragments), process_group=group, no_dist=world == 1
-        )
-    written = ranks.together(lambda: {name: _Written.of(partial / name) for name in writer.written})
-    ranks.together(lambda: _read_back(partial, written, rank))
-
-    def publish() -> None:
-        if rank == 0:
-            sums = {name: file.digest for files in written for name, file in files.items()}
-            _publish(final, partial, text, sums)
-            _retire(root, step, keep_last, keep_every)
-
-    ranks.together(publish)
-    return final
-
-
 def load(
     folder: Path,
     fragments: Sequence[Fragment],
@@ -118,7 +63,7 @@ def load(
     every tensor of the checkpoint. Raises CheckpointError, the same on all ranks.
     """
     rank = dist.get_rank(group) if world > 1 else 0
-    ranks = _Ranks(group, world, f"cannot load the checkpoint {folder}")
+    ranks = Ranks(group if world > 1 else None, world, f"cannot load the checkpoint {folder}")
     found: list[Metadata] = []
     held = {fragment.name for fragment in fragments}
     ranks.together(lambda: found.append(_compared(folder, fragments)))
@@ -132,9 +77,8 @@ def load(
         ranks.together(lambda: _verify(folder, _files(metadata)[rank::world]))
     with ranks.errors():
         planner = FragmentLoadPlanner(fragments, metadata)
-        dcp.load(
-            {}, storage_reader=ChunkReader(folder, metadata), planner=planner, process_group=group, no_dist=world == 1
-        )
+        reader = ChunkReader(folder, metadata)
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=ranks.group, no_dist=ranks.alone)
 
 
 def verify(folder: Path, rank: int = 0, world: int = 1) -> None:
@@ -183,7 +127,7 @@ def latest(root: Path) -> Path | None:
     """The newest complete checkpoint in a `checkpoints` folder: the one that the file `latest` names, else that of the
     highest step.
     """
-    return next((folder for folder in newest_first(root) if _complete(folder)), None)
+    return next((folder for folder in newest_first(root) if is_complete(folder)), None)
 
 
 def newest_first(root: Path) -> list[Path]:
@@ -191,7 +135,7 @@ def newest_first(root: Path) -> list[Path]:
     file `latest` names before the older ones; all of them where it names none. Those of later steps are left by a run
     that went back.
     """
-    folders, pointer = _steps(root), root / LATEST
+    folders, pointer = steps_in(root), root / LATEST
     named = STEP.fullmatch(_line(pointer)) if pointer.is_file() else None
     newest = int(named[1]) if named and int(named[1]) in folders else max(folders, default=0)
     return [folders[step] for step in sorted(folders, reverse=True) if step <= newest]
@@ -208,7 +152,7 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(
             f"{path} was not finished when its run ended: name another checkpoint, or the run folder for its newest one"
         )
-    found = path if _complete(path) else latest(path / "checkpoints") or latest(path)
+    found = path if is_complete(path) else latest(path / "checkpoints") or latest(path)
     if found is None:
         state = "holds no complete checkpoint" if path.is_dir() else "is not a folder"
         looked = (
@@ -218,115 +162,22 @@ def resolve(path: Path) -> Path:
     return found
 
 
-# ---- Steps of saving, all on rank 0 ----
-
-
-def _prepare(root: Path, partial: Path, step: int, meta: dict[str, Any]) -> str:
-    """Make an empty folder to write to, free of what killed saves left, and return the text of its meta.json."""
-    text = json.dumps({"format": FORMAT, "step": step, "meta": meta}, indent=2) + "\n"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(exist_ok=True)
-    return text
-
-
-def _read_back(partial: Path, written: Sequence[Mapping[str, "_Written"]], rank: int) -> None:
-    """Look at what all ranks wrote: the first rank at every file's size, every rank at the content of its neighbor's
-    files.
-    """
-    for files in written if rank == 0 else ():
-        for name, file in files.items():
-            found = (partial / name).stat().st_size if (partial / name).is_file() else None
-            if found != file.size:
-                seen = "does not see it" if found is None else f"sees {found:,} bytes of it"
-                raise CheckpointError(
-                    f"{partial}: {file.host} wrote {name}, {file.size:,} bytes, and {platform.node()} {seen}. The run "
-                    "folder has to lie on one file system that all hosts see; nothing was replaced"
-                )
-    for name, file in written[(rank + 1) % len(written)].items():
-        if _sha256(partial / name) != file.digest:
-            raise CheckpointError(f"{partial / name} does not hold what {file.host} wrote: the disk loses data")
-
-
-def _publish(final: Path, partial: Path, text: str, sums: dict[str, str]) -> None:
-    """Complete the folder, give it its name, and let `latest` name it, each step on disk before the next."""
-    _write(partial / META, text)
-    sums = {**sums, METADATA: _sha256(partial / METADATA), META: _sha256(partial / META)}
-    _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-    _sync(partial)
-    if final.exists():  # the same step once more: a folder cannot be renamed onto another
-        _discard(final)
-    partial.rename(final)
-    _sync(final.parent)
-    aside = final.with_name(LATEST + PARTIAL)
-    _write(aside, final.name + "\n")
-    aside.replace(final.with_name(LATEST))
-    _sync(final.parent)
-
-
-def _retire(root: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Remove old checkpoints; those of later steps, left by a run that went back, are not for us to judge."""
-    folders = _steps(root)
-    older = sorted(number for number, folder in folders.items() if number < step and _complete(folder))
-    for number in older[: max(0, len(older) - (keep_last - 1))]:
-        if not keep_every or number % keep_every:
-            _discard(folders[number])
-
-
-def _discard(folder: Path) -> None:
-    """Take the name from a folder before removing it, so that a half-removed one never counts as complete."""
-    aside = folder.with_name(f"{folder.name}.old{PARTIAL}")
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)  # what resists (a file open on a network disk) goes at the next save
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file through to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A file as the rank that wrote it sees it."""
-
-    host: str
-    size: int
-    digest: str
-
-    @classmethod
-    def of(cls, path: Path) -> "_Written":
-        return cls(platform.node(), path.stat().st_size, _sha256(path))
-
-
 # ---- What is in a folder, and whether it is what was saved ----
 
 
-def _steps(root: Path) -> dict[int, Path]:
+def steps_in(root: Path) -> dict[int, Path]:
     """The folders of checkpoints in a folder, by step."""
     matches = ((STEP.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ()))
     return {int(match[1]): path for match, path in matches if match and path.is_dir()}
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (METADATA, META, SUMS))
 
 
 def _sums(folder: Path) -> dict[str, str]:
     """The checkpoint's list of files: name -> sha256, in the manner of the program `sha256sum`."""
-    if not _complete(folder):
+    if not is_complete(folder):
         raise DamagedCheckpointError(
             f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one"
         )
@@ -349,7 +200,7 @@ def _verify(folder: Path, names: Sequence[str]) -> None:
     """Compare files with their checksums."""
     sums = _sums(folder)
     for name in names:
-        if not (folder / name).is_file() or _sha256(folder / name) != sums.get(name):
+        if not (folder / name).is_file() or sha256(folder / name) != sums.get(name):
             raise DamagedCheckpointError(_damaged(folder, name))
 
 
@@ -357,7 +208,7 @@ def _files(metadata: Metadata) -> list[str]:
     return sorted({place.relative_path for place in metadata.storage_data.values()})
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -402,7 +253,7 @@ def _another(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Ranks:
+class Ranks:
     """The ranks that save or load together."""
 
     group: dist.ProcessGroup | None
@@ -411,6 +262,11 @@ class _Ranks:
     """How many they are; with one, no process group is needed."""
     what: str
     """How the message of a failure begins."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is one process that talks to nobody, not even to itself over a group."""
+        return self.world == 1 and self.group is None
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Run the action on every rank and return all results; if one fails all raise its error, so that none waits for
@@ -422,7 +278,7 @@ class _Ranks:
         try:
             result = action()
         except Exception as error:  # whatever it is, the others have to hear of it; it is raised below
-            cause, message = error, self._message(error)
+            cause, message = error, self.message(error)
         everyone = [(message, result)] * self.world
         if self.world > 1:
             dist.all_gather_object(everyone, (message, result), group=self.group)
@@ -435,16 +291,18 @@ class _Ranks:
     def errors(self) -> Iterator[None]:
         """Turn what torch.distributed.checkpoint raises, on all ranks alike, into a CheckpointError."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            with warnings.catch_warnings() if self.alone else nullcontext():  # not beside other threads: it is global
+                if self.alone:
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
                 yield
         except CheckpointException as failure:
             cause = failure.failures[min(failure.failures)][0]
             if not isinstance(cause, Exception):  # an interrupt is no fault of the checkpoint
                 raise cause from None
-            raise CheckpointError(self._message(cause), everywhere=True) from failure
+            raise CheckpointError(self.message(cause), everywhere=True) from failure
 
-    def _message(self, error: Exception) -> str:
+    def message(self, error: Exception) -> str:
+        """What is said of a failure."""
         if isinstance(error, CheckpointError):
             return str(error)
         if isinstance(error, OSError):

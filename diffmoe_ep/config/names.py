@@ -157,6 +157,10 @@ MEANINGS = {
         "the number of steps between checkpoints",
         "save_every ckpt_every save_interval save_steps checkpoint_every checkpointing_steps save_freq",
     ),
+    "checkpoint.background": (
+        "writing checkpoints beside the training",
+        "async async_save async_checkpoint async_checkpointing checkpoint.async save_async async_mode",
+    ),
     "checkpoint.keep_last": (
         "the number of newest checkpoints that are kept",
         "save_total_limit keep_last_k max_checkpoints checkpoints_total_limit",

@@ -385,6 +385,10 @@ class CheckpointConfig:
     minutes: float = reporting(
         0.0, "most minutes between checkpoints, by the first rank's clock, at the end of a step; 0 = none", NON_NEGATIVE
     )
+    background: bool = execution(
+        True,
+        "training waits only for a copy in host memory, and goes on while it is written; false: until all is written",
+    )
     grace_seconds: float = execution(
         60.0,
         "a run that gets SIGTERM, SIGUSR1 or Ctrl-C ends its step, saves and leaves with exit code 75; after this time "

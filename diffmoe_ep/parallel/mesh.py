@@ -156,6 +156,12 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     return Mesh(everyone, experts, replicas, pool, control, where, hosts[rank])
 
 
+def another_group(mesh: Mesh, timeout_minutes: float) -> Group:
+    """All ranks once more, by gloo, for a thread that talks while the training does; collective."""
+    handle = dist.new_group(timeout=datetime.timedelta(minutes=timeout_minutes), backend="gloo")
+    return Group(mesh.size, mesh.rank, handle, mesh.world.nodes)
+
+
 def destroy_mesh() -> None:
     """Leave the process group, so that a process can end (or a test start again) cleanly."""
     if not dist.is_initialized():

@@ -16,7 +16,9 @@ from diffmoe_ep.planner.plan import plan
 T = TypeVar("T")
 
 # Metrics of the machine, not of the run: in these alone two runs of one config may differ.
-MACHINE_METRICS = ("time", "samples_per_second", "data_wait", "seconds", "eta_seconds", "mfu", "peak_memory_gb")
+MACHINE_METRICS = (
+    "time", "samples_per_second", "data_wait", "save_stall_ms", "seconds", "eta_seconds", "mfu", "peak_memory_gb",
+)  # fmt: skip
 
 # Makers' peaks of dense bf16 matmuls in TFLOP/s, by part of the device's name; the first that matches counts.
 PEAK_TFLOPS = {
@@ -40,7 +42,7 @@ class Clock:
 
     def __init__(self, step: int) -> None:
         self.started = self.mark = time.monotonic()
-        self.paused = self.waited = 0.0
+        self.paused = self.waited = self.stalled = 0.0
         self.first = self.step = step
 
     def wait(self, get: Callable[[], T]) -> T:
@@ -56,11 +58,18 @@ class Clock:
         work()
         self.paused += time.monotonic() - begin
 
+    def stall(self, save: Callable[[], None]) -> float:
+        """`pause` for a save; returns the seconds that it kept training."""
+        before = self.paused
+        self.pause(save)
+        self.stalled += self.paused - before
+        return self.paused - before
+
     def lap(self, step: int, train: TrainConfig) -> dict[str, Any]:
         """Speed since the last lap, and start anew; time left by the run's pace since it (re)started, pauses included.
 
-        time: now, in UTC (ISO 8601); samples_per_second over all ranks; data_wait: share of the time; seconds since the
-        start, eta_seconds to the end.
+        time: now, in UTC (ISO 8601); samples_per_second over all ranks; data_wait: share of the time; save_stall_ms:
+        what saves kept training, if there were any; seconds since the start, eta_seconds to the end.
         """
         now = time.monotonic()
         spent = max(now - self.mark - self.paused, 1e-9)
@@ -72,7 +81,9 @@ class Clock:
             "seconds": now - self.started,
             "eta_seconds": pace * (train.steps - step),
         }
-        self.mark, self.paused, self.waited, self.step = now, 0.0, 0.0, step
+        if self.stalled:
+            result["save_stall_ms"] = 1000 * self.stalled
+        self.mark, self.paused, self.waited, self.stalled, self.step = now, 0.0, 0.0, 0.0, step
         return result
 
 

@@ -41,7 +41,7 @@ class Stopping:
         self.config, self.mesh = config, mesh
         self.told = False  # whether this rank got a signal
         self.stops = False  # whether the ranks have agreed to stop
-        self.last_step, self.last_time = step, time.monotonic()  # of the newest checkpoint
+        self.last_step, self.last_time = step, time.monotonic()  # of the newest complete one; of when one was taken
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -52,18 +52,22 @@ class Stopping:
     def __exit__(self, *_: object) -> None:
         self._restore.close()
 
-    def agree(self) -> bool:
-        """Whether a checkpoint is due whatever the step: because all stop, or by the first rank's clock; collective,
-        once after each step.
+    def agree(self, failed: bool = False) -> bool:
+        """Whether a checkpoint is due whatever the step: because all stop, by the first rank's clock, or because the
+        one before has failed on a rank, which all hear when they save; collective, once after each step.
         """
         clock = self.mesh.is_first and 0 < 60 * self.config.minutes <= time.monotonic() - self.last_time
-        wish = largest(STOP if self.told else SAVE if clock else NOTHING, self.mesh.control)
+        wish = largest(STOP if self.told else SAVE if clock or failed else NOTHING, self.mesh.control)
         self.stops = wish == STOP
         return wish != NOTHING
 
+    def saves(self) -> None:
+        """Note that a checkpoint is taken now."""
+        self.last_time = time.monotonic()
+
     def saved(self, step: int) -> None:
-        """Note that this step is saved."""
-        self.last_step, self.last_time = step, time.monotonic()
+        """Note that the checkpoint of this step is complete."""
+        self.last_step = step
 
     def part(self, step: int, steps: int, folder: Path) -> None:
         """Say where a stopped run stands, and leave no rank before it is said: launchers end all once one has left;

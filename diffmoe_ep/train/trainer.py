@@ -10,6 +10,7 @@ their timeout.
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmoe_ep.checkpoint.background import Saver
 from diffmoe_ep.checkpoint.fragments import Fragment, not_finite
 from diffmoe_ep.checkpoint.load import config_of, fragments, persistent_buffers
 from diffmoe_ep.checkpoint.same_run import recipe_changes
-from diffmoe_ep.checkpoint.store import load, read_meta, save
+from diffmoe_ep.checkpoint.store import load, read_meta
 from diffmoe_ep.config import Config, ConfigError, check_world, fit_world, has_experts, pool_samples, to_tree
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.info import DataInfo
@@ -144,6 +146,9 @@ class Trainer:
         self.utilization = Utilization(config, mesh)
         self.num_bad = 0  # samples that were replaced, on all ranks, as far as logged
 
+        # -- saving ----------------------------------------------------------------------------------------------------
+        self.saver = Saver(self.folder.checkpoints, config.checkpoint, mesh, config.parallel.timeout_minutes)
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
@@ -156,11 +161,11 @@ class Trainer:
         boards = Boards(config, self.mesh, self.step)
         clock = Clock(self.step)
         trace = StepTrace(config.log.profile, self.folder.path, self.mesh, clock)
-        with Stopping(config.checkpoint, self.mesh, self.step) as stopping:
+        with Stopping(config.checkpoint, self.mesh, self.step) as stopping, self.saver:
             while self.step < config.train.steps and not stopping.stops:
                 with self.traffic.step(), trace.step(self.step + 1):
                     measured = self.train_step(clock)
-                saves = stopping.agree() or self.due(config.checkpoint.every)
+                saves = stopping.agree(self.saver.failed) or self.due(config.checkpoint.every)
                 # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one.
                 if self.due(config.log.every) or saves:
                     metrics = self.measure(measured)
@@ -173,12 +178,13 @@ class Trainer:
                         progress.show(metrics)
                         boards.write(metrics)
                 if saves:
-                    clock.pause(self.save)
-                    stopping.saved(self.step)
+                    stopping.saves()
+                    clock.stall(lambda: self.save(stopping.saved))
                 if config.sample.grid_every and self.due(config.sample.grid_every):
                     clock.pause(self.sample_grid)
                     boards.picture("grid", self.folder.grid(self.step), self.step * config.train.global_batch)
             trace.close()
+            self.saver.finish()
             self.stream.close()
             finished = self.step == config.train.steps
             if metrics_file is not None and progress is not None:
@@ -288,8 +294,9 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, then: Callable[[int], None]) -> None:
         """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank; collective.
+        Calls `then` with the step when it is complete: in the background, after this has returned.
 
         Raises ConfigError, on every rank alike, when one of them is not finite: the step's loss, which was, belongs to
         the weights before its update. The newest checkpoint stays.
@@ -313,11 +320,9 @@ class Trainer:
             "text_encoder": self.conditioner.encoder_fingerprint,
             "ancestry": self.warm_start.ancestry,
             "recipe": [asdict(change) for change in self.recipe],
+            "ranks": mesh.size,
         }
-        save(
-            self.folder.checkpoints, self.step, pieces, meta, group=mesh.world.handle, rank=mesh.rank, world=mesh.size,
-            keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
-        )  # fmt: skip
+        self.saver.save(self.step, pieces, meta, then)
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint's state into this rank's shards, whatever layout wrote it; collective."""

@@ -12,7 +12,8 @@ import torch
 from diffmoe_ep.checkpoint.exported import load_exported, save_exported
 from diffmoe_ep.checkpoint.load import fragments, load_into, persistent_buffers
 from diffmoe_ep.checkpoint.same_run import check_starts
-from diffmoe_ep.checkpoint.store import CheckpointError, save
+from diffmoe_ep.checkpoint.saving import save
+from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT

@@ -11,7 +11,8 @@ import torch
 from config.other_values import two_configs
 from diffmoe_ep.checkpoint.fragments import whole
 from diffmoe_ep.checkpoint.same_run import RecipeChange, check_continues, check_same_data, recipe_changes
-from diffmoe_ep.checkpoint.store import CheckpointError, save
+from diffmoe_ep.checkpoint.saving import save
+from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import Config, Key, flat, keys, to_tree
 
 pytestmark = pytest.mark.slow

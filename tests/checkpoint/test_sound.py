@@ -1,11 +1,13 @@
 """A run goes on from the newest checkpoint that is as it was saved; damaged newer ones are told and kept."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from diffmoe_ep.checkpoint import store
+from diffmoe_ep.checkpoint import saving, store
+from diffmoe_ep.checkpoint.dcp import ChunkWriter
 from diffmoe_ep.checkpoint.fragments import Fragment, not_finite, whole
 from diffmoe_ep.checkpoint.sound import newest_sound, set_aside
 from diffmoe_ep.checkpoint.store import CheckpointError
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 def three(root: Path) -> list[Path]:
     """Checkpoints of steps 1 to 3; newest last."""
-    return [store.save(root, step, [whole("x", torch.full((100,), step))], {}, keep_last=3) for step in (1, 2, 3)]
+    return [saving.save(root, step, [whole("x", torch.full((100,), step))], {}, keep_last=3) for step in (1, 2, 3)]
 
 
 FILES = [".metadata", "SHA256SUMS", "__0_0.distcp", "meta.json"]
@@ -75,7 +77,7 @@ def on_ranks(rank: int, root: Path) -> tuple[Path | None, dict[Path, str]]:
     mesh = init_mesh(1, 1, 1.0)
     for step in (1, 2):
         half = Fragment("x", (2, 100), 100 * rank, torch.full((100,), float(step)))
-        folder = store.save(root, step, [half], {}, rank=rank, world=2)
+        folder = saving.save(root, step, [half], {}, rank=rank, world=2)
     if rank == 0:
         content = (folder / "__1_0.distcp").read_bytes()
         (folder / "__1_0.distcp").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -90,17 +92,18 @@ def test_ranks_look_at_their_shares_and_agree(tmp_path: Path) -> None:
 
 
 def test_what_a_disk_loses_while_saving_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = store.save(tmp_path, 1, [whole("x", torch.ones(100))], {}, keep_last=1)
-    original = store._Written.of
+    first = saving.save(tmp_path, 1, [whole("x", torch.ones(100))], {}, keep_last=1)
+    original = ChunkWriter.write_data
 
-    def loses(path: Path) -> store._Written:
-        seen = original(path)
+    def loses(self: ChunkWriter, *args: Any) -> Any:
+        written = original(self, *args)
+        path = Path(self.path) / "__0_0.distcp"
         path.write_bytes(path.read_bytes()[:-4] + b"lost")
-        return seen
+        return written
 
-    monkeypatch.setattr(store._Written, "of", loses)
+    monkeypatch.setattr(ChunkWriter, "write_data", loses)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp does not hold what .* wrote"):
-        store.save(tmp_path, 2, [whole("x", torch.zeros(100))], {}, keep_last=1)
+        saving.save(tmp_path, 2, [whole("x", torch.zeros(100))], {}, keep_last=1)
     assert store.latest(tmp_path) == first and newest_sound(tmp_path, Mesh()) == (first, {})
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from diffmoe_ep.checkpoint import store
+from diffmoe_ep.checkpoint import saving, store
 from diffmoe_ep.checkpoint.dcp import MetadataUnpickler
 from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.checkpoint.store import CheckpointError
@@ -69,7 +69,7 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     saved = values()
-    folder = store.save(tmp_path / "checkpoints", 600, fragments(saved), {"samples": 76800, "rate": 1e-3})
+    folder = saving.save(tmp_path / "checkpoints", 600, fragments(saved), {"samples": 76800, "rate": 1e-3})
     assert folder == tmp_path / "checkpoints" / "step-0000600"
     assert store.read_meta(folder) == {"format": 1, "step": 600, "meta": {"samples": 76800, "rate": 1e-3}}
     assert store.tensors(folder) == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
@@ -83,12 +83,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_saving_and_loading_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        store.read(store.save(tmp_path, 1, fragments(values()), {}), ["step"])
+        store.read(saving.save(tmp_path, 1, fragments(values()), {}), ["step"])
     assert capfd.readouterr() == ("", "")
 
 
 def test_only_the_elements_asked_for_are_written(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, [whole("x", torch.arange(60.0).view(3, 4, 5))], {})
+    folder = saving.save(tmp_path, 1, [whole("x", torch.arange(60.0).view(3, 4, 5))], {})
     room = torch.full((60,), -1.0)
     store.load(folder, [Fragment("x", (3, 4, 5), 7, room[7:33]), Fragment("x", (3, 4, 5), 40, room[40:41])])
     inside = [*range(7, 33), 40]
@@ -97,7 +97,7 @@ def test_only_the_elements_asked_for_are_written(tmp_path: Path) -> None:
 
 def test_plain_torch_reads_logical_tensors(tmp_path: Path) -> None:
     saved = values()
-    folder = store.save(tmp_path, 1, fragments(saved), {})
+    folder = saving.save(tmp_path, 1, fragments(saved), {})
     state = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that there is no process group
@@ -106,7 +106,7 @@ def test_plain_torch_reads_logical_tensors(tmp_path: Path) -> None:
 
 
 def test_the_folder_names_neither_paths_nor_machines(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     assert not [path.name for path in folder.iterdir() if str(tmp_path).encode() in path.read_bytes()]
     assert sorted(path.name for path in folder.iterdir()) == [".metadata", "SHA256SUMS", "__0_0.distcp", "meta.json"]
 
@@ -116,46 +116,46 @@ def test_the_folder_names_neither_paths_nor_machines(tmp_path: Path) -> None:
     "pieces", [[(0, 5)], [(1, 6)], [(0, 4), (3, 6)], [(0, 6), (0, 6)], [(0, 6), (2, 4)], []], ids=str
 )
 def test_every_element_is_given_once(tmp_path: Path, pieces: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    kept = store.save(tmp_path, 1, fragments(values()), {})
+    kept = saving.save(tmp_path, 1, fragments(values()), {})
     parts = [Fragment("x", (2, 3), start, torch.zeros(stop - start, dtype=dtype)) for start, stop in pieces or [(0, 0)]]
     with pytest.raises(
         CheckpointError, match=r"cannot save the checkpoint .*step-0000002: of x, torch.\w+ of shape \(2, 3\), elements"
     ):
-        store.save(tmp_path, 2, parts, {})
+        saving.save(tmp_path, 2, parts, {})
     assert store.latest(tmp_path) == kept
     assert not (tmp_path / "step-0000002").exists()
 
 
 def test_scalars_are_given_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="elements 0 to 0 are given twice"):
-        store.save(tmp_path, 2, [whole("x", torch.zeros(())), whole("x", torch.zeros(()))], {})
+        saving.save(tmp_path, 2, [whole("x", torch.zeros(())), whole("x", torch.zeros(()))], {})
 
 
 def test_one_tensor_has_one_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x is torch.float64 of shape .* on rank 0 and torch.float32"):
-        store.save(
+        saving.save(
             tmp_path, 2, [Fragment("x", (2,), 0, torch.zeros(1)), Fragment("x", (2,), 1, torch.zeros(1).double())], {}
         )
 
 
 def test_keeps_the_last_and_every_so_many(tmp_path: Path) -> None:
     for step in range(100, 1000, 100):
-        store.save(tmp_path, step, fragments(values()), {}, keep_last=2, keep_every=400)
+        saving.save(tmp_path, step, fragments(values()), {}, keep_last=2, keep_every=400)
     assert steps(tmp_path) == [400, 800, 900]
-    store.save(tmp_path, 1000, fragments(values()), {}, keep_last=1)
+    saving.save(tmp_path, 1000, fragments(values()), {}, keep_last=1)
     assert steps(tmp_path) == [1000]
 
 
 def test_a_run_that_went_back_keeps_its_own(tmp_path: Path) -> None:
     for step in (100, 200, 300, 150, 250):
-        newest = store.save(tmp_path, step, fragments(values(step)), {}, keep_last=2)
+        newest = saving.save(tmp_path, step, fragments(values(step)), {}, keep_last=2)
         assert store.latest(tmp_path) == newest
     assert steps(tmp_path) == [200, 250, 300]
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     for seed in (1, 2):
-        folder = store.save(tmp_path, 100, fragments(values(seed)), {"seed": seed})
+        folder = saving.save(tmp_path, 100, fragments(values(seed)), {"seed": seed})
     assert store.read_meta(folder)["meta"] == {"seed": 2}
     assert same(store.read(folder, list(values())), values(2))
     assert steps(tmp_path) == [100]
@@ -177,7 +177,7 @@ def dying(moment: int, root: Path, step: int) -> None:
 
     for place, name in ((os, "fsync"), (os, "unlink"), (Path, "rename"), (Path, "replace"), (Path, "mkdir")):
         setattr(place, name, deadly(getattr(place, name)))
-    store.save(root, step, fragments(values(step)), {}, keep_last=2)
+    saving.save(root, step, fragments(values(step)), {}, keep_last=2)
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path: Path, again: bool)
     context = multiprocessing.get_context("fork")
     outcomes = []
     for step in (1, 2):
-        store.save(tmp_path / "before", step, fragments(values(step)), {})
+        saving.save(tmp_path / "before", step, fragments(values(step)), {})
     for moment in range(100):
         root = Path(shutil.copytree(tmp_path / "before", tmp_path / str(moment)))
         process = context.Process(target=dying, args=(moment, root, 2 if again else 3))
@@ -197,7 +197,7 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path: Path, again: bool)
         assert found is not None
         step = store.read_meta(found)["step"]
         assert same(store.read(found, list(values())), values(step))
-        store.save(root, 4, fragments(values(4)), {})
+        saving.save(root, 4, fragments(values(4)), {})
         assert store.latest(root) == root / "step-0000004"
         assert len(steps(root)) == 2
         if process.exitcode == 0:
@@ -210,7 +210,7 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path: Path, again: bool)
 def test_latest_falls_back_to_the_newest_complete_folder(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     assert store.latest(root) is None
-    first, second = (store.save(root, step, fragments(values()), {}) for step in (9, 10))
+    first, second = (saving.save(root, step, fragments(values()), {}) for step in (9, 10))
     pointer = root / "latest"
     assert pointer.read_text() == "step-0000010\n"
     pointer.write_text("step-0000009\n")
@@ -227,7 +227,7 @@ def test_latest_falls_back_to_the_newest_complete_folder(tmp_path: Path) -> None
 
 def test_resolve(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    folder = store.save(run / "checkpoints", 7, fragments(values()), {})
+    folder = saving.save(run / "checkpoints", 7, fragments(values()), {})
     assert store.resolve(run) == store.resolve(run / "checkpoints") == store.resolve(folder) == folder
     elsewhere = Path(shutil.copytree(folder, tmp_path / "best"))
     assert store.resolve(elsewhere) == elsewhere
@@ -262,7 +262,7 @@ def test_resolve(tmp_path: Path) -> None:
 def test_another_model_is_refused_before_anything_is_written(
     tmp_path: Path, change: dict[str, torch.Tensor], message: str
 ) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     state = {name: torch.zeros_like(tensor) for name, tensor in values().items()} | change
     with pytest.raises(CheckpointError, match=f"step-0000001 is a checkpoint of another model or optimizer: {message}"):
         store.load(folder, [whole(name, tensor) for name, tensor in state.items() if tensor is not None])
@@ -272,7 +272,7 @@ def test_another_model_is_refused_before_anything_is_written(
 
 
 def test_a_part_is_loaded_if_asked_so(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     weight = torch.zeros(5, 7)
     store.load(folder, [whole("model.weight", weight)], allow_extra=True)
     assert torch.equal(weight, values()["model.weight"])
@@ -281,7 +281,7 @@ def test_a_part_is_loaded_if_asked_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".metadata", "SHA256SUMS", "__0_0.distcp", "meta.json"])
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])
 def test_damage_is_noticed(tmp_path: Path, name: str, fault: str) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     path = folder / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -307,7 +307,7 @@ class Forged:
 
 
 def test_a_forged_description_runs_no_code(tmp_path: Path) -> None:
-    folder = store.save(tmp_path / "checkpoints", 1, fragments(values()), {})
+    folder = saving.save(tmp_path / "checkpoints", 1, fragments(values()), {})
     rewrite(folder, ".metadata", pickle.dumps(Forged(tmp_path / "proof")))
     with pytest.raises(CheckpointError, match=r"step-0000001: its .metadata cannot be read: it asks for posix.mkdir"):
         store.load(folder, [])
@@ -326,7 +326,7 @@ class ByName(pickle.Pickler):
 
 
 def test_a_description_by_an_early_python_3_11_is_read(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     metadata, file = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load(), io.BytesIO()
     ByName(file).dump(metadata)
     assert b"getattr" in file.getvalue()
@@ -356,14 +356,14 @@ def test_getattr_reaches_nothing_but_members(thing: Any, name: str) -> None:
     ],
 )
 def test_anything_else_is_no_description(tmp_path: Path, content: bytes) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     rewrite(folder, ".metadata", content)
     with pytest.raises(CheckpointError, match=r"step-0000001: its .metadata (cannot be read|does not describe)"):
         store.tensors(folder)
 
 
 def test_a_description_leads_to_no_other_file(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     metadata = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     for place in metadata.storage_data.values():
         place.relative_path = "../step-0000001/__0_0.distcp"
@@ -373,7 +373,7 @@ def test_a_description_leads_to_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_description_with_gaps_is_refused(tmp_path: Path) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     metadata = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     metadata.state_dict_metadata["model.weight"].chunks.pop()
     rewrite(folder, ".metadata", pickle.dumps(metadata))
@@ -384,7 +384,7 @@ def test_a_description_with_gaps_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_are_no_pickles_either(tmp_path: Path) -> None:
-    folder = store.save(tmp_path / "checkpoints", 1, [whole("x", torch.zeros(2))], {})
+    folder = saving.save(tmp_path / "checkpoints", 1, [whole("x", torch.zeros(2))], {})
     buffer = io.BytesIO()
     torch.save(Forged(tmp_path / "proof"), buffer)
     metadata = MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
@@ -406,7 +406,7 @@ def test_tensors_are_no_pickles_either(tmp_path: Path) -> None:
     ],
 )
 def test_other_formats_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    folder = store.save(tmp_path, 1, fragments(values()), {})
+    folder = saving.save(tmp_path, 1, fragments(values()), {})
     rewrite(folder, "meta.json", content.encode())
     with pytest.raises(CheckpointError, match=message):
         store.load(folder, [], allow_extra=True)
@@ -417,4 +417,4 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"cannot save the checkpoint .*/file/checkpoints/step-0000001: .*Not a directory"
     ):
-        store.save(tmp_path / "file" / "checkpoints", 1, fragments(values()), {})
+        saving.save(tmp_path / "file" / "checkpoints", 1, fragments(values()), {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from diffmoe_ep.checkpoint import store
+from diffmoe_ep.checkpoint import saving, store
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, shard_of, whole
 from diffmoe_ep.checkpoint.store import CheckpointError
 from ranks import run
@@ -77,7 +77,7 @@ def reshard(rank: int, world: int, expert: int, source: Path | None, root: Path)
     )
     if source is not None:
         store.load(source, held, world=world)
-    store.save(root, 5, given(held, rank, world, expert), {"world": world}, rank=rank, world=world)
+    saving.save(root, 5, given(held, rank, world, expert), {"world": world}, rank=rank, world=world)
     return held
 
 
@@ -111,7 +111,7 @@ def failures(rank: int, root: Path) -> dict[str, str]:
 
     def attempt(name: str, *fragments: Fragment, meta: object = 1, step: int = 2) -> None:
         with pytest.raises(CheckpointError) as caught:
-            store.save(root, step, fragments, {"meta": meta}, rank=rank, world=2)
+            saving.save(root, step, fragments, {"meta": meta}, rank=rank, world=2)
         messages[name] = str(caught.value)
         assert store.latest(root) == first
 
@@ -120,7 +120,7 @@ def failures(rank: int, root: Path) -> dict[str, str]:
             store.load(folder, [fragment], world=2)
         messages[name] = str(caught.value)
 
-    first = store.save(root, 1, [half], {}, rank=rank, world=2)
+    first = saving.save(root, 1, [half], {}, rank=rank, world=2)
     attempt("overlap", whole("x", torch.zeros(3)))
     attempt("scalar overlap", whole("x", torch.zeros(())))
     attempt("gap", half if rank == 0 else Fragment("x", half.shape, 100_001, half.data[1:]))
@@ -132,7 +132,7 @@ def failures(rank: int, root: Path) -> dict[str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     attempt("disk", half)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    second = store.save(root, 2, [half], {}, rank=rank, world=2)
+    second = saving.save(root, 2, [half], {}, rank=rank, world=2)
     assert not list(root.glob("*.partial"))
 
     attempt_load("shape", second, half if rank == 0 else Fragment("x", (2, 100_000), half.start, half.data))

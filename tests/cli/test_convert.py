@@ -6,7 +6,7 @@ from pathlib import Path
 from checkpoint.test_load import INFO, config
 from cli.test_cli import call
 from diffmoe_ep.checkpoint.load import fragments, persistent_buffers
-from diffmoe_ep.checkpoint.store import save
+from diffmoe_ep.checkpoint.saving import save
 from diffmoe_ep.config import to_tree
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.parallel.mesh import Mesh

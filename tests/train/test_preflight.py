@@ -14,7 +14,7 @@ from checkpoint.test_same_run import of_role, saved
 from config.other_values import two_configs
 from diffmoe_ep.checkpoint.fragments import whole
 from diffmoe_ep.checkpoint.same_run import shown
-from diffmoe_ep.checkpoint.store import save
+from diffmoe_ep.checkpoint.saving import save
 from diffmoe_ep.config import Config, ConfigError, Key, flat, from_tree, override, to_tree
 from diffmoe_ep.data.shards import Dataset
 from diffmoe_ep.parallel.mesh import Mesh

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmoe_ep.checkpoint import store
+from diffmoe_ep.checkpoint import saving, store
 from diffmoe_ep.checkpoint.fragments import Fragment
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.mesh import init_mesh
@@ -43,7 +43,7 @@ def saved(rank: int, folders: list[Path]) -> str:
     init_mesh(1, 1, 1.0)
     half = Fragment("x", (2, 1000), 1000 * rank, torch.ones(1000))
     try:
-        store.save(folders[rank], 2, [half], {}, rank=rank, world=2, keep_last=1)
+        saving.save(folders[rank], 2, [half], {}, rank=rank, world=2, keep_last=1)
     except store.CheckpointError as error:
         return str(error)
     return ""
@@ -51,7 +51,7 @@ def saved(rank: int, folders: list[Path]) -> str:
 
 def test_a_save_of_which_the_first_rank_sees_a_part_replaces_nothing(tmp_path: Path) -> None:
     mine, theirs = tmp_path / "a", tmp_path / "b"
-    before = store.save(mine, 1, [Fragment("x", (2, 1000), 0, torch.zeros(2000))], {})
+    before = saving.save(mine, 1, [Fragment("x", (2, 1000), 0, torch.zeros(2000))], {})
     (theirs / "step-0000002.partial").mkdir(parents=True)
     found = run(2, saved, [mine, theirs])
     assert found[0] == found[1]
