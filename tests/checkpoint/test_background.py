@@ -116,7 +116,7 @@ def full_disk(rank: int, root: Path, leaves: bool) -> tuple[bool, str]:
     stopping = Stopping(BESIDE, mesh, 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    with pytest.raises(CheckpointError) as caught, Saver(root, BESIDE, mesh, 1.0) as saver:
+    with Saver(root, BESIDE, mesh, 1.0) as saver:
         saver.save(1, [part(mesh, 1.0)], {}, stopping.saved)
         saver.finish()
         if rank == mesh.size - 1:
@@ -125,9 +125,8 @@ def full_disk(rank: int, root: Path, leaves: bool) -> tuple[bool, str]:
         while not (wished := stopping.agree(saver.failed)):
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        if leaves:
-            saver.finish()
-        saver.save(3, [part(mesh, 3.0)], {}, stopping.saved)
+        with pytest.raises(CheckpointError) as caught:
+            saver.finish() if leaves else saver.save(3, [part(mesh, 3.0)], {}, stopping.saved)
     assert stopping.last_step == 1 and caught.value.everywhere
     return wished, str(caught.value)
 
@@ -147,11 +146,15 @@ def test_a_failure_is_heard_by_all_ranks(tmp_path: Path, world: int, leaves: boo
 def leaving(rank: int, root: Path, fails: bool) -> str:
     mesh = init_mesh(1, 1, 1.0)
     twice = whole("x", torch.ones(3))
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(ZeroDivisionError):
-        with Saver(root, BESIDE, mesh, 1.0) as saver, held_back() as gate:
-            saver.save(1, [twice, twice] if fails else [part(mesh, 1.0)], {}, lambda _: None)
-            threading.Timer(0.3, gate.set).start()
-            raise ZeroDivisionError
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        contextlib.suppress(ZeroDivisionError),
+        held_back() as gate,
+        Saver(root, BESIDE, mesh, 1.0) as saver,
+    ):
+        saver.save(1, [twice, twice] if fails else [part(mesh, 1.0)], {}, lambda _: None)
+        threading.Timer(0.3, gate.set).start()
+        raise ZeroDivisionError
     return said.getvalue()
 
 
@@ -169,7 +172,8 @@ def no_memory(rank: int, root: Path) -> str:
     mesh = init_mesh(1, 1, 1.0)
     with Saver(root, BESIDE, mesh, 1.0) as saver, contextlib.ExitStack() as planted:
         if rank == mesh.size - 1:
-            planted.enter_context(mock.patch.object(torch, "empty", side_effect=RuntimeError("DefaultCPUAllocator")))
+            full = mock.Mock(empty=mock.Mock(side_effect=RuntimeError("DefaultCPUAllocator")))
+            planted.enter_context(mock.patch.object(background, "torch", full))
         with pytest.raises(CheckpointError) as caught:
             saver.save(1, [part(mesh, 1.0)], {}, lambda _: None)
     return str(caught.value)
