@@ -108,7 +108,7 @@ def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` says: `format`, `step`, and `meta` as it was given to `save`."""
     try:
-        content = json.loads(_checked(folder, META, _sums(folder)))
+        content = json.loads(_checked(folder, META, sums_of(folder)))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its {META} is no JSON ({error}): it was not saved by this program") from error
     expected = (("format", int), ("step", int), ("meta", dict))
@@ -175,7 +175,7 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (METADATA, META, SUMS))
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def sums_of(folder: Path) -> dict[str, str]:
     """The checkpoint's list of files: name -> sha256, in the manner of the program `sha256sum`."""
     if not is_complete(folder):
         raise DamagedCheckpointError(
@@ -198,7 +198,7 @@ def _checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
 
 def _verify(folder: Path, names: Sequence[str]) -> None:
     """Compare files with their checksums."""
-    sums = _sums(folder)
+    sums = sums_of(folder)
     for name in names:
         if not (folder / name).is_file() or sha256(folder / name) != sums.get(name):
             raise DamagedCheckpointError(_damaged(folder, name))
@@ -220,7 +220,7 @@ def _damaged(folder: Path, name: str) -> str:
 
 def _metadata(folder: Path) -> Metadata:
     """What torch.distributed.checkpoint noted of a checkpoint: tensors, chunks and their files."""
-    sums = _sums(folder)
+    sums = sums_of(folder)
     try:
         return read_metadata(_checked(folder, METADATA, sums), list(sums))
     except CheckpointError:

@@ -13,6 +13,7 @@ from typing import Any
 from diffmoe_ep.cli import (
     bench,
     capacity,
+    checkpoint,
     compare,
     convert,
     data,
@@ -31,11 +32,12 @@ from diffmoe_ep.config import keys as all_keys
 from diffmoe_ep.config.names import hint
 from diffmoe_ep.processes import follow_launchers
 
-FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, convert, bench, verify, doctor)
+FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, checkpoint, convert, bench, verify, doctor)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
 GROUPS = {
     "capacity": "where a trained model spends its compute",
     "data": "index, check and look at datasets",
+    "checkpoint": "list, verify and prune the checkpoints of a run",
     "bench": "measure, as ratios within one run",
 }
 ELSEWHERE = {  # what verbs are called in other programs
@@ -45,6 +47,7 @@ ELSEWHERE = {  # what verbs are called in other programs
     "plan": "count params parameters flops cost memory estimate",
     "keys": "config configs help options settings",
     "data": "dataset datasets",
+    "checkpoint": "checkpoints ckpt ckpts",
     "bench": "benchmark measure profile",
     "compare": "diff table report",
     "watch": "monitor tail follow status dashboard top progress",
