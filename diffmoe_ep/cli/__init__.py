@@ -22,6 +22,7 @@ from diffmoe_ep.cli import (
     keys,
     plan,
     sample,
+    soak,
     train,
     verify,
     watch,
@@ -32,7 +33,23 @@ from diffmoe_ep.config import keys as all_keys
 from diffmoe_ep.config.names import hint
 from diffmoe_ep.processes import follow_launchers
 
-FILES = (train, watch, sample, evaluate, compare, capacity, plan, keys, data, checkpoint, convert, bench, verify, doctor)
+FILES = (
+    train,
+    watch,
+    sample,
+    evaluate,
+    compare,
+    capacity,
+    plan,
+    keys,
+    data,
+    checkpoint,
+    convert,
+    bench,
+    verify,
+    soak,
+    doctor,
+)
 VERBS: tuple[Verb, ...] = tuple(verb for file in FILES for verb in file.VERBS)
 GROUPS = {
     "capacity": "where a trained model spends its compute",
@@ -49,6 +66,7 @@ ELSEWHERE = {  # what verbs are called in other programs
     "data": "dataset datasets",
     "checkpoint": "checkpoints ckpt ckpts",
     "bench": "benchmark measure profile",
+    "soak": "chaos stress torture endurance",
     "compare": "diff table report",
     "watch": "monitor tail follow status dashboard top progress",
     "doctor": "check diagnose diagnostics env environment info nccl",

@@ -83,6 +83,14 @@ def variables(*prefixes: str) -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
+def stand_as(rank: int, world: int, port: int) -> None:
+    """Give this process the place that a launcher would have given it, all ranks being on this machine."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
 def is_initialized() -> bool:
     """Whether this process has joined the others in a process group."""
     return dist.is_initialized()
