@@ -1,4 +1,4 @@
-"""Verbs that measure, as ratios within one run: bench select, layer, step, train, experts, stream."""
+"""Verbs that measure, as ratios within one run: bench select, layer, step, train, experts, stream, save."""
 
 import argparse
 from dataclasses import dataclass
@@ -110,6 +110,16 @@ class Stream:
     json: Path | None = option(None, "also write the numbers to FILE", "FILE")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """A checkpoint in the background and in the foreground, beside a plain write of the same bytes."""
+
+    out: Path = required("folder on the disk that is measured; what is written there is removed again")
+    gb: float = option(1.0, "10^9 bytes, dealt over the ranks; each holds its part twice more")
+    turns: int = option(5, "turns")
+    json: Path | None = option(None, "also write the numbers to FILE", "FILE")
+
+
 def _run_select(options: Select) -> None:
     from diffmoe_ep.bench.topk import Work, measure, predict
     from diffmoe_ep.parallel.mesh import destroy_mesh, init_mesh
@@ -181,7 +191,16 @@ def _run_experts(options: Experts) -> None:
     _measured(mesh, options, measured=found)
 
 
-def _bench_mesh(options: Turns | Train, alone: bool = False) -> "Mesh":
+def _run_save(options: Save) -> None:
+    from diffmoe_ep.bench.save import bench_save
+
+    if not options.gb > 0:
+        raise ConfigError(f"--gb is {options.gb}; it must be greater than 0")
+    mesh = _bench_mesh(options)
+    _measured(mesh, options, measured=bench_save(mesh, options.out, options.gb, options.turns))
+
+
+def _bench_mesh(options: Turns | Train | Save, alone: bool = False) -> "Mesh":
     """Join the launched ranks, which share the experts and one pool."""
     from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 
@@ -193,7 +212,7 @@ def _bench_mesh(options: Turns | Train, alone: bool = False) -> "Mesh":
     return init_mesh(world, world, 10)
 
 
-def _measured(mesh: "Mesh", options: Turns | Train, **found: Any) -> None:
+def _measured(mesh: "Mesh", options: Turns | Train | Save, **found: Any) -> None:
     from diffmoe_ep.parallel.mesh import destroy_mesh
 
     if mesh.is_first:
@@ -233,4 +252,5 @@ VERBS = (
     Verb(("bench", "train"), Train, _run_train),
     Verb(("bench", "experts"), Experts, _run_experts),
     Verb(("bench", "stream"), Stream, _run_stream),
+    Verb(("bench", "save"), Save, _run_save),
 )

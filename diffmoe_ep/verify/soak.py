@@ -36,7 +36,8 @@ PRELOAD = ["megatron.core.parallel_state", "diffmoe_ep.train.trainer"]  # second
 FAULTS = ("flipped", "truncated", "deleted")
 POLL_SECONDS = 0.001
 PATIENCE_SECONDS = 300.0  # for any progress of a training
-LATEST_PLACE = 0.7  # of the time that a save takes; later ones are over before the kill
+LATEST_PLACE = 0.5  # of the time that a save takes: it varies
+SPARE_SAVES = 3  # at the end, for kills that come just after the rename they were meant to come before
 
 
 class SoakError(UserError):
@@ -88,8 +89,8 @@ def shapes(config: Config, ranks: int) -> list[Shape]:
 
 
 def draw(kills: int, steps: int, among: Sequence[Shape], seed: int) -> list[Kill]:
-    """The kills in the order of their steps: a third of them in saves, a fifth with a damaged checkpoint, each followed
-    by another shape than the one before, where there are several.
+    """Kills before step `steps`, in the order of their steps: a third of them in saves, a fifth with a damaged
+    checkpoint, each followed by another shape than the one before, where there are several.
     """
     rng = random.Random(seed)
     in_saves = set(rng.sample(range(kills), kills // 3))
@@ -165,11 +166,13 @@ def soak(
     steps, among = config.train.steps, shapes(config, ranks)
     if not among:
         raise ConfigError(f"this run does not fit on up to {ranks} ranks; give more with --ranks")
-    if not 0 < kills < steps:
-        raise ConfigError(f"--kills is {kills}; it must be at least 1 and less than train.steps, {steps}")
-    if steps < 4 * config.checkpoint.every:
-        most = max(1, steps // 10)
-        raise ConfigError(f"a checkpoint every {config.checkpoint.every} of {steps} steps: set checkpoint.every={most}")
+    if (last := steps - SPARE_SAVES * config.checkpoint.every) < 2:
+        every = max(1, steps // 10)
+        raise ConfigError(
+            f"a checkpoint every {config.checkpoint.every} of {steps} steps: set checkpoint.every={every}"
+        )
+    if not 0 < kills < last:
+        raise ConfigError(f"--kills is {kills}; it must be at least 1 and less than {last}, or set train.steps higher")
     if (out / "soaked").exists():
         raise ConfigError(f"{out / 'soaked'} is there already; give another folder with --out")
     started, result = time.monotonic(), Soaked(steps=steps, allowed=allowed)
@@ -179,19 +182,19 @@ def soak(
     with _Training(uncut, among[0], out / "uncut.log") as training:
         window = statistics.median(training.saves() or [0.0])
     shape, rng = among[0], random.Random(f"{seed} faults")
-    for number, kill in enumerate(draw(kills, steps, among, seed), 1):
-        aimed, hit = kill.place is not None, False
-        while True:
-            hit = _start_and_kill(soaked, shape, kill, window, out / f"soaked-{result.kills:03d}.log", result)
-            fault = _damage(Path(soaked.folder) / "checkpoints", kill.fault, rng)
-            if kill.fault and fault:
-                result.damaged[kill.fault] += 1
-            where = "in a save" if hit else "just after a save" if aimed else "in training"
-            say(f"kill {number} of {kills} at step {_last_step(soaked)}, {where}{fault}; goes on with {kill.shape}")
-            shape = kill.shape
-            if hit or not aimed:
-                break
-            result.missed += 1
+    for number, kill in enumerate(draw(kills, last, among, seed), 1):
+        hit, delay = False, (kill.place or 0.0) * window
+        while not hit:
+            hit = _start_and_kill(soaked, shape, kill, delay, out / f"soaked-{result.kills:03d}.log", result)
+            if not hit:  # the rename was quicker
+                say(f"kill {number} of {kills} at step {_last_step(soaked)}, just after a save; it is made again")
+                result.missed, delay = result.missed + 1, delay / 2
+        fault = _damage(Path(soaked.folder) / "checkpoints", kill.fault, rng)
+        if kill.fault and fault:
+            result.damaged[kill.fault] += 1
+        where = "in training" if kill.place is None else "in a save"
+        say(f"kill {number} of {kills} at step {_last_step(soaked)}, {where}{fault}; goes on with {kill.shape}")
+        shape = kill.shape
     with _Training(soaked, shape, out / "soaked-end.log") as training:
         result.shapes[str(shape)] += 1
         training.end()
@@ -201,8 +204,9 @@ def soak(
     return result
 
 
-def _start_and_kill(config: Config, shape: Shape, kill: Kill, window: float, log: Path, result: Soaked) -> bool:
-    """One life of the training; returns whether it ended between a checkpoint's first write and its rename.
+def _start_and_kill(config: Config, shape: Shape, kill: Kill, delay: float, log: Path, result: Soaked) -> bool:
+    """One life of the training; returns False if it should have ended between a checkpoint's first write and its rename,
+    and ended after it.
 
     Raises SoakError unless it goes on from the newest sound checkpoint.
     """
@@ -213,10 +217,10 @@ def _start_and_kill(config: Config, shape: Shape, kill: Kill, window: float, log
         training.wait(lambda: _last_step(config) >= kill.step, "the steps to the next kill")
         if kill.place is not None:
             training.wait(training.writes, "a save")
-            time.sleep(kill.place * window)
+            time.sleep(delay)
         first = int(kill.first * shape.ranks)
         training.kill(first)
-        hit = kill.place is not None and training.writes()
+        in_save = training.writes()
     text = log.read_text(errors="replace")
     told = int(match[1]) if (match := re.search(r"continues at step (\d+)", text)) else 0
     if told != expected:
@@ -227,8 +231,8 @@ def _start_and_kill(config: Config, shape: Shape, kill: Kill, window: float, log
     result.first[first] += 1
     result.shapes[str(shape)] += 1
     result.again += max(0, before - expected)
-    result.in_saves += hit
-    return hit
+    result.in_saves += in_save
+    return in_save or kill.place is None
 
 
 class _Training:
