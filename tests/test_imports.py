@@ -34,7 +34,11 @@ FENCES = {
     "diffusers": ("diffmoe_ep/encoders/",),
     "transformers": ("diffmoe_ep/encoders/", "data_prep/tiny_t5.py"),
     "yaml": ("diffmoe_ep/config/",),
-    "os.environ": ("diffmoe_ep/parallel/mesh.py", "data_prep/__main__.py"),  # who a process is among others
+    "os.environ": (  # who a process is among others, and what has to be set before torch is imported
+        "diffmoe_ep/parallel/mesh.py",
+        "diffmoe_ep/cli/__init__.py",
+        "data_prep/__main__.py",
+    ),
     "os.getenv": ("diffmoe_ep/parallel/mesh.py",),
     "os.putenv": ("diffmoe_ep/parallel/mesh.py",),
     "apex": ("diffmoe_ep/train/engine.py",),

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -89,14 +90,16 @@ def main(arguments: Sequence[str] | None = None, patience: float = 2.0) -> None:
     its traceback.
 
     Launchers end all ranks once one has stopped, so ranks that leave the message to rank 0 stay for `patience` seconds.
+    A rank that ends because another one did leaves with the exit code of that one.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are stacks; ours are lines
     follow_launchers()
     try:
         verb, options = parse(sys.argv[1:] if arguments is None else arguments)
         verb.run(options)
     except UserError as error:
         _show(error, patience)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -208,10 +211,14 @@ def _show(error: UserError, patience: float) -> None:
     """Print an error once for all ranks if it is the same on all: one of the config or the data, before they joined, or
     one agreed upon.
     """
-    from diffmoe_ep.parallel.mesh import is_initialized, launched_rank, launched_world
+    from diffmoe_ep.parallel.mesh import is_initialized, launched_rank, launched_world, local_rank
 
     world, rank = launched_world(strict=False), launched_rank(strict=False)
-    if world > 1 and is_initialized() and not error.everywhere:
+    if error.said:
+        return
+    if error.named or (world > 1 and error.alone and local_rank(strict=False) == 0):
+        print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
+    elif world > 1 and is_initialized() and not error.everywhere:
         print(f"diffmoe: error: rank {rank}: {error}", file=sys.stderr, flush=True)
     elif rank == 0:
         print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)

@@ -16,6 +16,11 @@ class UserError(ValueError):
     a traceback.
     """
 
+    exit_code = 2  # of a process that ends with it
+    alone = False  # whether it is this rank's, though ranks have not joined yet; else such mistakes are those of all
+    said = False  # whether another rank shows it
+    named = False  # whether the message says which rank it is about
+
     def __init__(self, message: str, everywhere: bool = False) -> None:
         """everywhere: all ranks raise it alike, so that one of them is enough to show it."""
         super().__init__(message)

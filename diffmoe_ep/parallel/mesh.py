@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
+from diffmoe_ep.parallel.joining import Meeting, join, no_connection
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Mesh:
     control: Group = ALONE  # all W ranks by gloo: numbers that hosts agree on, whatever their devices are doing
     device: torch.device = field(default=torch.device("cpu"))
     host: str = ""  # this machine's name, for reports
+    store: dist.Store | None = field(default=None, compare=False, repr=False)  # where the ranks have met; None: alone
 
     @property
     def rank(self) -> int:
@@ -73,9 +75,9 @@ def launched_rank(strict: bool = True) -> int:
     return _integer("RANK", 0, strict)
 
 
-def local_rank() -> int:
-    """This process's number on its host as the launcher tells it; 0 without one."""
-    return _integer("LOCAL_RANK", 0)
+def local_rank(strict: bool = True) -> int:
+    """This process's number on its host as the launcher tells it; 0 without one, and, if not strict, for nonsense."""
+    return _integer("LOCAL_RANK", 0, strict)
 
 
 def variables(*prefixes: str) -> dict[str, str]:
@@ -101,7 +103,8 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     ranks.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the
-    process is alone. Raises ConfigError when the launcher's variables are incomplete.
+    process is alone. Raises ConfigError when the launcher's variables are incomplete, or when the ranks do not find each
+    other within the timeout (`joining`).
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
     wants_cpu = (
@@ -122,6 +125,7 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     bound = (
         where if where.type == "cuda" else None
     )  # a bound device makes NCCL's communicators now, not at the first step
+    store: dist.Store | None = None
     if not dist.is_initialized():
         if world == 1:
             dist.init_process_group(
@@ -133,9 +137,20 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
                 raise ConfigError(
                     f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun"
                 )
-            dist.init_process_group(
-                backend, init_method="env://", rank=rank, world_size=world, timeout=timeout, device_id=bound
+            meeting = Meeting(
+                os.environ["MASTER_ADDR"],
+                _integer("MASTER_PORT", 0),
+                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                os.environ.get("GLOO_SOCKET_IFNAME"),
             )
+            store = join(meeting, world, rank, timeout_minutes)
+            try:
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound
+                )
+            except (dist.DistError, RuntimeError) as error:
+                raise no_connection(meeting, rank, error) from error
 
     with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
         warnings.simplefilter("ignore")
@@ -161,7 +176,7 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     if pool_ranks > 1:  # a group object of its own, so that its traffic is counted apart
         known = next((group.handle for group in (everyone, experts) if group.size == pool_ranks), None)
         pool = _group(known or _neighbors(pool_ranks, everyone, timeout), hosts)
-    return Mesh(everyone, experts, replicas, pool, control, where, hosts[rank])
+    return Mesh(everyone, experts, replicas, pool, control, where, hosts[rank], store)
 
 
 def another_group(mesh: Mesh, timeout_minutes: float) -> Group:

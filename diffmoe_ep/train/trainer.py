@@ -27,7 +27,7 @@ from diffmoe_ep.config import Config, ConfigError, check_world, fit_world, has_e
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.data.loader import quarantine
-from diffmoe_ep.data.loader.stream import Stream
+from diffmoe_ep.data.loader.stream import Stream, loader_failures
 from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.diffusion.objective import objective_of
 from diffmoe_ep.model.dit import DiT
@@ -36,6 +36,7 @@ from diffmoe_ep.model.parallelize import apply_compile, build_sharded, is_expert
 from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import all_gather, all_sum, gather_objects
+from diffmoe_ep.parallel.common_end import CommonEnd
 from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_world, pool_ranks
 from diffmoe_ep.sampling.decode import load_decoder
 from diffmoe_ep.sampling.picture import write_grid
@@ -77,8 +78,8 @@ def train(config: Config) -> bool:
     if mesh.device.type == "cpu":
         keep_freed_memory()
 
-    # -- the folder is this run's alone --------------------------------------------------------------------------------
-    with RunLock(Path(config.folder), mesh):
+    # -- all ranks end together, and the folder is this run's alone ----------------------------------------------------
+    with CommonEnd(mesh), loader_failures(), RunLock(Path(config.folder), mesh):
         # -- checkpoint and data: the first rank finds the one, every rank opens the other, all agree ------------------
         dataset, checkpoint = prepare(config, mesh)
         step = read_meta(checkpoint)["step"] if checkpoint else 0

@@ -3,7 +3,9 @@ number of them.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from diffmoe_ep.config import ConfigError, DataConfig, check_limits
+from diffmoe_ep.config import ConfigError, DataConfig, UserError, check_limits
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.captions import CaptionSpec, check_text
 from diffmoe_ep.data.loader import quarantine
@@ -24,7 +26,14 @@ from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.data.sources import BatchSource
 from diffmoe_ep.processes import serve
 
-PackedResult = tuple[Packed, tuple[Fault, ...]] | DataError
+PackedResult = tuple[Packed, tuple[Fault, ...]] | UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # where batches lie on their way from a worker
+DIED = "DataLoader worker (pid"  # so torch begins to say that one has
+
+
+class LoaderError(UserError):
+    """The processes that read ahead cannot go on, though the data may be sound."""
 
 
 class MicroSteps(Protocol):
@@ -108,7 +117,7 @@ class Stream:
     def __next__(self) -> Batch:
         """The next micro-step's Batch.
 
-        DataError names shard and key of a sample that cannot be had or replaced; RuntimeError: a worker died.
+        DataError names shard and key of a sample that cannot be had or replaced; LoaderError: a worker failed or died.
         """
         if self._results is None:
             self._results = self._start()
@@ -118,9 +127,8 @@ class Stream:
             self.close()
             first = self.samples_consumed
             awaited = f"positions {first} to {first + self._size - 1}"
-            remedy = "look for its cause above, give the host more memory, or try data.workers = 0"
-            raise RuntimeError(f"the data workers failed while {awaited} were awaited ({error}); {remedy}") from error
-        if isinstance(result, DataError):
+            raise LoaderError(f"the data workers failed while {awaited} were awaited ({_reason(error)})") from error
+        if isinstance(result, UserError):
             self.close()  # what was read ahead lies behind the bad sample
             raise result
         batch, faults = result
@@ -194,5 +202,35 @@ def _serve(parent: int, _worker: int) -> None:
 
 
 def _packed(result: Any) -> PackedResult:
-    """A worker's `Result`, ready to be passed on."""
-    return result if isinstance(result, DataError) else (pack(result[0]), result[1])
+    """A worker's `Result`, ready to be passed on; an error instead where there is no memory for it, for raised it would
+    arrive as a traceback.
+    """
+    if isinstance(result, DataError):
+        return result
+    try:
+        return pack(result[0]), result[1]
+    except (RuntimeError, OSError) as error:
+        return LoaderError(f"a data worker has no shared memory for its batch ({_reason(error)})")
+
+
+@contextmanager
+def loader_failures() -> Iterator[None]:
+    """Turn into a LoaderError what torch raises when a worker dies, wherever the main thread then is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(DIED):
+            raise
+        raise LoaderError(f"the data workers failed ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, how full the shared memory is, and what can be done."""
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    remedy = "give the host more memory, lower data.workers or data.prefetch, or set data.workers=0"
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return f"{first}; {remedy}"
+    free, total = usage.free / 1e9, usage.total / 1e9
+    return f"{first}; {SHARED_MEMORY} has {free:.1f} of {total:.1f} GB free; {remedy}"
