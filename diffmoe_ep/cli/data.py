@@ -30,7 +30,9 @@ class Index:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Read every byte of a dataset and report all that is wrong with it; exit code 1 if anything is."""
+    """Read every byte of a dataset and report all that is wrong with it; exit code 1 if anything is. Warns of samples
+    whose values lie a thousand deviations away from those of all.
+    """
 
     folder: str = positional("dataset folder")
 
@@ -101,9 +103,11 @@ def _check(options: Check) -> None:
     with tqdm(unit="sample", disable=not sys.stderr.isatty()) as bar:
         found = check_folder(Path(options.folder), bar.update)
     print("\n".join(found.problems), end="\n" if found.problems else "")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     print(
         f"{options.folder}: {found.num_samples} sound samples in {found.num_shards} shards, {len(found.problems)} "
-        "problems"
+        f"problems{f', {len(found.warnings)} warnings' if found.warnings else ''}"
     )
     if found.problems:
         sys.exit(1)

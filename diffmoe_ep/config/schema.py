@@ -248,6 +248,13 @@ class TrainConfig:
         "bf16", "compute type; weights, moments, router, thresholds and EMA are float32 in both"
     )
     max_grad_norm: float = recipe(0.0, "largest global gradient norm; 0 = no clipping", NON_NEGATIVE)
+    skip_nonfinite: int = recipe(
+        0,
+        "steps of the whole run that may be passed over because their loss or gradient norm is not finite: weights, "
+        "moments, averages and thresholds stay, the data go on; one more stops the run. Above 0 each step waits for "
+        "the device",
+        NON_NEGATIVE,
+    )
     freeze: tuple[str, ...] = identity(
         (),
         'patterns of names (*, ?): parameters that stay as they start, as ["patches.*", "*.attention.*"]; they have no '

@@ -1,6 +1,7 @@
 """Everything that can be wrong with a prepared folder, found by reading every byte of it."""
 
 import tarfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from diffmoe_ep.data.codec import decode
 from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Shard, read_manifest
+from diffmoe_ep.data.plausible import FAR, Spread, Usual
 from diffmoe_ep.data.shards import Dataset, load_index, sha256_of
 
 # How names of shards' files end, whole or cut short: who joins tars by a pattern would read such strangers too. Other
@@ -24,6 +26,7 @@ class Checked:
     num_shards: int
     num_samples: int  # that could be read as they should be
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()  # of samples that can be read and are hardly meant
 
 
 def check_folder(folder: Path, progress: Callable[[int], object] | None = None) -> Checked:
@@ -37,6 +40,7 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
     problems: list[str] = []
     keys: set[bytes] = set()
     num_good = 0
+    spreads = array("d")  # of each sample: shard, sample, and its Spread
     for number, shard in enumerate(manifest.shards):
         problems += _of_files(folder, shard)
         try:
@@ -54,7 +58,7 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
         repeated = [key.decode(errors="replace") for key in index["key"].tolist() if key in keys or keys.add(key)]  # type: ignore[func-returns-value]
         problems += [f"{folder / shard.name}, key {key}: it has come before" for key in repeated]
         if len(index) == shard.num_samples:
-            found = list(_of_samples(dataset, number))
+            found = list(_of_samples(dataset, number, spreads))
             num_good += len(index) - len(found)
             problems += found
         dataset.close()
@@ -65,7 +69,7 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
         path.name for path in folder.iterdir() if path.name not in named and path.name.endswith(OF_SHARDS)
     )
     problems += [f"{folder / name} is not in the manifest" for name in strangers]
-    return Checked(len(manifest.shards), num_good, tuple(problems))
+    return Checked(len(manifest.shards), num_good, tuple(problems), tuple(_far_away(dataset, spreads)))
 
 
 def _of_files(folder: Path, shard: Shard) -> Iterator[str]:
@@ -112,14 +116,30 @@ def _of_tar(path: Path, index: np.ndarray, fields: tuple[str, ...]) -> Iterator[
         yield f"{path}, key {key}: the index does not have it"
 
 
-def _of_samples(dataset: Dataset, shard: int) -> Iterator[str]:
+def _of_samples(dataset: Dataset, shard: int, spreads: "array[float]") -> Iterator[str]:
+    """What is wrong with a shard's samples; of those with which nothing is, where their values lie is noted."""
     for sample in range(dataset.manifest.shards[shard].num_samples):
         try:
-            decode(dataset.read(shard, sample), dataset.manifest)
+            stored, _ = decode(dataset.read(shard, sample), dataset.manifest)
         except DataError as error:
             yield _short(error)
         except ValueError as error:
             yield f"{dataset.where(shard, sample)}: {error}"
+        else:
+            spreads.extend((shard, sample, *Spread.of_stored(stored, dataset.manifest)))
+
+
+def _far_away(dataset: Dataset, spreads: "array[float]") -> Iterator[str]:
+    rows = np.frombuffer(spreads).reshape(-1, 6)
+    usual = Usual.of(rows[:, 2:])
+    for shard, sample, *values in rows.tolist():
+        spread = Spread(*values)
+        if (distance := usual.distance(spread)) > FAR:
+            yield (
+                f"{dataset.where(int(shard), int(sample))}: its values, from {spread.low:.3g} to "
+                f"{spread.high:.3g}, lie up to {distance:.3g} deviations from the mean of all; a run may diverge at it: "
+                "prepare it anew, or leave it out"
+            )
 
 
 def _short(error: DataError) -> str:

@@ -24,7 +24,12 @@ def final_latent(values: np.ndarray, manifest: Manifest, posterior: np.ndarray |
     if manifest.kind == "moments":
         assert posterior is not None
         mean, log_variance = floats[: manifest.shape[0]], floats[manifest.shape[0] :]
-        deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
-        floats = mean + deviation * posterior
+        floats = mean + deviation_of(log_variance) * posterior
     latent: np.ndarray = floats * np.float32(manifest.scale) + np.float32(manifest.shift)
     return latent
+
+
+def deviation_of(log_variance: np.ndarray) -> np.ndarray:
+    """The standard deviation of a posterior."""
+    deviation: np.ndarray = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))  # the clip of latent-diffusion VAEs
+    return deviation

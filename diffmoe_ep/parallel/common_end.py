@@ -33,6 +33,7 @@ POLL_SECONDS = 1.0
 HEARD_SECONDS = 3.0  # what the others get to hear of an end before its rank leaves; launchers end all once one has left
 ROLL_SECONDS = 5.0  # what ranks get to answer
 LINGER_SECONDS = 15.0  # what the main thread gets to leave by itself; more than all of the above
+AGAIN = "Start again: a training goes on from its last checkpoint"
 PACKAGE = Path(__file__).parents[1]
 COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup", re.IGNORECASE)  # in the errors of failed collectives
 
@@ -147,24 +148,24 @@ class CommonEnd:
         if gone:
             hosts = ", ".join(dict.fromkeys(self.hosts[rank] for rank in gone))
             return (
-                f"{ranks(gone)} on {hosts} ended without a word; it was killed, for lack of memory perhaps, or its host "
-                "is down: see its output and the host's log (dmesg). Start again: the run goes on from its last checkpoint"
+                f"{ranks(gone)} on {hosts} ended without a word: killed, for lack of memory perhaps, or its host is down. "
+                f"See its output and the host's log (dmesg). {AGAIN}"
             )
         places: dict[str, list[int]] = {}
         for rank in range(self.mesh.size):
             places.setdefault(self._store.get(f"here/{rank}").decode(), []).append(rank)
         where = "; ".join(f"{ranks(numbers)} at {place}" for place, numbers in list(places.items())[:4])
         return (
-            f"the ranks lost each other, or one waited longer than parallel.timeout_minutes, and all still run: {where}. "
-            "Start again: the run goes on from its last checkpoint"
+            "the ranks lost each other, or one waited longer than parallel.timeout_minutes, and all still run: "
+            f"{where}. {AGAIN}"
         )
 
     def _lost(self) -> End:
         """Where the store itself is gone: every rank sees it for itself, and one of each host tells it."""
         others = [rank for rank in range(1, self.mesh.size) if self.hosts[rank] == self.mesh.host]
         sentence = (
-            f"rank 0 on {self.hosts[0]}, or the launcher, where the ranks had met, ended without a word; see its output "
-            "and the host's log (dmesg). Start again: the run goes on from its last checkpoint"
+            f"rank 0 on {self.hosts[0]}, or the launcher, where the ranks had met, ended without a word. See its "
+            f"output and the host's log (dmesg). {AGAIN}"
         )
         return End(sentence, 1, others[0] if others else 0)
 

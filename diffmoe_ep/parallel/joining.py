@@ -89,14 +89,13 @@ def join(meeting: Meeting, world: int, rank: int, minutes: float) -> dist.Store:
         _await_all(store, meeting, world, rank, deadline, minutes)
     except dist.DistError as error:
         raise JoinError(
-            f"{_here(rank)} lost the connection to {meeting} before all {world} ranks had come; what served it has ended"
+            f"{_here(rank)} lost the connection to {meeting} before all {world} ranks had come: what served it has "
+            "ended, and its output says why"
         ) from error
     return store
 
 
-def _await_all(
-    store: dist.Store, meeting: Meeting, world: int, rank: int, deadline: float, minutes: float
-) -> None:
+def _await_all(store: dist.Store, meeting: Meeting, world: int, rank: int, deadline: float, minutes: float) -> None:
     """Wait until the first rank says that all have come, or who has not."""
     store.set(f"came/{rank}", socket.gethostname())
     if rank > 0:
@@ -156,8 +155,8 @@ def _resolve(meeting: Meeting, deadline: float) -> None:
             reason = getattr(error, "strerror", None) or str(error)
         if time.monotonic() > deadline:
             raise JoinError(
-                f"the address {meeting.address} does not resolve on {socket.gethostname()} ({reason}); the ranks were to "
-                f"meet at {meeting}: give the launcher a name or address of the first host that all hosts know "
+                f"the address {meeting.address} does not resolve on {socket.gethostname()} ({reason}); the ranks "
+                f"were to meet at {meeting}: give the launcher a name or address of the first host that all hosts know "
                 "(--master_addr, --master-addr, MASTER_ADDR)"
             )
         time.sleep(5 * POLL_SECONDS)

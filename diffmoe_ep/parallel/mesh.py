@@ -103,8 +103,8 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     ranks.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the
-    process is alone. Raises ConfigError when the launcher's variables are incomplete, or when the ranks do not find each
-    other within the timeout (`joining`).
+    process is alone. Raises ConfigError when the launcher's variables are incomplete, or when the ranks do not find
+    each other within the timeout (`joining`).
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
     wants_cpu = (

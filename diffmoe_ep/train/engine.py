@@ -68,6 +68,9 @@ class Engine:
             _unmark_frozen_layers(self.module)
         self._clip = config.train.max_grad_norm or math.inf
         self._norm: Tensor | float = 0.0
+        self.passed_over = (
+            False  # whether the last step moved nothing since its gradients were not finite; on all ranks
+        )
         optimizer = _optimizer(self.named, config.train.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False
@@ -94,9 +97,12 @@ class Engine:
         """Close a micro-step; the last one of a step reduces and clips the gradients and moves the weights at `lr`."""
         for group in self.inner_optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.passed_over = False
         self.engine.step()
         if self.config.parallel.zero_stage:
             self._norm = self.optimizer._global_grad_norm
+            self.passed_over = last and bool(self.optimizer.overflow)
 
     def log_to_monitor(self, metrics: dict[str, Any]) -> None:
         """Write metrics to the monitors that the user's own DeepSpeed file switches on, over samples seen."""
@@ -106,16 +112,16 @@ class Engine:
             self.engine.monitor.write_events([(f"train/{name}", value, samples) for name, value in scalars.items()])
 
     @property
-    def skipped(self) -> int:
-        """Steps that DeepSpeed skipped because their gradients were not finite."""
-        return int(self.engine.skipped_steps)
-
-    @property
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradients over all parameters and ranks, before clipping; waits for the
         device.
         """
         return float(self._norm)
+
+    @property
+    def norm_on_device(self) -> Tensor:
+        """The same as a number on the device, waiting for nothing."""
+        return torch.as_tensor(self._norm, device=self.mesh.device)
 
     def _clip_gradients(self) -> None:
         """Clip by the exact global norm at stage 0: dense gradients are equal on all ranks, experts' differ over the
@@ -125,6 +131,12 @@ class Engine:
         experts = [p.grad for name, p in self.named.items() if p.grad is not None and is_expert(name)]
         square = all_sum(_square(experts, self.mesh.device), self.mesh.expert) + _square(dense, self.mesh.device)
         self._norm = square.sqrt()
+        # ZeRO 1 and 2 do this whether it is set or not, and sum squares in float32
+        if self.config.train.skip_nonfinite and not square.float().isfinite():
+            self.passed_over = True
+            for parameter in self.named.values():
+                parameter.grad = None  # what has no gradient is left as it is, with its moments
+            return
         # the same formula as DeepSpeed's at stages 1 and 2
         scale = 1 / ((self._norm + 1e-6) / self._clip).clamp(min=1.0)
         torch._foreach_mul_(dense + experts, scale.float())
@@ -163,8 +175,10 @@ class Engine:
         group = self.mesh.replicas if expert else self.mesh.world
         return shard_of(fragment, group.rank, group.size)
 
-    def continue_from(self, step: int) -> None:
-        """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`."""
+    def continue_from(self, step: int, passed_over: int = 0) -> None:
+        """After weights and moments were loaded: bring flat copies, step counts and DeepSpeed's counters to `step`, of
+        which so many were passed over.
+        """
         if self.config.parallel.zero_stage:
             for shard in self._shards:  # the flat float32 copies follow the loaded weights
                 shard.owner.data[shard.at : shard.at + shard.numel].copy_(
@@ -172,7 +186,7 @@ class Engine:
                 )
         if self.config.train.optimizer.kind == "adamw":
             for owner in {id(shard.owner): shard.owner for shard in self._shards}.values():
-                self.inner_optimizer.state[owner]["step"].fill_(step)
+                self.inner_optimizer.state[owner]["step"].fill_(step - passed_over)
         accumulation = self.config.train.grad_accumulation
         self.engine.global_steps, self.engine.micro_steps = step, step * accumulation
         self.engine.global_samples = step * self.config.train.global_batch

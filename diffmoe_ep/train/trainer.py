@@ -43,6 +43,7 @@ from diffmoe_ep.sampling.picture import write_grid
 from diffmoe_ep.sampling.sample import sample
 from diffmoe_ep.train.boards import Boards
 from diffmoe_ep.train.conditioner import Conditioner
+from diffmoe_ep.train.divergence import Divergence
 from diffmoe_ep.train.ema import Ema
 from diffmoe_ep.train.engine import Engine, learning_rates
 from diffmoe_ep.train.metrics import Clock, TrafficMeter, Utilization, peak_memory
@@ -129,10 +130,11 @@ class Trainer:
         self.ema = Ema(self.model, config.train.ema)
 
         # -- resume: weights, averaged weights, thresholds, moments and the step are overwritten by the checkpoint's ---
-        self.step = 0  # optimizer steps that were made
+        self.step = 0  # optimizer steps that were made, or passed over
+        passed_over = read_meta(checkpoint)["meta"].get("passed_over", 0) if checkpoint is not None else 0
         self.recipe = recipe_changes(checkpoint, config)
         if checkpoint is not None:
-            self.load(checkpoint)
+            self.load(checkpoint, passed_over)
 
         # -- stream: last, since its position follows from the step ----------------------------------------------------
         self.stream = Stream(
@@ -143,6 +145,7 @@ class Trainer:
         )  # fmt: skip
 
         # -- measuring -------------------------------------------------------------------------------------------------
+        self.divergence = Divergence(config, mesh, dataset, self.stream, passed_over)
         self.traffic = TrafficMeter(mesh)
         self.utilization = Utilization(config, mesh)
         self.num_bad = 0  # samples that were replaced, on all ranks, as far as logged
@@ -167,10 +170,13 @@ class Trainer:
                 with self.traffic.step(), trace.step(self.step + 1):
                     measured = self.train_step(clock)
                 saves = stopping.agree(self.saver.failed) or self.due(config.checkpoint.every)
-                # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one.
-                if self.due(config.log.every) or saves:
+                # Measure before saving: it stops a run that has diverged, so that no checkpoint ever holds one. A step
+                # that moved nothing has nothing to measure.
+                if self.engine.passed_over:
+                    self.divergence.pass_over(self.step, self.engine.gradient_norm, not_finite(self.weights()))
+                elif self.due(config.log.every) or saves:
                     metrics = self.measure(measured)
-                if self.due(config.log.every):
+                if self.due(config.log.every) and not self.engine.passed_over:
                     metrics |= self.measure_run() | clock.lap(self.step, config.train) | self.traffic.lap()
                     metrics |= self.utilization.of(metrics["samples_per_second"])
                     self.engine.log_to_monitor(metrics)
@@ -205,20 +211,25 @@ class Trainer:
         a batch, for captions that are encoded online, for a layer's row counts where experts are sharded, and for what
         DeepSpeed checks of the gradients; for no number that is only reported.
         """
-        accumulation, losses, reports = self.config.train.grad_accumulation, [], []
+        accumulation, losses, reports, each = self.config.train.grad_accumulation, [], [], []
         for _ in range(accumulation):
             batch = clock.wait(lambda: next(self.stream)).to(self.mesh.device)  # the host waits for data here alone
             noised = self.objective.noised(batch.latent, batch.noise, batch.u)
             output = self.engine.forward(noised.x, noised.t, self.conditioner(batch))
-            diffusion = self.objective.loss(output.prediction, noised)
-            self.engine.backward(diffusion + output.auxiliary)
+            of_samples = self.objective.losses(output.prediction, noised)  # (B,)
+            diffusion = of_samples.mean()
+            self.engine.backward(self.divergence.guarded(diffusion + output.auxiliary))
             self.engine.step(learning_rate(self.config.train, self.step))  # moves weights at the last micro-step alone
             losses.append(torch.stack([diffusion.detach(), output.auxiliary.detach()]))
             reports.append(output.layers)
+            each.append(of_samples.detach())
         self.step += 1
-        update_thresholds(self.model, reports, self.mesh)  # once per optimizer step, however it is cut into micro-steps
-        self.ema.update(self.step)  # after the thresholds, which ema.thresholds=averaged averages too
-        return {"losses": torch.stack(losses).mean(0), **threshold_capacity(reports)}
+        mean = torch.stack(losses).mean(0)
+        self.divergence.note(self.step, torch.stack(each), mean.sum(), self.engine.norm_on_device)
+        if not self.engine.passed_over:
+            update_thresholds(self.model, reports, self.mesh)  # once per step, however it is cut into micro-steps
+            self.ema.update(self.step)  # after the thresholds, which ema.thresholds=averaged averages too
+        return {"losses": mean, **threshold_capacity(reports)}
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; the last step always counts."""
@@ -233,14 +244,9 @@ class Trainer:
         """
         losses = (all_sum(measured["losses"], self.mesh.world) / self.mesh.size).tolist()
         norm = self.engine.gradient_norm
-        skipped = self.engine.skipped  # ZeRO 1 and 2 skip a step whose gradients are not finite
-        if not math.isfinite(sum(losses)) or not math.isfinite(norm) or skipped:
-            raise ConfigError(
-                f"step {self.step}: the loss is {sum(losses)} with a gradient norm of {norm}; the run has diverged and "
-                "is not saved. Resume from the last checkpoint with a lower train.optimizer.lr, or with "
-                "train.max_grad_norm=1",
-                everywhere=True,
-            )
+        if not math.isfinite(sum(losses)) or not math.isfinite(norm):
+            raise self.divergence.stop(self.step, norm, None)  # at ZeRO 0 the step has moved the weights
+        self.divergence.measured(self.step, sum(losses), norm)
         metrics: dict[str, Any] = {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch,
@@ -250,6 +256,8 @@ class Trainer:
             "grad_norm": norm,
             "lr": learning_rate(self.config.train, self.step - 1),
         }
+        if self.divergence.tolerates:
+            metrics["passed_over"] = self.divergence.passed_over
         metrics |= learning_rates(self.config.train.optimizer, metrics["lr"])
         if "capacity" in measured:
             experts = all_sum(measured["capacity"], self.mesh.world) / self.mesh.size  # (layers, N)
@@ -316,6 +324,7 @@ class Trainer:
         meta = {
             "config": to_tree(config),
             "samples_consumed": self.step * config.train.global_batch,
+            "passed_over": self.divergence.passed_over,
             "data": self.data_info.to_json(),
             "fingerprint": self.dataset.fingerprint,
             "text_encoder": self.conditioner.encoder_fingerprint,
@@ -325,13 +334,15 @@ class Trainer:
         }
         self.saver.save(self.step, pieces, meta, then)
 
-    def load(self, checkpoint: Path) -> None:
-        """Load a checkpoint's state into this rank's shards, whatever layout wrote it; collective."""
+    def load(self, checkpoint: Path, passed_over: int) -> None:
+        """Load a checkpoint's state into this rank's shards, whatever layout wrote it; collective. passed_over: steps
+        of its run that were.
+        """
         step = int(read_meta(checkpoint)["step"])
         pieces = self.weights() + self.engine.moments()  # the files were verified before the model was built
         load(checkpoint, pieces, group=self.mesh.world.handle, world=self.mesh.size, verified=True)
         rescale_thresholds(self.model, config_of(checkpoint).model.threshold_decay, self.ema.tensors)
-        self.engine.continue_from(step)
+        self.engine.continue_from(step, passed_over)
         self.step = step
 
     def weights(self) -> list[Fragment]:

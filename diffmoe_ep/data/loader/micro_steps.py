@@ -100,6 +100,15 @@ class IndexedSteps(IterableDataset["Result"]):
             return error
         return batch, tuple(fault for sample in stored for fault in sample.faults)
 
+    def address(self, position: int) -> str | None:
+        """Shard and key of the stored sample at a position; one that is bad has a substitute, which is listed."""
+        place = self.order.locate(position)
+        return ", key ".join(self._mixture.parts[place.dataset].address(place.shard, place.sample))
+
+    def again(self, micro_step: int) -> Result | None:
+        """A micro-step's Batch once more, for who wants to look at it."""
+        return self.batch(micro_step)
+
     def passes(self, position: int) -> dict[str, float]:
         """How often each dataset was gone through before a position, by its name: epochs as a number."""
         return dict(zip(self._mixture.names, self.order.passes(position), strict=True))

@@ -186,6 +186,14 @@ class ResampledSteps(IterableDataset["Result"]):
                 yield error
                 return
 
+    def address(self, position: int) -> str | None:  # noqa: ARG002
+        """Nobody knows which sample was drawn."""
+        return None
+
+    def again(self, micro_step: int) -> Result | None:  # noqa: ARG002
+        """Nobody can draw the same samples again."""
+        return None
+
     def passes(self, position: int) -> dict[str, float]:  # noqa: ARG002
         """Nobody knows how often the tars were gone through."""
         return {}

@@ -43,6 +43,10 @@ class MicroSteps(Protocol):
 
     def __iter__(self) -> Iterator[Result]: ...
 
+    def address(self, position: int) -> str | None: ...
+
+    def again(self, micro_step: int) -> Result | None: ...
+
     def passes(self, position: int) -> dict[str, float]: ...
 
     def num_seen(self, first: int, position: int) -> int: ...
@@ -101,7 +105,7 @@ class Stream:
         self.source = source
         self.samples_consumed = samples_consumed
         self.num_bad = 0  # samples of this rank that had to be replaced since the stream was made
-        self._data, self._size = data, of_rank.micro_step_samples
+        self._data, self._size, self._of_rank = data, of_rank.micro_step_samples, of_rank
         self._first = samples_consumed
         self._quarantine_file = quarantine_file
         self._steps: MicroSteps
@@ -160,6 +164,21 @@ class Stream:
         knows.
         """
         return self._steps.passes(self.samples_consumed)
+
+    def positions(self, micro_step: int) -> range:
+        """The positions of this rank's samples in a micro-step."""
+        return self._of_rank.positions(micro_step)
+
+    def address(self, position: int) -> str | None:
+        """Shard and key of the sample at a position; None where nobody knows (plain tars)."""
+        return self._steps.address(position)
+
+    def again(self, micro_step: int) -> Batch | None:
+        """This rank's Batch of any micro-step once more, read in this process; None where nobody can (plain tars, or
+        data that are not there any more).
+        """
+        result = self._steps.again(micro_step)
+        return None if result is None or isinstance(result, DataError) else result[0]
 
     def _list(self, faults: tuple[Fault, ...]) -> None:
         self.num_bad += len(faults)
