@@ -136,9 +136,9 @@ def _far_away(dataset: Dataset, spreads: "array[float]") -> Iterator[str]:
         spread = Spread(*values)
         if (distance := usual.distance(spread)) > FAR:
             yield (
-                f"{dataset.where(int(shard), int(sample))}: its values, from {spread.low:.3g} to "
-                f"{spread.high:.3g}, lie up to {distance:.3g} deviations from the mean of all; a run may diverge at it: "
-                "prepare it anew, or leave it out"
+                f"{dataset.where(int(shard), int(sample))}: its values, {spread.low:.3g} to {spread.high:.3g}, lie up "
+                f"to {distance:.3g} deviations from the mean of all; a run may diverge at it: prepare it anew, or "
+                "leave it out"
             )
 
 

@@ -148,8 +148,8 @@ class CommonEnd:
         if gone:
             hosts = ", ".join(dict.fromkeys(self.hosts[rank] for rank in gone))
             return (
-                f"{ranks(gone)} on {hosts} ended without a word: killed, for lack of memory perhaps, or its host is down. "
-                f"See its output and the host's log (dmesg). {AGAIN}"
+                f"{ranks(gone)} on {hosts} ended without a word: killed, for lack of memory perhaps, or its host is "
+                f"down. See its output and the host's log (dmesg). {AGAIN}"
             )
         places: dict[str, list[int]] = {}
         for rank in range(self.mesh.size):

@@ -183,8 +183,8 @@ def cause(samples: Sequence[Seen], usual: Usual, manifest: Manifest, broken: str
         )
     return (
         "the rate, most likely: the samples' values are plausible and the weights were finite. Resume from the last "
-        "checkpoint with a lower train.optimizer.lr, or with train.max_grad_norm=1; a rare step can be passed over with "
-        "train.skip_nonfinite=1"
+        "checkpoint with a lower train.optimizer.lr, or with train.max_grad_norm=1; a rare step can be passed over "
+        "with train.skip_nonfinite=1"
     )
 
 

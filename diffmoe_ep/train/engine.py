@@ -68,9 +68,7 @@ class Engine:
             _unmark_frozen_layers(self.module)
         self._clip = config.train.max_grad_norm or math.inf
         self._norm: Tensor | float = 0.0
-        self.passed_over = (
-            False  # whether the last step moved nothing since its gradients were not finite; on all ranks
-        )
+        self.passed_over = False  # whether the last step moved nothing, its gradients not being finite; on all ranks
         optimizer = _optimizer(self.named, config.train.optimizer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(config, mesh), dist_init_required=False

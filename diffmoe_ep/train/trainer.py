@@ -174,6 +174,8 @@ class Trainer:
                 # that moved nothing has nothing to measure.
                 if self.engine.passed_over:
                     self.divergence.pass_over(self.step, self.engine.gradient_norm, not_finite(self.weights()))
+                    if self.due(config.log.every):
+                        self.traffic.lap()  # its line is left out, the next one begins after it
                 elif self.due(config.log.every) or saves:
                     metrics = self.measure(measured)
                 if self.due(config.log.every) and not self.engine.passed_over:
