@@ -3,6 +3,7 @@
 Means and deviations are medians over samples, so that a few monstrous ones do not hide themselves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,8 +49,9 @@ class Usual:
     deviation: float
 
     @classmethod
-    def of(cls, spreads: np.ndarray) -> "Usual":
-        """Of samples (n, 4), a `Spread` a row; those that are not finite do not count."""
+    def of(cls, spreads: Sequence[Spread] | np.ndarray) -> "Usual":
+        """Of samples, a `Spread` a row; those that are not finite do not count."""
+        spreads = np.asarray(spreads, dtype=np.float64).reshape(-1, 4)
         finite = spreads[np.isfinite(spreads).all(1), :2]
         return cls(*np.median(finite, axis=0).tolist()) if len(finite) else cls(0.0, 0.0)
 

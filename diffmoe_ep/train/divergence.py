@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +119,7 @@ class Divergence:
         broken = next((name for name in gather_objects(broken, self.mesh.world) if name), None)
         lr = learning_rate(self.config.train, max(first, 1) - 1)
         history = list(self._history)
-        usual = Usual.of(np.array([each.spread for each in samples if each.spread is not None]).reshape(-1, 4))
+        usual = Usual.of([each.spread for each in samples if each.spread is not None])
         lines = [f"the loss is {_mean(samples):.4g} with a gradient norm of {norm:.4g}"]
         if samples:
             worst = sorted(samples, key=lambda each: (math.isfinite(each.loss), -each.loss, each.position))[:SHOWN]

@@ -171,7 +171,7 @@ def seen(scale: float = 1.0, losses: Callable[[int], float] = lambda _: 1.0) -> 
 
 
 def why(samples: list[Seen], broken: str | None = None, first: bool = False) -> str:
-    usual = Usual.of(np.array([each.spread for each in samples]))
+    usual = Usual.of([each.spread for each in samples if each.spread is not None])
     return cause(samples, usual, MANIFEST, broken, first)
 
 
