@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffmoe_ep.config.knob import ConfigError
 from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 
 MOST_PROFILED = 100  # steps; the traces of more take too much memory to be written or looked at
+MOST_TRIED = 65_536  # numbers that are tried as divisors for a message
 
 
 def check(config: Config) -> None:
@@ -264,10 +266,10 @@ def check_world(config: Config, world: int) -> None:
         )
     span, local = pool_samples(config), micro // world
     if has_experts(config.model) and local % span and span % local:
-        fits = [size for size in range(1, micro + 1) if micro % size == 0 and (local % size == 0 or size % local == 0)]
+        fits = _divisors(micro, lambda size: local % size == 0 or size % local == 0)
         raise ConfigError(
             f"pool.span {span} neither lies inside a rank's {local} samples nor covers whole ranks; spans that fit: "
-            f"{', '.join(map(str, fits))}, all"
+            f"{fits}, all"
         )
 
 
@@ -312,5 +314,8 @@ def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "
     return taken
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+def _divisors(number: int, fits: Callable[[int], bool] | None = None) -> str:
+    """The divisors of a number that fit; of a vast number those that are found at once."""
+    found = (size for size in range(1, min(number, MOST_TRIED) + 1) if number % size == 0)
+    listed = [str(size) for size in found if fits is None or fits(size)]
+    return ", ".join(listed + ["..."] * (number > MOST_TRIED))

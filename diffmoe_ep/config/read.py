@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import shlex
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from diffmoe_ep.config.check import check, check_limits
+from diffmoe_ep.config.foreign import parse_yaml, read_bytes
 from diffmoe_ep.config.knob import ConfigError, Key
 from diffmoe_ep.config.names import answer, today
 from diffmoe_ep.config.schema import SIZES, Config
 
 T = TypeVar("T")
+
+LARGEST_INT, LARGEST_FLOAT = 2**63, 10**300  # a config's numbers lie below
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,15 +28,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError for a missing or malformed file, an unknown key (the nearest is named), a wrong type or numbers
     that contradict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"config file {path} does not exist; give the path of a YAML file, for example configs/digits.yaml"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not YAML: {error}") from error
+    tree = _read_yaml(path, "config file ", ", for example configs/digits.yaml")
     return from_tree({} if tree is None else tree, overrides)
 
 
@@ -79,7 +73,7 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"a config is a mapping of keys, got {_show(tree)}")
     try:
         merged = json.loads(json.dumps(tree))  # a deep copy, and proof that it is plain data
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"the config holds a value that is no plain text, number or list ({error}); put it in quotes"
         ) from error
@@ -147,15 +141,18 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _read_yaml(path: str | Path) -> Any:
+def _read_yaml(path: str | Path, what: str = "", example: str = "") -> Any:
     """What a YAML file holds; raises ConfigError that opens with the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        return parse_yaml(read_bytes(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}{path} does not exist; give the path of a YAML file{example}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{what}{path} cannot be read ({error.strerror}); give the path of a YAML file{example}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{what}{path} is not YAML: {error}") from error
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
@@ -163,8 +160,8 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value, for example train.steps=20")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
     *path, last = key.split(".")
     place = tree
@@ -232,11 +229,18 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             except ValueError:
                 raise ConfigError(f"{key}: expected a number, got {_show(value)}") from None
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ConfigError(f"{key}: expected a finite number, got {value}")
+            if not abs(value) < LARGEST_FLOAT:
+                raise ConfigError(f"{key}: expected a finite number, got {_show(value)}")
             return float(value)
-    elif hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    elif hint is int and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < LARGEST_INT:
+            raise ConfigError(f"{key}: expected a whole number of less than 64 bits, got {_show(value)}")
+        if value == int(value):
+            return int(value)
+    elif hint is str and isinstance(value, str):
+        if "\0" in value or value != value.encode(errors="replace").decode():
+            raise ConfigError(f"{key}: {_show(value)} holds a character that no file name or terminal takes")
+        return value
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key}: expected {_name(hint)}, got {_show(value)}")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe_ep.config.foreign import parse_json
 from diffmoe_ep.data.manifest import NPY_ERRORS, TEXT_DTYPE, Manifest, TextEncoderInfo
 from diffmoe_ep.data.sources import Content
 
@@ -140,8 +141,8 @@ def _encode_captions(captions: tuple[Caption, ...], manifest: Manifest) -> dict[
 def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]]:
     """The list in captions.json, checked: text, weight, and the length of its features for every text encoder."""
     try:
-        entries = json.loads(bytes(content))
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(bytes(content))
+    except ValueError as error:
         raise ValueError(f"captions.json is not JSON ({error})") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError("captions.json is not a list of captions")
@@ -150,8 +151,6 @@ def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]
         text, weight, lengths = known.get("text"), known.get("weight"), known.get("lengths")
         if not isinstance(text, str) or not text:
             raise ValueError(f"captions.json: {str(entry)[:60]!r} has no text")
-        if not _is_unicode(text):
-            raise ValueError(f"captions.json: {text[:60]!r} holds half a character")
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < LARGEST_WEIGHT:
             raise ValueError(f"captions.json: weight {str(weight)[:20]} is not a number above 0")
         if not isinstance(lengths, dict) or list(lengths) != [encoder.name for encoder in manifest.text]:
@@ -166,15 +165,6 @@ def _decode_entries(content: Content, manifest: Manifest) -> list[dict[str, Any]
                     f"{encoder.max_length}"
                 )
     return entries
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether no half of a surrogate pair stands alone in it, which JSON can say and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _encode_npy(array: np.ndarray) -> bytes:

@@ -20,8 +20,18 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
+from diffmoe_ep.config.foreign import open_binary
 from diffmoe_ep.data.codec import decode
-from diffmoe_ep.data.manifest import DTYPES, MANIFEST_NAME, NPY_ERRORS, DataError, Manifest, Shard, parse_manifest
+from diffmoe_ep.data.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    NPY_ERRORS,
+    TAR_ERRORS,
+    DataError,
+    Manifest,
+    Shard,
+    parse_manifest,
+)
 from diffmoe_ep.data.shards import MEMBER, sha256_of
 
 ANY_LABEL = 10**18  # classes that labels are read with until the largest is known
@@ -107,7 +117,7 @@ class _Scan:
 
     def samples(self, path: Path) -> Iterator[_Sample]:
         """The complete samples of a tar, in its order."""
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             size = os.fstat(file.fileno()).st_size
             for key, members in self._groups(file, path):
                 where = f"{path}, key {key}"
@@ -148,22 +158,21 @@ class _Scan:
         group: dict[str, tuple[int, int]] = {}
         current: str | None = None
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    folder, slash, name = member.name.rpartition("/")
-                    stem, dot, extension = name.partition(".")
-                    if not member.isreg() or not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
-                        continue
-                    key = folder + slash + stem
-                    if key != current:
-                        if current is not None:
-                            yield current, group
-                        current, group = key, {}
-                    if extension in group:
-                        self.problems.append(f"{path}, key {key}: member {extension} comes twice, the first is taken")
-                    else:
-                        group[extension] = (member.offset_data, member.size)
-        except (tarfile.TarError, EOFError) as error:
+            for member in tar_members(file):
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if not member.isreg() or not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
+                    continue
+                key = folder + slash + stem
+                if key != current:
+                    if current is not None:
+                        yield current, group
+                    current, group = key, {}
+                if extension in group:
+                    self.problems.append(f"{path}, key {key}: member {extension} comes twice, the first is taken")
+                else:
+                    group[extension] = (member.offset_data, member.size)
+        except TAR_ERRORS as error:
             self.problems.append(f"{path}: it cannot be read to its end ({error}); what comes before is taken")
         if current is not None:
             yield current, group
@@ -175,6 +184,17 @@ class _Scan:
         _, label = decode(contents, self.manifest)
         assert isinstance(label, int)
         self.largest_label = max(self.largest_label, label)
+
+
+def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar in its order; one of `TAR_ERRORS` where it makes no sense."""
+    with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+        before = -1
+        for member in tar:
+            if member.offset_data <= before:  # its size is below 0: it would go on for ever
+                raise tarfile.ReadError("a member lies before the one that it follows")
+            before = member.offset_data
+            yield member
 
 
 def manifest_of(content: bytes, spec: MemberSpec) -> Manifest:

@@ -1,6 +1,5 @@
 """Everything that can be wrong with a prepared folder, found by reading every byte of it."""
 
-import tarfile
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from diffmoe_ep.config.foreign import open_binary, regular_size
 from diffmoe_ep.data.codec import decode
-from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, DataError, Shard, read_manifest
+from diffmoe_ep.data.index import tar_members
+from diffmoe_ep.data.manifest import MANIFEST_NAME, REMEDY, TAR_ERRORS, DataError, Shard, read_manifest
 from diffmoe_ep.data.plausible import FAR, Spread, Usual
 from diffmoe_ep.data.shards import Dataset, load_index, sha256_of
 
@@ -75,7 +76,7 @@ def check_folder(folder: Path, progress: Callable[[int], object] | None = None) 
 def _of_files(folder: Path, shard: Shard) -> Iterator[str]:
     path = folder / shard.name
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         if size != shard.bytes:
             yield f"{path} has {size} bytes, the manifest says {shard.bytes}"
         elif sha256_of(path) != shard.sha256:
@@ -93,14 +94,14 @@ def _of_tar(path: Path, index: np.ndarray, fields: tuple[str, ...]) -> Iterator[
     """Where the tar itself and its index differ: members that the one has and not the other."""
     members: dict[int, tuple[str, int]] = {}  # offset -> key, end
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with open_binary(path) as file:
+            for member in tar_members(file):
                 folder, slash, name = member.name.rpartition("/")
                 members[member.offset_data] = (
                     folder + slash + name.partition(".")[0],
                     member.offset_data + member.size,
                 )
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (OSError, *TAR_ERRORS) as error:
         yield f"{path} cannot be read as a tar to its end ({error})"
     starts = np.array(sorted(members), dtype=np.int64)
     for row in index:

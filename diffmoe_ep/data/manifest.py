@@ -7,19 +7,26 @@ written; format 1, which knows labels only, is read, and stays what it is when i
 import json
 import math
 import re
+import tarfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal
 
+import numpy as np
+
 from diffmoe_ep.config import UserError
+from diffmoe_ep.config.foreign import parse_json, read_bytes
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 REMEDY = "prepare the dataset (again), for the digits: python -m data_prep digits --out data/digits"
 DTYPES = {"pixels": ("uint8", "float16", "float32"), "moments": ("float16", "float32")}
 TEXT_DTYPE = "float16"  # of stored text features
-# What NumPy raises for bytes that are no npy file, or announce more than there can be.
+BLOCK = 512  # bytes that a member's header takes in a tar
+MOST_CLASSES = 10**7
+# What tarfile and NumPy raise for bytes that are no tar or npy file, or announce more than there can be.
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, LookupError, RecursionError, OverflowError, MemoryError)
 NPY_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, EOFError, RecursionError, OverflowError, MemoryError)
 
 
@@ -100,6 +107,11 @@ class Manifest:
         channels, height, width = self.shape
         return self.shape if self.kind == "pixels" else (self.flips, 2 * channels, height, width)
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that a sample takes in a tar at least: its members' headers, and the array's values."""
+        return BLOCK * len(self.fields) + np.dtype(self.dtype).itemsize * math.prod(self.stored_shape)
+
     def to_json(self) -> str:
         """The manifest file's text; equal manifests give equal bytes."""
         content = asdict(self)
@@ -135,10 +147,10 @@ KEYS_OF_FORMAT_1 = {
 def read_manifest(path: Path) -> Manifest:
     """Parse and check a manifest file; DataError when it is absent, unreadable, incomplete or inconsistent."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
     except OSError as error:
         raise DataError(f"{path}: cannot read the manifest ({error.strerror}); {REMEDY}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: not a JSON file ({error}); {REMEDY}") from error
     return parse_manifest(content, str(path))
 
@@ -188,7 +200,7 @@ def _check(manifest: Manifest, where: str) -> None:
     demand(math.isfinite(manifest.shift), "shift", "a finite number")
     demand(manifest.condition in ("class", "text"), "condition", "class or text")
     if manifest.condition == "class":
-        demand(manifest.num_classes > 0, "num_classes", "a number above 0")
+        demand(0 < manifest.num_classes <= MOST_CLASSES, "num_classes", f"a number from 1 to {MOST_CLASSES:,}")
         demand(not manifest.text, "text", "no text features where the condition is class")
     demand(manifest.condition == "class" or manifest.num_classes == 0, "num_classes", "0 where the condition is text")
     demand(all(type(name) is str for name in manifest.class_names), "class_names", "a list of texts")
@@ -223,6 +235,11 @@ def _check(manifest: Manifest, where: str) -> None:
             raise DataError(
                 f"{where}: shard {shard.name} has no samples, no bytes or no checksum ({asdict(shard)}); {REMEDY}"
             )
+        if shard.num_samples * manifest.least_bytes > shard.bytes:
+            raise DataError(
+                f"{where}: shard {shard.name} cannot hold {shard.num_samples} samples in {shard.bytes} bytes, a sample "
+                f"takes {manifest.least_bytes} and more; {REMEDY}"
+            )
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
         raise DataError(f"{where}: a shard is named twice; {REMEDY}")
     total = sum(shard.num_samples for shard in manifest.shards)
@@ -231,7 +248,7 @@ def _check(manifest: Manifest, where: str) -> None:
 
 def _shown(value: Any) -> str:
     """A value as a message shows it: tuples as the lists that they are in the file."""
-    return repr(list(value) if isinstance(value, tuple) else value)
+    return repr(list(value) if isinstance(value, tuple) else value)[:200]
 
 
 def _entries(cls: type[Shard] | type[TextEncoderInfo], entries: list[Any], where: str) -> list[dict[str, Any]]:
@@ -259,9 +276,8 @@ def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:
         if kind is float and type(content[key]) is int and abs(content[key]) < 2**53:
             typed[key] = float(content[key])
         if type(typed[key]) is not kind:
-            raise DataError(
-                f"{where}: {key} is {typed[key]!r} ({type(typed[key]).__name__}), expected {kind.__name__}; {REMEDY}"
-            )
+            found = f"{repr(typed[key])[:80]} ({type(typed[key]).__name__})"
+            raise DataError(f"{where}: {key} is {found}, expected {kind.__name__}; {REMEDY}")
     return typed
 
 

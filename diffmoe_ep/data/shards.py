@@ -10,6 +10,7 @@ anywhere. The folder may be a URL: manifest, indexes and whole shards come throu
 
 import hashlib
 import io
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from diffmoe_ep.config.foreign import open_binary, open_regular, read_bytes, regular_size
 from diffmoe_ep.data.manifest import MANIFEST_NAME, NPY_ERRORS, REMEDY, DataError, Manifest, Shard, read_manifest
 from diffmoe_ep.data.remote.fetch import Access, RemoteFolder, Unavailable, is_remote, shown
 from diffmoe_ep.data.sources import Content
@@ -34,45 +36,55 @@ def load_index(path: Path, fields: Sequence[str]) -> np.ndarray:
     not one.
     """
     try:
-        index = np.lib.format.open_memmap(path, mode="r")
-        size = path.stat().st_size
-    except (OSError, *NPY_ERRORS) as error:
-        raise DataError(f"{path}: cannot read the index ({error}); {REMEDY}") from error
-    _check_columns(index, fields, str(path))
-    if index.ndim != 1 or index.offset + index.nbytes != size:
-        raise DataError(f"{path}: has {size} bytes, its header asks for {index.offset + index.nbytes}; {REMEDY}")
-    return index
+        with open_binary(path) as file:
+            place, shape, dtype = _read_header(file, os.fstat(file.fileno()).st_size, fields, str(path))
+            return np.memmap(file, dtype, "r", place, shape) if shape[0] else np.empty(0, dtype)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the index ({error.strerror}); {REMEDY}") from error
 
 
 def parse_index(content: bytes, fields: Sequence[str], where: str) -> np.ndarray:
     """As `load_index`, of a file's content; `where` opens the messages."""
-    file = io.BytesIO(content)
+    place, shape, dtype = _read_header(io.BytesIO(content), len(content), fields, where)
+    return np.frombuffer(content, dtype, shape[0], place) if shape[0] else np.empty(0, dtype)
+
+
+def _read_header(file: BinaryIO, size: int, fields: Sequence[str], where: str) -> tuple[int, tuple[int, ...], np.dtype]:
+    """Where the rows of an index begin, how many there are, and of what; DataError unless they fill its file of `size`
+    bytes.
+    """
     try:
-        index = np.lib.format.read_array(file, allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
     except NPY_ERRORS as error:
         raise DataError(f"{where}: cannot read the index ({error}); {REMEDY}") from error
-    _check_columns(index, fields, where)
-    if index.ndim != 1 or file.tell() != len(content):
-        raise DataError(f"{where}: has {len(content)} bytes, its header asks for {file.tell()}; {REMEDY}")
-    return index
+    _check_columns(dtype, fields, where)
+    asked = file.tell() + dtype.itemsize * math.prod(shape)
+    if len(shape) != 1 or fortran_order or asked != size:
+        raise DataError(f"{where}: has {size} bytes, its header asks for {asked}; {REMEDY}")
+    return file.tell(), shape, dtype
 
 
-def _check_columns(index: np.ndarray, fields: Sequence[str], where: str) -> None:
-    columns: Mapping[str, Any] = index.dtype.fields or {}
+def _check_columns(dtype: np.dtype, fields: Sequence[str], where: str) -> None:
+    columns: Mapping[str, Any] = dtype.fields or {}
     if (
         list(columns) != ["key", *fields]
         or columns["key"][0].kind != "S"
         or any(columns[field][0] != MEMBER for field in fields)
     ):
-        raise DataError(f"{where}: holds columns {index.dtype}, expected key, {', '.join(fields)}; {REMEDY}")
+        raise DataError(f"{where}: holds columns {dtype}, expected key, {', '.join(fields)}; {REMEDY}")
 
 
 def _num_indexed(path: Path, fields: Sequence[str]) -> int:
     """The length of `load_index`, found ten times as fast for a sound file: datasets of thousands of shards are opened
     at once.
     """
-    with path.open("rb", buffering=0) as file:
-        head, size = file.read(4096), os.fstat(file.fileno()).st_size
+    descriptor = open_regular(path)
+    try:
+        head, size = os.read(descriptor, 4096), os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
     start = 10 + int.from_bytes(head[8:10], "little")  # the size of a version 1.0 header stands in bytes 8 and 9
     count, row_bytes = _parse_header(head[:start], tuple(fields))
     return count if row_bytes and start + count * row_bytes == size else len(load_index(path, fields))
@@ -109,7 +121,9 @@ def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bo
     """
     path = folder / shard.name
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
+        if size < shard.num_samples:  # so that work and memory are bounded by what is there
+            raise Unavailable(f"{path} has {size} bytes, the manifest says that they are {shard.num_samples} samples")
         if size != shard.bytes:
             return f"{path} has {size} bytes, the manifest says {shard.bytes}"
         count = _num_indexed(folder / shard.index_name, fields)
@@ -121,7 +135,9 @@ def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bo
     except FileNotFoundError as error:
         raise Unavailable(f"{error.filename} is missing") from error
     except OSError as error:
-        raise Unavailable(f"{path} cannot be read ({error.strerror})") from error
+        raise Unavailable(f"{error.filename or path} cannot be read ({error.strerror})") from error
+    except Unavailable:
+        raise
     except DataError as error:
         return str(error).removesuffix(f"; {REMEDY}")
     return None
@@ -129,7 +145,7 @@ def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bo
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -322,17 +338,6 @@ class Dataset:
         index = parse_index(content, self._fields, where)
         if len(index) != described.num_samples:
             raise DataError(f"{where} has {len(index)} samples, the manifest says {described.num_samples}; {REMEDY}")
-        members = np.empty((len(index), len(self._fields), 3), dtype=np.int64)  # (num_samples, fields, 3)
-        for place, field in enumerate(self._fields):
-            for part, name in enumerate(MEMBER.names or ()):
-                members[:, place, part] = index[field][name]
-        offsets, sizes = members[..., 0], members[..., 1]
-        # Not their sum: it may overflow.
-        outside = (offsets < 0) | (sizes < 0) | (offsets > described.bytes) | (sizes > described.bytes)
-        members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
-        begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
-        lengths[lengths > sizes.sum(1) + MOST_BETWEEN] = 0
-        members = np.column_stack([begins, lengths, members.reshape(len(index), -1)])
         while len(self._open) >= self._max_open:
             self._release(next(iter(self._open)))
         if self.remote is not None:
@@ -340,7 +345,19 @@ class Dataset:
         else:
             path = Path(self.folder) / described.name
             with _reaching(path):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_regular(path)
+        held = os.fstat(descriptor).st_size  # what may be asked for, whatever index and manifest say
+        members = np.empty((len(index), len(self._fields), 3), dtype=np.int64)  # (num_samples, fields, 3)
+        for place, field in enumerate(self._fields):
+            for part, name in enumerate(MEMBER.names or ()):
+                members[:, place, part] = index[field][name]
+        offsets, sizes = members[..., 0], members[..., 1]
+        # Not their sum: it may overflow.
+        outside = (offsets < 0) | (sizes < 0) | (offsets > held) | (sizes > held)
+        members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
+        begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
+        lengths[lengths > sizes.sum(1) + MOST_BETWEEN] = 0
+        members = np.column_stack([begins, lengths, members.reshape(len(index), -1)])
         self._open[shard] = Opened(descriptor, index["key"].copy(), members)
         return self._open[shard]
 
@@ -349,7 +366,7 @@ class Dataset:
             return self.remote.index(shard)
         path = Path(self.folder) / shard.index_name
         with _reaching(path):
-            return path.read_bytes()
+            return read_bytes(path)
 
     def _release(self, shard: int) -> None:
         os.close(self._open.pop(shard).descriptor)

@@ -1,19 +1,19 @@
 """A pretrained model's folder: which files make it what it is, and the fingerprint that identifies it."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config.foreign import open_binary, parse_json, read_bytes
 
 
 def read_config(folder: Path, what: str, source: str) -> dict[str, Any]:
     """The config.json of a model's folder; ConfigError names the folder and says where such models come from."""
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
     except OSError as error:
         found = "holds no config.json" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"{what} {folder} {found} ({error.strerror}); give {source}") from error
@@ -32,8 +32,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     names = [f"{stem}.safetensors"]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(parse_json(read_bytes(index))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{index}: is not a list of weight files ({error!r}); fetch the model's folder again"
             ) from error
@@ -57,7 +57,7 @@ def fingerprint(paths: list[Path]) -> str:
     """The sha256 over names, sizes and contents of files; the folder they lie in does not count."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {path.stat().st_size} {content}\n".encode())
     return digest.hexdigest()

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.config import Config, ConfigError, effective, load_stored, to_tree
+from diffmoe_ep.config.foreign import is_number, parse_json, parse_json_lines, read_bytes
 from diffmoe_ep.model.count import count
 from diffmoe_ep.tables import table
 
 COLUMNS = ("loss", "accuracy", "frechet", "capacity")
 UNTIL = " until step "
+SCORES, RECIPE = "scores/scores.json", "recipe.jsonl"
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,49 @@ def read_run(folder: Path) -> Found:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} has no {name}, so it is no run of diffmoe train; name run folders")
-    lines = [line for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines, strange = parse_json_lines(_content(folder / "metrics.jsonl"), "step")
+    if strange or not all(is_number(line.get("diffusion_loss")) for line in lines):
+        raise ConfigError(
+            f"{folder}/metrics.jsonl holds lines that are no logged steps with a diffusion_loss; use a sound copy, or "
+            "leave the run out"
+        )
     if not lines:
         raise ConfigError(
             f"{folder}/metrics.jsonl is empty: the run has logged no step yet; wait for one, or leave the run out"
         )
-    last = json.loads(lines[-1])["step"]
-    losses = [json.loads(line)["diffusion_loss"] for line in lines[-max(1, len(lines) // 10) :]]
+    losses = [line["diffusion_loss"] for line in lines[-max(1, len(lines) // 10) :]]
     values = {"loss": statistics.fmean(losses)}
-    scores = folder / "scores/scores.json"
-    if scores.is_file():
-        values |= {
-            key: value for key, value in json.loads(scores.read_text(encoding="utf-8")).items() if key in COLUMNS
-        }
-    changed = (folder / "recipe.jsonl").read_text(encoding="utf-8") if (folder / "recipe.jsonl").is_file() else ""
-    recipe = tuple(json.loads(line) for line in changed.splitlines())
-    return Found(load_stored(folder / "config.yaml"), last, values, recipe)
+    if (folder / SCORES).exists():
+        values |= _scores(folder)
+    changed = _content(folder / RECIPE) if (folder / RECIPE).exists() else b""
+    recipe, strange = parse_json_lines(changed, "step")
+    if strange or not all(isinstance(change.get("key"), str) and "was" in change for change in recipe):
+        raise ConfigError(f"{folder / RECIPE} holds lines that are no changes of a recipe; use a sound copy")
+    return Found(load_stored(folder / "config.yaml"), lines[-1]["step"], values, tuple(recipe))
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    """Of a run's scores those that stand in the table."""
+    try:
+        found = parse_json(_content(folder / SCORES))
+    except ValueError as error:
+        raise ConfigError(f"{folder / SCORES} is no JSON ({error}); score the run anew") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{folder / SCORES} holds a {type(found).__name__}, not scores by name; score the run anew")
+    known = {key: found[key] for key in COLUMNS if key in found}
+    for key, value in known.items():
+        if not is_number(value):
+            raise ConfigError(f"{folder / SCORES}: {key} is {str(value)[:40]}, not a number; score the run anew")
+    return known
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); use a sound copy, or leave the run out"
+        ) from error
 
 
 def _row(group: list[Found], name: str) -> Setting:

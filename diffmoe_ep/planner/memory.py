@@ -12,7 +12,6 @@ A step's memory peaks in one of four phases, and what is held in each is listed 
 loader's batches, what libraries take for themselves (a cluster file's reserve_gb), fragmentation.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Literal
 import torch
 
 from diffmoe_ep.config import Config
+from diffmoe_ep.config.foreign import is_number, parse_json, read_bytes
 from diffmoe_ep.model.count import expert_width
 from diffmoe_ep.model.dit import is_moe
 from diffmoe_ep.model.parallelize import Recompute
@@ -207,12 +207,12 @@ def reduce_bucket(config: Config) -> int:
     path = config.parallel.deepspeed
     if path is not None and Path(path).is_file():
         try:
-            user = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
+            user = parse_json(read_bytes(path))
+        except (OSError, ValueError):
             return REDUCE_BUCKET  # training says what is wrong with it
         zero = user.get("zero_optimization", {}) if isinstance(user, dict) else {}
         found = zero.get("reduce_bucket_size", REDUCE_BUCKET) if isinstance(zero, dict) else REDUCE_BUCKET
-        return int(found) if isinstance(found, int | float) else REDUCE_BUCKET
+        return int(found) if is_number(found) and 0 < found < 2**63 else REDUCE_BUCKET
     return REDUCE_BUCKET
 
 

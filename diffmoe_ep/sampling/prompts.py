@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ep.config import Config, ConfigError, SampleConfig
+from diffmoe_ep.config.foreign import read_bytes
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.checked import read_chosen
 from diffmoe_ep.data.condition import CaptionFeatures, padded
@@ -58,7 +59,7 @@ def read_prompts(path: Path, where: str = "--prompts") -> list[str]:
     names the file.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode("utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
             f"{where} {path} cannot be read ({error.strerror}); give a text file with a prompt on each line"

@@ -1,6 +1,5 @@
 """The curves of a run, drawn from its metrics.jsonl."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.config.foreign import is_number, parse_json_lines, read_bytes
 from diffmoe_ep.sampling.picture import BLUE, GREEN, ORANGE, PALE, PURPLE
 
 if TYPE_CHECKING:
@@ -61,22 +61,25 @@ Record = dict[str, Any]  # one line of metrics.jsonl
 
 def _records(metrics: Path) -> list[Record]:
     """The logged steps in order, each as it was last logged."""
-    records: dict[int, Record] = {}
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a line that a kill cut short
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records[record["step"]] = record
+    records = {record["step"]: record for record in parse_json_lines(read_bytes(metrics), "step")[0]}
     return [records[step] for step in sorted(records)]
 
 
 def _series(records: list[Record], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Samples seen and values of the steps that logged the key: (m,) and (m,), or (m, layers) for lists."""
-    chosen = [record for record in records if record.get(key) is not None]
+    chosen = [record for record in records if _is_drawn(record.get(key)) and is_number(record.get("samples", 0))]
+    chosen = [record for record in chosen if _length(record[key]) == _length(chosen[0][key])]
     samples = np.array([record.get("samples", record["step"]) for record in chosen], dtype=np.float64)
     return samples, np.array([record[key] for record in chosen], dtype=np.float64)
+
+
+def _is_drawn(value: Any) -> bool:
+    """Whether a value is a number, or a number for each layer."""
+    return is_number(value) or (isinstance(value, list) and all(map(is_number, value)))
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:

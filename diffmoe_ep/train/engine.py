@@ -5,7 +5,6 @@ weights, gradients are reduced in float32, and the stages differ only in who hol
 or each replica its shard (1, 2).
 """
 
-import json
 import logging
 import math
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from diffmoe_ep.checkpoint.fragments import Fragment, shard_of
 from diffmoe_ep.config import Config, ConfigError, OptimizerConfig
+from diffmoe_ep.config.foreign import parse_json, read_bytes
 from diffmoe_ep.data.condition import Condition
 from diffmoe_ep.model.dit import DiT, Output
 from diffmoe_ep.model.parallelize import is_expert, mark_for_deepspeed
@@ -252,8 +252,8 @@ def _user_settings(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        user = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        user = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"parallel.deepspeed {path} cannot be read as JSON ({error}); give a DeepSpeed settings file or null"
         ) from error

@@ -1,5 +1,6 @@
 """The folder of a run: its config, the environment report, metrics.jsonl, pictures."""
 
+import hashlib
 import json
 import platform
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from diffmoe_ep.checkpoint.same_run import RecipeChange, shown
 from diffmoe_ep.config import Config, ConfigError, dump
+from diffmoe_ep.config.foreign import parse_json_lines, read_bytes
 from diffmoe_ep.parallel.collectives import gather_objects
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.curves import curves
@@ -42,6 +44,8 @@ class RunFolder:
         """Why this process cannot write here, or None."""
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
+            if self.metrics.exists() and not self.metrics.is_file():
+                return f"{self.metrics} is not a file; move it away, or give another folder with folder=..."
             probe = self.path / f".write-{platform.node()}"
             probe.write_text("")
             probe.unlink(missing_ok=True)
@@ -98,10 +102,19 @@ class RunFolder:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per logged step; a resumed run first cuts off the steps that it will repeat."""
+    """metrics.jsonl: one line per logged step. A resumed run first cuts off the steps that it will repeat, and a line
+    that a kill cut short; a file with anything else in it is kept as it was under another name.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= step]
+        content = read_bytes(path) if path.exists() else b""
+        lines, strange = parse_json_lines(content, "step")
+        if strange:
+            aside = path.with_name(f"{path.name}.damaged-{hashlib.sha256(content).hexdigest()[:8]}")
+            aside.write_bytes(content)
+            what = f"{path}: {strange} lines are no logged steps and go; it is kept as {aside.name}"
+            print(what, file=sys.stderr, flush=True)
+        kept = [line for line in lines if line["step"] <= step]
         _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
         self.file = path.open("a", encoding="utf-8", buffering=1)
@@ -127,12 +140,3 @@ def _replace(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a line cut short by a kill is dropped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from diffmoe_ep.config.foreign import parse_json
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train.run_folder import RunFolder
 
@@ -154,7 +155,7 @@ def _holder(descriptor: int) -> str:
 def _read(descriptor: int) -> dict[str, Any]:
     """What a lock file says; nothing where it is empty or not ours."""
     try:
-        content = json.loads(os.pread(descriptor, 4096, 0))
+        content = parse_json(os.pread(descriptor, 4096, 0))
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

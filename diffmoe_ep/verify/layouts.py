@@ -3,7 +3,6 @@
 The first run is the one that the others are compared with; `launch/same_run.sh` trains them.
 """
 
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from diffmoe_ep.config import Config, ConfigError, load
+from diffmoe_ep.config.foreign import is_number, parse_json, parse_json_lines, read_bytes
 
 COLOURS = ("#f2b134", "#ed553b", "#c05a9d", "#6a4c93", "#2a7ab9", "#14213d")
 EQUAL = 2e-8  # where equal losses are drawn on the logarithmic axis
@@ -32,12 +32,14 @@ class Run:
 def read(folder: Path) -> Run:
     """The losses and the layout that a run folder holds; ConfigError names a folder without them."""
     try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines, _ = parse_json_lines(read_bytes(folder / "metrics.jsonl"), "step")
         config = load(folder / "config.yaml")
-        ranks = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["ranks"]
-    except (OSError, KeyError) as error:
+        ranks = int(parse_json(read_bytes(folder / "environment.json"))["ranks"])
+    except ConfigError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} is no run whose losses can be drawn ({error}); train it first") from error
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in lines if is_number(line.get("loss"))}
     return Run(_label(config, ranks), tuple(losses[step] for step in sorted(losses)))
 
 

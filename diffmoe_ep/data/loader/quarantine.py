@@ -10,9 +10,10 @@ A run that goes on from a checkpoint meets some of them again; joining counts a 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from diffmoe_ep.config.foreign import parse_json_lines, read_bytes
 from diffmoe_ep.data.manifest import DataError
 
 NAME = "quarantine.jsonl"
@@ -86,8 +87,11 @@ def join(folder: Path) -> None:
 
 def _lines(path: Path) -> Iterable[Fault]:
     """The whole lines of a rank's file; one that a kill cut short is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield Fault(**json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            continue
+    try:
+        lines, _ = parse_json_lines(read_bytes(path), "position")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); move it away") from error
+    kinds = {field.name: int if field.name == "position" else str for field in fields(Fault)}
+    for line in lines:
+        if line.keys() == kinds.keys() and all(type(line[key]) is kind for key, kind in kinds.items()):
+            yield Fault(**line)

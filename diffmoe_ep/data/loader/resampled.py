@@ -19,7 +19,6 @@ import io
 import itertools
 import random
 import sys
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -31,6 +30,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffmoe_ep.config import ConfigError, DataConfig
+from diffmoe_ep.config.foreign import open_regular
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.codec import Caption, decode_array, decode_label
 from diffmoe_ep.data.index import MemberSpec, manifest_of
@@ -40,13 +40,12 @@ from diffmoe_ep.data.loader.draw import Draw
 from diffmoe_ep.data.loader.micro_steps import RankSlice, Result
 from diffmoe_ep.data.loader.quarantine import Fault
 from diffmoe_ep.data.loader.reader import RawSample
-from diffmoe_ep.data.manifest import DataError, Manifest
+from diffmoe_ep.data.manifest import TAR_ERRORS, DataError, Manifest
 from diffmoe_ep.data.remote.fetch import LONGEST_PAUSE, Access, Unavailable, check_url, chunks, is_remote, shown
 from diffmoe_ep.data.rng import generator_for
 
 MOST_BAD = 32  # times the samples of a batch that may be bad before it is full
 LEAST_SEEN = 65_536  # samples that bad ones are counted against, however few were seen
-BROKEN = (EOFError, ValueError, tarfile.TarError)  # raised where the bytes of a tar make no sense
 ANY_SIZE = 1 << 40  # bytes that a tar may have as far as one knows
 
 
@@ -147,7 +146,7 @@ class PlainTars:
             except OSError as error:
                 problem = _reason(error)
                 print(f"{shown(url)}: {problem}; drawing another", file=sys.stderr, flush=True)
-            except BROKEN as error:
+            except TAR_ERRORS as error:
                 problem = _reason(error)
                 yield Tar(url, "", {}, problem)
             failed = 0 if found else failed + 1
@@ -272,7 +271,7 @@ def _first(url: str, access: Access) -> Tar:
         found = next(_samples(url, access), None)
     except DataError:
         raise
-    except (OSError, *BROKEN) as error:
+    except (OSError, *TAR_ERRORS) as error:
         raise DataError(f"{shown(url)} cannot be read ({_reason(error)}); give uncompressed tars") from error
     if found is None:
         raise DataError(f"{shown(url)} holds no sample; give uncompressed tars of members KEY.EXTENSION")
@@ -287,7 +286,7 @@ def _reason(error: Exception) -> str:
 def _samples(url: str, access: Access, wanted: Sequence[str] = ()) -> Iterator[Tar]:
     """The samples of a tar: neighbouring members of one name up to its first dot, all or the wanted ones.
 
-    OSError for what cannot be fetched, one of `BROKEN` for what cannot be read.
+    OSError for what cannot be fetched, one of `TAR_ERRORS` for what cannot be read.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -307,7 +306,7 @@ def _samples(url: str, access: Access, wanted: Sequence[str] = ()) -> Iterator[T
 
 def _opened(url: str, access: Access) -> io.IOBase:
     if not is_remote(url):
-        return Path(url).open("rb")
+        return io.BufferedReader(io.FileIO(open_regular(url)), 1 << 20)
     return io.BufferedReader(_Chunks(chunks(url, ANY_SIZE, access)), 1 << 20)
 
 

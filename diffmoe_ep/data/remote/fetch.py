@@ -13,7 +13,6 @@ by the manifest's sha256 before anything is read from it, so a server can withho
 import errno
 import ipaddress
 import itertools
-import json
 import os
 import random
 import re
@@ -29,6 +28,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from diffmoe_ep.config import ConfigError, DataConfig
+from diffmoe_ep.config.foreign import parse_json
 from diffmoe_ep.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, parse_manifest
 from diffmoe_ep.data.remote.cache import Cache, CacheFull, Damaged, Wanted
 
@@ -111,10 +111,10 @@ class RemoteFolder:
         content = self._tried(MANIFEST_NAME, lambda: self._small(MANIFEST_NAME), patient=False)
         where = self.place(MANIFEST_NAME)
         try:
-            manifest = parse_manifest(json.loads(content), where)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
+            manifest = parse_manifest(parse_json(content), where)
+        except DataError:
+            raise
+        except ValueError as error:
             raise DataError(
                 f"{where}: not a JSON file ({error}); give the URL of a prepared dataset's folder"
             ) from error

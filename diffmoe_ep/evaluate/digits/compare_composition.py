@@ -2,7 +2,6 @@
 wrote to RUN/scores.
 """
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.config import ConfigError, load_stored
+from diffmoe_ep.config.foreign import parse_json, read_bytes
 from diffmoe_ep.evaluate.digits.composition import TASKS
 from diffmoe_ep.model.count import count
 from diffmoe_ep.tables import table
@@ -63,15 +63,11 @@ def _row(folder: Path) -> Row:
                 f"{folder} has no {name}; train it, then diffmoe evaluate {shlex.quote(str(folder))} --composition "
                 f"--out {shlex.quote(f'{folder}/scores')} ..."
             )
-    found = json.loads((folder / SCORE).read_text(encoding="utf-8"))
     sizes = count(load_stored(folder / "config.yaml").model)
-    tasks = {task: float(found["samples"][task]["right"]) for task in TASKS}
-    return Row(
-        folder.name,
-        sizes.total,
-        sizes.activated(found["capacity"]),
-        tasks,
-        found["overall"],
-        found["overall_shuffled"],
-        found["capacity"],
-    )
+    try:
+        found = parse_json(read_bytes(folder / SCORE))
+        tasks = {task: float(found["samples"][task]["right"]) for task in TASKS}
+        overall, shuffled, capacity = (float(found[key]) for key in ("overall", "overall_shuffled", "capacity"))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{folder / SCORE} holds no scores ({error}); score the run anew") from error
+    return Row(folder.name, sizes.total, sizes.activated(capacity), tasks, overall, shuffled, capacity)
