@@ -200,7 +200,7 @@ def _check(manifest: Manifest, where: str) -> None:
     demand(math.isfinite(manifest.shift), "shift", "a finite number")
     demand(manifest.condition in ("class", "text"), "condition", "class or text")
     if manifest.condition == "class":
-        demand(0 < manifest.num_classes <= MOST_CLASSES, "num_classes", f"a number from 1 to {MOST_CLASSES:,}")
+        demand(0 < manifest.num_classes <= MOST_CLASSES, "num_classes", f"a number above 0, up to {MOST_CLASSES:,}")
         demand(not manifest.text, "text", "no text features where the condition is class")
     demand(manifest.condition == "class" or manifest.num_classes == 0, "num_classes", "0 where the condition is text")
     demand(all(type(name) is str for name in manifest.class_names), "class_names", "a list of texts")

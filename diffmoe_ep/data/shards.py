@@ -122,8 +122,6 @@ def shard_damage(folder: Path, shard: Shard, fields: Sequence[str], checksum: bo
     path = folder / shard.name
     try:
         size = regular_size(path)
-        if size < shard.num_samples:  # so that work and memory are bounded by what is there
-            raise Unavailable(f"{path} has {size} bytes, the manifest says that they are {shard.num_samples} samples")
         if size != shard.bytes:
             return f"{path} has {size} bytes, the manifest says {shard.bytes}"
         count = _num_indexed(folder / shard.index_name, fields)
@@ -231,12 +229,21 @@ class Dataset:
                 continue
             if damage is not None:
                 (tolerated if tolerant else problems).append(damage)
+        held = sum(self._held(shard) for shard in self.manifest.shards) if tolerated and not problems else 0
+        if tolerated and not problems and held < self.manifest.num_samples:  # work and memory grow with what is there
+            problems = [f"they have {held} bytes, and are to hold {self.manifest.num_samples} samples"]
         if problems:
             more = f" (and {len(problems) - 3} more of {len(self.manifest.shards)} shards)" if len(problems) > 3 else ""
             raise DataError(
                 f"shards do not match {self.folder / MANIFEST_NAME}: {', '.join(problems[:3])}{more}; {REMEDY}"
             )
         return tuple(tolerated)
+
+    def _held(self, shard: Shard) -> int:
+        try:
+            return regular_size(Path(self.folder) / shard.name)
+        except OSError:
+            return 0
 
     @property
     def name(self) -> str:
@@ -346,15 +353,17 @@ class Dataset:
             path = Path(self.folder) / described.name
             with _reaching(path):
                 descriptor = open_regular(path)
-        held = os.fstat(descriptor).st_size  # what may be asked for, whatever index and manifest say
         members = np.empty((len(index), len(self._fields), 3), dtype=np.int64)  # (num_samples, fields, 3)
         for place, field in enumerate(self._fields):
             for part, name in enumerate(MEMBER.names or ()):
                 members[:, place, part] = index[field][name]
         offsets, sizes = members[..., 0], members[..., 1]
         # Not their sum: it may overflow.
-        outside = (offsets < 0) | (sizes < 0) | (offsets > held) | (sizes > held)
+        outside = (offsets < 0) | (sizes < 0) | (offsets > described.bytes) | (sizes > described.bytes)
         members[outside] = (0, 0, -1)  # a damaged row: it fails its crc32 when it is read
+        held = os.fstat(descriptor).st_size  # no more is asked for, whatever index and manifest say
+        np.minimum(offsets, held, out=offsets)
+        np.minimum(sizes, held + 1, out=sizes)
         begins, lengths = offsets.min(1), (offsets + sizes).max(1) - offsets.min(1)
         lengths[lengths > sizes.sum(1) + MOST_BETWEEN] = 0
         members = np.column_stack([begins, lengths, members.reshape(len(index), -1)])
