@@ -59,7 +59,9 @@ if [[ -f "${1:-}" ]]; then words[0]="$(realpath -- "$1")"; fi
 # Sets $hosts and $slots from the hostfile, cut to --nodes and --gpus.
 read_hostfile() {
     [[ -f "$hostfile" ]] || fail_launch "there is no hostfile $hostfile; write one with a line 'name slots=8' for each host"
-    local line where number=0 known=" "
+    local line where host number=0 known=" "
+    [[ "$(tr -d '\0' <"$hostfile" | wc -c)" == "$(wc -c <"$hostfile")" ]] ||
+        fail_launch "$hostfile is no text; write a line 'name slots=8' for each host"
     while IFS= read -r line || [[ -n "$line" ]]; do
         number=$((number + 1))
         line="${line%%#*}"
@@ -67,11 +69,15 @@ read_hostfile() {
         where="$hostfile, line $number"
         [[ "$line" =~ ^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
             fail_launch "$where: '$line' does not say how many ranks the host takes; write for example '${line%%[[:space:]]*} slots=8'"
-        [[ "$known" != *" ${BASH_REMATCH[1]} "* ]] ||
-            fail_launch "$where: ${BASH_REMATCH[1]} stands there twice; give it one line with all its slots"
-        known+="${BASH_REMATCH[1]} "
-        hosts+=("${BASH_REMATCH[1]}")
+        host="${BASH_REMATCH[1]}"
         slots+=("${BASH_REMATCH[2]}")
+        [[ ${#BASH_REMATCH[2]} -le 4 ]] || fail_launch "$where: slots is ${BASH_REMATCH[2]}; a host takes at most 9999 ranks"
+        # Nothing else reaches ssh and pdsh, to which a name could be an option, a file or a pattern.
+        [[ "$host" =~ ^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_]([A-Za-z0-9_.:-]*[A-Za-z0-9_])?$ ]] ||
+            fail_launch "$where: ${host@Q} is no name or address of a host; write for example 'node-1 slots=8'"
+        [[ "$known" != *" $host "* ]] || fail_launch "$where: $host stands there twice; give it one line with all its slots"
+        known+="$host "
+        hosts+=("$host")
     done <"$hostfile"
     [[ ${#hosts[@]} -gt 0 ]] || fail_launch "the hostfile $hostfile names no host; write a line 'name slots=8' for each"
     if [[ -n "$nodes" ]]; then

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -293,14 +293,52 @@ def read_metadata(content: bytes, files: Sequence[str]) -> Metadata:
     """
     try:
         metadata = MetadataUnpickler(io.BytesIO(content)).load()
-        stored, places = metadata.state_dict_metadata.values(), metadata.storage_data.values()
-        sound = isinstance(metadata, Metadata) and all(isinstance(value, TensorStorageMetadata) for value in stored)
-        sound = sound and all(place.relative_path in files and not place.transform_descriptors for place in places)
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, RuntimeError) as error:
+        sound = isinstance(metadata, Metadata)
+        sound = sound and all(_is_tensor(*each) for each in metadata.state_dict_metadata.items())
+        sound = sound and all(_is_place(*each, files) for each in metadata.storage_data.items())
+    except (  # whatever bytes make of an unpickler that can name nothing but inert classes
+        pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError,
+        OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise ValueError(f"its .metadata cannot be read: {error}") from error
     if not sound:
         raise ValueError("its .metadata does not describe tensors in the files of its folder")
     return metadata
+
+
+def _is_tensor(name: Any, value: Any) -> bool:
+    """Whether an entry of a description is that of a tensor and of chunks that lie in it."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, TensorStorageMetadata)
+        and _is_size(value.size)
+        and isinstance(value.properties, TensorProperties)
+        and isinstance(value.properties.dtype, torch.dtype)
+        and isinstance(value.chunks, list)
+        and all(
+            isinstance(chunk, ChunkStorageMetadata)
+            and _is_size(chunk.offsets)
+            and _is_size(chunk.sizes)
+            and len(chunk.offsets) == len(chunk.sizes) == len(value.size)
+            and all(map(lambda low, size, end: low + size <= end, chunk.offsets, chunk.sizes, value.size))
+            for chunk in value.chunks
+        )
+    )
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, torch.Size) and all(type(part) is int and part >= 0 for part in size)
+
+
+def _is_place(index: Any, place: Any, files: Sequence[str]) -> bool:
+    """Whether an entry of a description says where in one of the files a chunk lies."""
+    return (
+        isinstance(index, MetadataIndex)
+        and isinstance(place, _StorageInfo)
+        and place.relative_path in files
+        and all(type(part) is int and part >= 0 for part in (place.offset, place.length))
+        and not place.transform_descriptors
+    )
 
 
 def kinds(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from diffmoe_ep.checkpoint.store import PARTIAL, CheckpointError
 from diffmoe_ep.checkpoint.time_convention import REWRITTEN, TimeConvention, reverse_time
 from diffmoe_ep.config import Config, ConfigError, ModelConfig, from_tree, nested, of_role, to_tree, today
+from diffmoe_ep.config.foreign import open_binary, parse_json, read_bytes
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.embed import sine_positions
@@ -128,7 +129,7 @@ def read_exported(folder: str | Path) -> Exported:
             f"{folder} does not hold {CONFIG} and {WEIGHTS}: name a folder with a model in the exported form"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): use a sound copy") from error
     if isinstance(content, dict) and content.get("format") == 1:
@@ -138,7 +139,7 @@ def read_exported(folder: str | Path) -> Exported:
         content["sha256"] = {}
     expected = {"format": int, "time_convention": str, "config": dict, "data": dict, "provenance": dict, "sha256": dict}
     for key, kind in expected.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+        if not isinstance(content, dict) or type(content.get(key)) is not kind:
             raise CheckpointError(
                 f"{path} lacks {key}, or it is no {kind.__name__}: the folder was not saved by this program"
             )
@@ -176,6 +177,7 @@ def load_exported(folder: str | Path, config: Config | None = None, mesh: Mesh |
     """
     exported, mesh = read_exported(folder), mesh or Mesh()
     check_sums(Path(folder), exported, mesh)
+    next(stored_tensors(Path(folder), exported))  # names, shapes and types are compared before a model takes memory
     model = build_sharded(config or exported.config, mesh)
     fill(model, Path(folder), exported, mesh, model.state_dict() | {POSITIONS: model.positions})
     return model.to(mesh.device).eval()
@@ -196,7 +198,7 @@ def check_sums(folder: Path, exported: Exported, mesh: Mesh, files: tuple[str, .
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -249,8 +251,20 @@ def kinds_of(model: ModelConfig) -> dict[str, Kind]:
 def compare(stored: Mapping[str, Kind], model: ModelConfig, where: str) -> None:
     """Raise CheckpointError that names the first key in which stored tensors are not those of a model."""
     tokens = (model.input_size // model.patch) ** 2
+    check_blocks(model, len(stored), where)
     wanted = kinds_of(model)
     compare_kinds(stored, wanted, {POSITIONS: ((tokens, model.hidden_size), "F32")}, where)
+
+
+def check_blocks(model: ModelConfig, num_tensors: int, where: str) -> None:
+    """Raise CheckpointError where a config has more blocks than there are tensors: each would have to be built before
+    anything could be compared.
+    """
+    if model.num_blocks > num_tensors:
+        raise CheckpointError(
+            f"{where} has {num_tensors} tensors, too few for the {model.num_blocks} blocks of its config, which is of "
+            "another model"
+        )
 
 
 def compare_kinds(

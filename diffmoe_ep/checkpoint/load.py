@@ -10,10 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffmoe_ep.checkpoint.exported import CONFIG, check_sums, fill, is_exported, load_exported, read_exported
+from diffmoe_ep.checkpoint.exported import (
+    CONFIG,
+    check_blocks,
+    check_sums,
+    fill,
+    is_exported,
+    kinds_of,
+    load_exported,
+    read_exported,
+)
 from diffmoe_ep.checkpoint.fragments import Fragment, expert_fragment, whole
-from diffmoe_ep.checkpoint.store import SUMS, CheckpointError, load, read_meta, resolve, tensors
-from diffmoe_ep.config import Config, from_tree, today
+from diffmoe_ep.checkpoint.store import REMEDY, SUMS, CheckpointError, load, read_meta, resolve, tensors
+from diffmoe_ep.config import Config, ConfigError, from_tree, today
+from diffmoe_ep.config.foreign import read_bytes
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.parallelize import build_sharded, is_expert
@@ -67,9 +77,10 @@ def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> 
                 f"{folder} holds one set of weights, {there}, not {weights}; ask for {there} (sample.weights={there})"
             )
         return load_exported(folder, config, mesh)
+    stored = tensors(folder)
+    _check_shapes(folder, config, stored)
     model = build_sharded(config, mesh)
     named = dict(model.named_parameters()) | persistent_buffers(model)
-    stored = tensors(folder)
     wanted: list[Fragment] = []
     for name, tensor in named.items():
         own = weights if f"{weights}.{name}" in stored else "model"  # the averaged weights carry the live thresholds
@@ -78,6 +89,18 @@ def load_sharded(folder: Path, weights: Weights, config: Config, mesh: Mesh) -> 
         wanted += fragments({name: tensor}, own, model, mesh)
     load(folder, wanted, group=mesh.world.handle, world=mesh.size, allow_extra=True)
     return model.to(mesh.device).eval()
+
+
+def _check_shapes(folder: Path, config: Config, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raise CheckpointError unless a checkpoint's tensors are those of its config's model, before that takes memory."""
+    check_blocks(config.model, len(stored), str(folder))
+    for name, (shape, _) in kinds_of(config.model).items():
+        there = stored[f"model.{name}"][0] if f"model.{name}" in stored else "no shape"
+        if there != shape:
+            raise CheckpointError(
+                f"{folder} is a checkpoint of another model or optimizer: {name} has {there} there and {shape} here. "
+                f"{REMEDY}"
+            )
 
 
 def load_into(model: DiT, folder: Path, weights: Weights, mesh: Mesh) -> None:
@@ -113,7 +136,10 @@ def config_of(folder: Path) -> Config:
     """The configuration with which a checkpoint was trained."""
     if is_exported(folder):
         return read_exported(folder).config
-    return from_tree(today(_meta(folder)["config"]))
+    try:
+        return from_tree(today(meta_of(folder)["config"]))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def data_info_of(folder: Path) -> DataInfo:
@@ -121,15 +147,25 @@ def data_info_of(folder: Path) -> DataInfo:
     if is_exported(folder):
         return read_exported(folder).data_info
     try:
-        return DataInfo.from_json(_meta(folder)["data"])
+        return DataInfo.from_json(meta_of(folder)["data"])
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}; use a sound copy") from error
 
 
 def fingerprint_of(folder: Path) -> str:
     """The sha256 of the file that vouches for a checkpoint or an exported folder."""
-    return hashlib.sha256((folder / (CONFIG if is_exported(folder) else SUMS)).read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(folder / (CONFIG if is_exported(folder) else SUMS))).hexdigest()
 
 
-def _meta(folder: Path) -> dict[str, Any]:
-    return dict(read_meta(folder)["meta"])
+def meta_of(folder: Path) -> dict[str, Any]:
+    """What a training noted of itself in a checkpoint: config, data, fingerprint, and, where it knows them, recipe and
+    ancestry.
+    """
+    meta = dict(read_meta(folder)["meta"])
+    kinds = {"config": dict, "data": dict, "fingerprint": str}
+    perhaps = {"recipe": list, "ancestry": list, "text_encoder": str}
+    kinds |= {key: kind for key, kind in perhaps.items() if meta.get(key) is not None}
+    for key, kind in kinds.items():
+        if not isinstance(meta.get(key), kind):
+            raise CheckpointError(f"{folder}: its meta.json has no {key}: it was not saved by a training")
+    return meta

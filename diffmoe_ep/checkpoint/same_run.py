@@ -6,12 +6,12 @@ kept with the step after which it held, in every later checkpoint and in the run
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from diffmoe_ep.checkpoint.exported import is_exported
-from diffmoe_ep.checkpoint.load import config_of, data_info_of, fingerprint_of, resolve_model_path
+from diffmoe_ep.checkpoint.load import config_of, data_info_of, fingerprint_of, meta_of, resolve_model_path
 from diffmoe_ep.checkpoint.store import CheckpointError, read_meta
 from diffmoe_ep.config import Change, Config, changes, effective, setting
 from diffmoe_ep.data.info import DataInfo
@@ -21,7 +21,7 @@ def check_continues(folder: Path, config: Config) -> None:
     """Raise CheckpointError, naming the first differing key, unless a run with this config continues a checkpoint; the
     data are compared apart (`check_same_data`).
     """
-    there, meta = config_of(folder), read_meta(folder)["meta"]
+    there, meta = config_of(folder), meta_of(folder)
     for change in changes(there, config, "identity"):
         key = change.key.name
         if change.key.by_fingerprint and (key != "init_from" or _same_ancestor(change, meta)):
@@ -43,7 +43,7 @@ def check_same_data(folder: Path, config: Config, fingerprint: str) -> None:
 
     fingerprint: of these data; it decides, where they lie does not.
     """
-    there, meta = config_of(folder), read_meta(folder)["meta"]
+    there, meta = config_of(folder), meta_of(folder)
     if fingerprint != meta["fingerprint"]:
         raise CheckpointError(
             f"{folder} was trained on other data than {_data(config)} holds now: it had {_data(there)}, of fingerprint "
@@ -58,7 +58,7 @@ def check_same_encoder(folder: Path, config: Config, fingerprint: str) -> None:
 
     fingerprint: of this run's. A checkpoint that does not know its own passes.
     """
-    there = read_meta(folder)["meta"].get("text_encoder")
+    there = meta_of(folder).get("text_encoder")
     if there is None and not config_of(folder).text.online:
         stored = data_info_of(folder).text_encoder(config.text.encoder)
         there = stored and stored.fingerprint
@@ -80,7 +80,8 @@ def _same_ancestor(change: Change, meta: Mapping[str, Any]) -> bool:
         return False
     if Path(change.there).resolve() == Path(change.here).resolve():
         return True
-    ancestor: dict[str, Any] = next(iter(meta.get("ancestry") or ()), {})
+    known = [each for each in meta.get("ancestry") or () if isinstance(each, dict)]
+    ancestor: dict[str, Any] = known[0] if known else {}
     try:
         found = resolve_model_path(Path(change.here))
     except CheckpointError:
@@ -129,7 +130,12 @@ def recipe_changes(folder: Path | None, config: Config) -> tuple[RecipeChange, .
 
 def recipe_of(folder: Path) -> tuple[RecipeChange, ...]:
     """The changes of the recipe up to a checkpoint, which its config, of the last steps, does not tell."""
-    return tuple(RecipeChange(**change) for change in read_meta(folder)["meta"].get("recipe", ()))
+    found = meta_of(folder).get("recipe") or ()
+    names = {field.name for field in fields(RecipeChange)}
+    for change in found:
+        if not isinstance(change, dict) or change.keys() != names or type(change["step"]) is not int:
+            raise CheckpointError(f"{folder}: its meta.json has a recipe change {str(change)[:60]}, which is none")
+    return tuple(RecipeChange(**change) for change in found)
 
 
 # -- the weights of another run ----------------------------------------------------------------------------------------

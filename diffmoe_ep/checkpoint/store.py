@@ -10,7 +10,7 @@ unpickled but `.metadata`, with a short list of allowed classes, and no file out
 """
 
 import hashlib
-import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from diffmoe_ep.checkpoint.dcp import ChunkReader, FragmentLoadPlanner, kinds, read_metadata
 from diffmoe_ep.checkpoint.fragments import Fragment, whole
 from diffmoe_ep.config import UserError
+from diffmoe_ep.config.foreign import open_binary, parse_json, read_bytes
 
 T = TypeVar("T")
 
@@ -108,11 +109,13 @@ def tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` says: `format`, `step`, and `meta` as it was given to `save`."""
     try:
-        content = json.loads(_checked(folder, META, sums_of(folder)))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = parse_json(_checked(folder, META, sums_of(folder)))
+    except UserError:
+        raise
+    except ValueError as error:
         raise CheckpointError(f"{folder}: its {META} is no JSON ({error}): it was not saved by this program") from error
     expected = (("format", int), ("step", int), ("meta", dict))
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in expected):
+    if not isinstance(content, dict) or not all(type(content.get(key)) is kind for key, kind in expected):
         raise CheckpointError(f"{folder}: its {META} lacks format, step or meta: it was not saved by this program")
     if not 0 <= content["step"] < MOST_STEPS:
         raise CheckpointError(f"{folder}: its {META} has step {content['step']}: it was not saved by this program")
@@ -181,7 +184,7 @@ def sums_of(folder: Path) -> dict[str, str]:
         raise DamagedCheckpointError(
             f"{folder} is not a complete checkpoint (it lacks {METADATA}, {META} or {SUMS}): name another one"
         )
-    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_bytes(folder / SUMS).decode(errors="replace").splitlines()
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line) for line in lines]
     if not all(matches):
         raise DamagedCheckpointError(_damaged(folder, SUMS))
@@ -190,7 +193,7 @@ def sums_of(folder: Path) -> dict[str, str]:
 
 def _checked(folder: Path, name: str, sums: dict[str, str]) -> bytes:
     """A small file's content, compared with its checksum."""
-    content = (folder / name).read_bytes()
+    content = read_bytes(folder / name)
     if hashlib.sha256(content).hexdigest() != sums.get(name):
         raise DamagedCheckpointError(_damaged(folder, name))
     return content
@@ -209,7 +212,7 @@ def _files(metadata: Metadata) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -222,11 +225,19 @@ def _metadata(folder: Path) -> Metadata:
     """What torch.distributed.checkpoint noted of a checkpoint: tensors, chunks and their files."""
     sums = sums_of(folder)
     try:
-        return read_metadata(_checked(folder, METADATA, sums), list(sums))
+        metadata = read_metadata(_checked(folder, METADATA, sums), list(sums))
     except CheckpointError:
         raise
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder}: {error}. Do not use it") from error
+    files = [folder / name for name in _files(metadata) if (folder / name).is_file()]
+    held = sum(path.stat().st_size for path in files)
+    for name, (shape, dtype) in kinds(metadata).items() if len(files) == len(_files(metadata)) else ():
+        if math.prod(shape) * dtype.itemsize > held:  # so that nobody takes memory for it
+            raise DamagedCheckpointError(
+                f"{folder}: its {METADATA} gives {name} more bytes than there are. Do not use it"
+            )
+    return metadata
 
 
 def _compared(folder: Path, fragments: Sequence[Fragment]) -> Metadata:

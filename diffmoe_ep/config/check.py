@@ -13,6 +13,8 @@ from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 
 MOST_PROFILED = 100  # steps; the traces of more take too much memory to be written or looked at
 MOST_TRIED = 65_536  # numbers that are tried as divisors for a message
+MOST_NUMBERS = 10**14  # of a tensor
+MOST_BLOCKS = 10_000
 
 
 def check(config: Config) -> None:
@@ -38,6 +40,7 @@ def check(config: Config) -> None:
             f"model.out_channels {model.out_channels} is less than model.in_channels {model.in_channels}; flow "
             "predicts all of them"
         )
+    _check_size(model)
     _check_start(config)
     _check_data(config)
     _check_sampling(config)
@@ -67,6 +70,25 @@ def check(config: Config) -> None:
         raise ConfigError(f"seed is {config.seed}; it must be less than 2^63")
     if has_experts(model):
         _check_experts(config)
+
+
+def _check_size(model: ModelConfig) -> None:
+    """Sizes that no machine holds would end in the middle of building the model, or keep it building."""
+    made = {
+        "num_experts": 4 * model.hidden_size * model.hidden_size * max(model.num_experts, 1),
+        "input_size": num_tokens(model) * model.hidden_size,
+        "patch": model.patch**2 * max(model.in_channels, model.out_channels) * model.hidden_size,
+        "num_classes": model.num_classes * model.hidden_size,
+        "text_width": model.text_width * model.hidden_size,
+    }
+    for key, numbers in made.items():
+        if numbers > MOST_NUMBERS:
+            raise ConfigError(
+                f"model.{key} {getattr(model, key)} with model.hidden_size {model.hidden_size} makes a tensor of "
+                f"{numbers:,} numbers, which no machine holds; lower one of them"
+            )
+    if model.num_blocks > MOST_BLOCKS:
+        raise ConfigError(f"model.num_blocks is {model.num_blocks}; it must be at most {MOST_BLOCKS:,}")
 
 
 def _check_start(config: Config) -> None:

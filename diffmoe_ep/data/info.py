@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from diffmoe_ep.config import to_tree
-from diffmoe_ep.data.manifest import KEYS, Manifest, TextEncoderInfo
+from diffmoe_ep.config.foreign import is_number
+from diffmoe_ep.data.manifest import KEYS, DataError, Manifest, TextEncoderInfo, entries
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,27 @@ class DataInfo:
         """
         found = {field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None}
         for key, value in found.items():
-            if not isinstance(value, (int, float) if KEYS[key] is float else KEYS[key]):
-                raise ValueError(f"{key} of the data is {value!r}, expected {KEYS[key].__name__}")
+            sound = is_number(value) if KEYS[key] is float else type(value) is KEYS[key]
+            if not sound:
+                raise ValueError(f"{key} of the data is {repr(value)[:60]}, expected {KEYS[key].__name__}")
         for key, kinds in {"kind": ("pixels", "moments", ""), "condition": ("class", "text")}.items():
             if found.get(key, kinds[-1]) not in kinds:
                 raise ValueError(f"{key} of the data is {found[key]!r}, expected {kinds[0]} or {kinds[1]}")
         shape = found.get("shape", [])
-        if shape and not (len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)):
-            raise ValueError(f"shape of the data is {shape}, expected [C, H, W]")
+        if shape and not (len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
+            raise ValueError(f"shape of the data is {str(shape)[:60]}, expected [C, H, W]")
+        if not all(isinstance(name, str) for name in found.get("class_names", ())):
+            raise ValueError("class_names of the data are not all text")
         if found.get("kind") == "pixels" and not (shape and {"scale", "shift"} <= found.keys()):
             raise ValueError("data of kind pixels lack shape, scale or shift")
         for key in {"shape", "class_names"} & found.keys():
             found[key] = tuple(found[key])
         try:
-            found["text"] = tuple(TextEncoderInfo(**entry) for entry in found.get("text", ()))
-        except TypeError as error:
-            raise ValueError(f"text of the data is {found['text']!r}, expected text encoders ({error})") from error
+            text = entries(TextEncoderInfo, found.get("text", []), "text")
+        except DataError as error:
+            shown = repr(found["text"])[:60]
+            raise ValueError(f"text of the data is {shown}, expected text encoders ({error})") from error
+        found["text"] = tuple(TextEncoderInfo(**entry) for entry in text)
         return cls(**found)
 
     def to_json(self) -> dict[str, Any]:

@@ -161,9 +161,9 @@ def parse_manifest(content: Any, where: str) -> Manifest:
     """
     format_1 = isinstance(content, dict) and content.get("format") == 1
     known = _typed(content, KEYS_OF_FORMAT_1 if format_1 else KEYS, where)
-    shards = tuple(Shard(**entry) for entry in _entries(Shard, known["shards"], f"{where}: shards"))
+    shards = tuple(Shard(**entry) for entry in entries(Shard, known["shards"], f"{where}: shards"))
     text = tuple(
-        TextEncoderInfo(**entry) for entry in _entries(TextEncoderInfo, known.get("text", []), f"{where}: text")
+        TextEncoderInfo(**entry) for entry in entries(TextEncoderInfo, known.get("text", []), f"{where}: text")
     )
     known |= {
         "shape": tuple(known["shape"]),
@@ -251,12 +251,12 @@ def _shown(value: Any) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)[:200]
 
 
-def _entries(cls: type[Shard] | type[TextEncoderInfo], entries: list[Any], where: str) -> list[dict[str, Any]]:
+def entries(cls: type[Shard] | type[TextEncoderInfo], found: list[Any], where: str) -> list[dict[str, Any]]:
     """The entries of a list, each checked to have just the fields of `cls`."""
     kinds = {
         field.name: {"str": str, "int": int}[str(getattr(field.type, "__name__", field.type))] for field in fields(cls)
     }
-    return [_typed(entry, kinds, f"{where}[{number}]") for number, entry in enumerate(entries)]
+    return [_typed(entry, kinds, f"{where}[{number}]") for number, entry in enumerate(found)]
 
 
 def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ place in their groups hold copies of the same experts. Groups are made once, eag
 
 import datetime
 import os
+import re
 import socket
 import warnings
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ def launched_world(strict: bool = True) -> int:
     """The number of processes that the launcher (deepspeed, torchrun) started; 1 without one, and, if not strict, for
     nonsense.
     """
-    return _integer("WORLD_SIZE", 1, strict)
+    return _integer("WORLD_SIZE", 1, strict, least=1)
 
 
 def launched_rank(strict: bool = True) -> int:
@@ -107,6 +108,8 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
     each other within the timeout (`joining`).
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
+    if rank >= world:
+        raise ConfigError(f"RANK is {rank}, but WORLD_SIZE is {world}; start with deepspeed or torchrun")
     wants_cpu = (
         os.environ.get("DS_ACCELERATOR") == "cpu"
     )  # DeepSpeed's own switch; its launcher shows GPUs to the ranks all the same
@@ -216,12 +219,13 @@ def _neighbors(size: int, world: Group, timeout: datetime.timedelta) -> dist.Pro
     return mine
 
 
-def _integer(name: str, default: int, strict: bool = True) -> int:
+def _integer(name: str, default: int, strict: bool = True, least: int = 0) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        if not strict:
-            return default
-        raise ConfigError(
-            f"the environment variable {name} is {text!r}, which is no whole number; start with deepspeed or torchrun"
-        )
-    return int(text)
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) >= least:
+        return int(text)
+    if not strict:
+        return default
+    raise ConfigError(
+        f"the environment variable {name} is {text[:40]!r}, which is no whole number from {least} on; start with "
+        "deepspeed or torchrun"
+    )

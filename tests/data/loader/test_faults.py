@@ -247,7 +247,7 @@ def test_damage_before_the_start_is_as_damage_found_later(
 @pytest.mark.parametrize("fault", [truncated_tar, emptied_tar, grown_tar, truncated_index])
 def test_damage_is_refused_where_nothing_may_be_replaced(folder: Path, fault: Callable[[Path], set[int]]) -> None:
     fault(folder)
-    with pytest.raises(DataError, match=r"tiny-00000[25]\.(tar has \d+ bytes|index\.npy: has \d+ bytes, its header asks for)"):
+    with pytest.raises(DataError, match=r"tiny-00000[25]\.(tar|index\.npy:) has \d+ bytes"):
         Mixture.open(DataConfig(folder=str(folder), max_bad_fraction=0.0))
 
 
