@@ -67,6 +67,7 @@ read_hostfile() {
         line="${line%%#*}"
         [[ "$line" =~ [^[:space:]] ]] || continue
         where="$hostfile, line $number"
+        [[ ${#line} -le 200 ]] || fail_launch "$where: '${line:0:60}...' is longer than any host's line; write for example 'node-1 slots=8'"
         [[ "$line" =~ ^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
             fail_launch "$where: '$line' does not say how many ranks the host takes; write for example '${line%%[[:space:]]*} slots=8'"
         host="${BASH_REMATCH[1]}"

@@ -295,7 +295,7 @@ def read_metadata(content: bytes, files: Sequence[str]) -> Metadata:
         metadata = MetadataUnpickler(io.BytesIO(content)).load()
         sound = isinstance(metadata, Metadata)
         sound = sound and all(_is_tensor(*each) for each in metadata.state_dict_metadata.items())
-        sound = sound and all(_is_place(*each, files) for each in metadata.storage_data.items())
+        sound = sound and all(_is_place(index, place, files) for index, place in metadata.storage_data.items())
     except (  # whatever bytes make of an unpickler that can name nothing but inert classes
         pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError,
         OverflowError, MemoryError,

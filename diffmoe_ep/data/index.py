@@ -83,7 +83,10 @@ def index_folder(folder: Path, out: Path, spec: MemberSpec, progress: Callable[[
     found: list[tuple[Path, list[_Sample]]] = []
     for path in paths:
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", path.name):
-            found.append((path, list(scan.samples(path))))
+            try:
+                found.append((path, list(scan.samples(path))))
+            except OSError as error:
+                scan.problems.append(f"{path}: left out, it cannot be read ({error.strerror})")
         else:
             scan.problems.append(f"{path}: left out, its name is not plain (letters, digits, '_', '-', '.'); rename it")
         if progress is not None:

@@ -226,7 +226,7 @@ def _check(manifest: Manifest, where: str) -> None:
     demand(manifest.num_samples > 0 and bool(manifest.shards), "num_samples", "samples: the dataset is empty")
     for shard in manifest.shards:
         if not (_is_plain(shard.name) and shard.name.endswith(".tar")):
-            raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name that ends in .tar; {REMEDY}")
+            raise DataError(f"{where}: shard name {shard.name[:80]!r} is not a plain file name that ends in .tar; {REMEDY}")
         if (
             shard.num_samples < 1
             or shard.bytes < 1
@@ -283,4 +283,4 @@ def _typed(content: Any, kinds: dict[str, type], where: str) -> dict[str, Any]:
 
 def _is_plain(name: str) -> bool:
     """Whether a name is safe as a file name that cannot leave its folder."""
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) is not None
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name) is not None

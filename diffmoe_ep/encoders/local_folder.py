@@ -40,10 +40,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     outside = [
         str(name)
         for name in names
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name)
     ]
     if outside:
-        raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name; fetch the model's folder again")
+        raise ConfigError(f"{index}: {outside[0][:80]!r} is not a plain file name; fetch the model's folder again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ConfigError(

@@ -212,7 +212,7 @@ def reduce_bucket(config: Config) -> int:
             return REDUCE_BUCKET  # training says what is wrong with it
         zero = user.get("zero_optimization", {}) if isinstance(user, dict) else {}
         found = zero.get("reduce_bucket_size", REDUCE_BUCKET) if isinstance(zero, dict) else REDUCE_BUCKET
-        return int(found) if is_number(found) and 0 < found < 2**63 else REDUCE_BUCKET
+        return int(found) if is_number(found) and 1 <= found < 2**63 else REDUCE_BUCKET
     return REDUCE_BUCKET
 
 
