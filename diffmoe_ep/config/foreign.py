@@ -78,8 +78,8 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > DIGITS:
-        raise ValueError(f"it holds a whole number of {len(digits)} digits")
+    if len(digits.lstrip("-")) > DIGITS:
+        raise ValueError(f"it holds a whole number of {len(digits.lstrip('-'))} digits")
     return int(digits)
 
 

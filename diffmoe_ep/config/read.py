@@ -80,7 +80,8 @@ def from_tree(tree: Any, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _lay_over(merged, override)
     model = merged.get("model")
-    if isinstance(model, dict) and isinstance(model.get("size"), str) and model["size"] in SIZES:  # a name stands for its three numbers
+    # A name stands for its three numbers.
+    if isinstance(model, dict) and isinstance(model.get("size"), str) and model["size"] in SIZES:
         merged["model"] = (
             dict(zip(("hidden_size", "num_blocks", "num_heads"), SIZES[model["size"]], strict=True)) | model
         )

@@ -226,7 +226,9 @@ def _check(manifest: Manifest, where: str) -> None:
     demand(manifest.num_samples > 0 and bool(manifest.shards), "num_samples", "samples: the dataset is empty")
     for shard in manifest.shards:
         if not (_is_plain(shard.name) and shard.name.endswith(".tar")):
-            raise DataError(f"{where}: shard name {shard.name[:80]!r} is not a plain file name that ends in .tar; {REMEDY}")
+            raise DataError(
+                f"{where}: shard name {shard.name[:80]!r} is no plain file name that ends in .tar; {REMEDY}"
+            )
         if (
             shard.num_samples < 1
             or shard.bytes < 1

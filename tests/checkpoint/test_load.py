@@ -3,6 +3,8 @@ clock becomes.
 """
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 from diffmoe_ep.checkpoint.exported import load_exported, save_exported
-from diffmoe_ep.checkpoint.load import fragments, load_into, persistent_buffers
-from diffmoe_ep.checkpoint.same_run import check_starts
+from diffmoe_ep.checkpoint.load import data_info_of, fragments, load_into, load_model, persistent_buffers
+from diffmoe_ep.checkpoint.same_run import check_same_data, check_starts, recipe_of
 from diffmoe_ep.checkpoint.saving import save
 from diffmoe_ep.checkpoint.store import CheckpointError
 from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
@@ -19,6 +21,7 @@ from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.train.metrics import peak_memory
 from train.runs import busy
 
 MODEL = {
@@ -230,3 +233,72 @@ def test_a_single_file_has_one_set_of_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds one set of weights, model, not ema; set init_weights=model"):
         check_starts(folder, given, DataInfo.from_json(INFO))
     check_starts(folder, override(given, ["init_weights=model"]), DataInfo.from_json(INFO))
+
+
+# -- checkpoints and exported folders of strangers, whose checksums are right ------------------------------------------
+
+
+def signed(folder: Path, change: dict[str, Any], step: Any = 7) -> None:
+    """Lays changes over a checkpoint's meta (None: the key goes) and makes its checksum good."""
+    content = json.loads((folder / "meta.json").read_text())
+    content["meta"] = {key: value for key, value in (content["meta"] | change).items() if value is not None}
+    text = json.dumps(content | {"step": step})
+    old = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(text)
+    sums = (folder / "SHA256SUMS").read_text().replace(old, hashlib.sha256(text.encode()).hexdigest())
+    (folder / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": None}, "its meta.json has no config: it was not saved by a training"),
+        ({"data": None}, "its meta.json has no data"),
+        ({"fingerprint": None}, "its meta.json has no fingerprint"),
+        ({"fingerprint": 7}, "its meta.json has no fingerprint"),
+        ({"recipe": [{"key": "seed"}]}, "its meta.json has a recipe change .*, which is none"),
+        ({"recipe": "none"}, "its meta.json has no recipe"),
+        ({"config": {"model": {"size": [1]}}}, "model.size"),
+        ({"data": {"text": [{"name": 5}]}}, "text of the data is"),
+        ({"data": {"class_names": [5]}}, "class_names of the data are not all text"),
+    ],
+)
+def test_what_a_meta_file_lacks_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder, *_ = saved(tmp_path, config())
+    signed(folder, change)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        for ask in (load_model, data_info_of, recipe_of):
+            ask(folder)
+        check_same_data(folder, config(), "0")
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("step", [10**18, -1, True, "7", None])
+def test_a_step_that_none_can_be_is_named(tmp_path: Path, step: Any) -> None:
+    folder, *_ = saved(tmp_path, config())
+    signed(folder, {}, step)
+    with pytest.raises(CheckpointError, match="it was not saved by this program"):
+        load_model(folder)
+
+
+HUGE = [{"num_blocks": 5000}, {"num_experts": 2**24}, {"hidden_size": 2**20}, {"num_classes": 10**9}]
+
+
+@pytest.mark.parametrize("change", HUGE)
+def test_a_config_of_another_size_takes_no_memory(tmp_path: Path, change: dict[str, int]) -> None:
+    given = config()
+    folder, model, _ = saved(tmp_path / "run", given)
+    save_exported(model, given, DataInfo(), tmp_path / "exported")
+    huge = to_tree(given) | {"model": to_tree(given.model) | change}
+    signed(folder, {"config": huge})
+    path = tmp_path / "exported/config.json"
+    content = json.loads(path.read_text())
+    content["config"]["model"] |= change
+    path.write_text(json.dumps(content))
+    before = peak_memory(torch.device("cpu"))
+    for place in (folder, tmp_path / "exported"):
+        with pytest.raises(
+            CheckpointError, match=r"another model|in a model of its config|too few for the 5000 blocks"
+        ):
+            load_model(place)
+    assert peak_memory(torch.device("cpu")) - before < 256 << 20

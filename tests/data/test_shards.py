@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import webdataset
 
 from data_prep.write import write_dataset
 from diffmoe_ep.data.codec import encode
+from diffmoe_ep.data.integrity import check_folder
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.shards import Dataset, load_index, parse_index
 
@@ -260,3 +262,51 @@ def test_manifests_that_are_no_manifests_are_refused(folder: Path, content: byte
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json"):
         Dataset.open(folder)
+
+
+@pytest.mark.parametrize("num", [10**8, 10**15])
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_samples_that_cannot_be_there_cost_nothing(folder: Path, num: int, tolerant: bool) -> None:
+    """Neither those that the manifest says have no bytes, nor those whose bytes are not on the disk."""
+    path, index = folder / "manifest.json", folder / "tiny-000000.index.npy"
+    content = json.loads(path.read_text())
+    content["shards"][0]["num_samples"] = num
+    content["num_samples"] = sum(shard["num_samples"] for shard in content["shards"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"shard tiny-000000.tar cannot hold {num} samples in "):
+        Dataset.open(folder, tolerant=tolerant)
+    content["shards"][0]["bytes"] = num * 10_000
+    path.write_text(json.dumps(content))
+    for header in (index.read_bytes(), index.read_bytes().replace(b"'shape': (4,)", b"'shape': (%d,)" % num)[:384]):
+        index.write_bytes(header)
+        with pytest.raises(DataError, match="shards do not match .*(has|have) [0-9]+ bytes"):
+            Dataset.open(folder, tolerant=tolerant)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tiny-000000.tar", "tiny-000000.index.npy"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_what_is_no_file_is_never_waited_for(
+    folder: Path, name: str, make: Callable[[Path], None], tolerant: bool
+) -> None:
+    opened = Dataset.open(folder)
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(DataError, match=r"not a file|has no manifest\.json"):
+        Dataset.open(folder, tolerant=tolerant)
+    if name != "manifest.json":
+        with pytest.raises(DataError, match="not a file"):
+            opened.read(0, 0)
+        assert any("not a file" in problem for problem in check_folder(folder).problems)
+
+
+def test_a_member_beyond_all_bounds_takes_no_memory(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = 10**17
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    path = folder / "tiny-000000.index.npy"
+    index = np.load(path)
+    index["cls"]["size"][0] = 10**16
+    np.save(path, index)
+    with pytest.raises(DataError, match="cls is truncated"):
+        Dataset.open(folder, tolerant=True).read(0, 0)

@@ -3,6 +3,7 @@ numbers.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,32 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     run_of(tmp_path / "empty", [])
     with pytest.raises(ConfigError, match="has logged no step yet"):
         compare([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b"\xff\xfe\n", "holds lines that are no logged steps with a diffusion_loss"),
+        ("metrics.jsonl", b'{"diffusion_loss": 1.0}\n', "holds lines that are no logged steps"),
+        ("metrics.jsonl", b'{"step": 5}\n', "holds lines that are no logged steps"),
+        ("metrics.jsonl", b'{"step": 5, "diffusion_loss": "x"}\n', "holds lines that are no logged steps"),
+        ("metrics.jsonl", b"17\n", "holds lines that are no logged steps"),
+        ("scores/scores.json", b"[" * 5000, "is no JSON .it is nested too deeply.; score the run anew"),
+        ("scores/scores.json", b"7", "holds a int, not scores by name"),
+        ("scores/scores.json", b'{"accuracy": "high"}', "accuracy is high, not a number"),
+        ("recipe.jsonl", b'{"key": "seed"}\n', "holds lines that are no changes of a recipe"),
+        ("recipe.jsonl", b'{"key": 5, "step": 1, "was": 1}\n', "holds lines that are no changes of a recipe"),
+    ],
+)
+def test_a_run_with_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    folder = run_of(tmp_path / "a", [1.0, 2.0], {"accuracy": 0.5})
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{folder / name}:? {message}"):
+        compare([folder])
+
+
+def test_a_pipe_in_place_of_a_run_s_file_is_named(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "a", [1.0, 2.0])
+    os.mkfifo(folder / "recipe.jsonl")
+    with pytest.raises(ConfigError, match=r"recipe\.jsonl cannot be read \(it is a named pipe, not a file\)"):
+        compare([folder])

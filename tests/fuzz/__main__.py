@@ -3,6 +3,7 @@
 import argparse
 import faulthandler
 import sys
+import warnings
 
 import torch
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a part of a loader's name")
     options = parser.parse_args()
     faulthandler.enable()
+    warnings.simplefilter("ignore")  # numpy's, of headers that an old Python could have written
     torch.set_num_threads(1)
     chosen = [subject for subject in subjects() if options.only in subject.name]
     each = -(-options.cases // len(chosen))

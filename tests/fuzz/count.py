@@ -100,10 +100,11 @@ def _limits() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)  # pytest's own, where it is that which runs this
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

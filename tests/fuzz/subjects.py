@@ -345,7 +345,7 @@ TEXT = (TextEncoderInfo("t5", 4, 8, "float32", "a" * 64),)
 def _dataset(folder: Path, text: bool) -> Subject:
     drawn = np.random.default_rng(0)
     manifest = Manifest(
-        "tiny", "moments", (2, 2, 2), "float16", 0.5, 0.0, 0 if text else 3, () if text else ("a", "b", "c"), "none",
+        "tiny", "moments", (2, 4, 4), "float16", 0.5, 0.0, 0 if text else 3, () if text else ("a", "b", "c"), "none",
         condition="text" if text else "class", text=TEXT if text else (),
     )  # fmt: skip
     samples: list[Any] = []
@@ -417,14 +417,19 @@ def _dataset(folder: Path, text: bool) -> Subject:
 
 
 def _members(files: Files) -> dict[str, list[tuple[int, int]]]:
-    """Of each tar where its headers and contents lie."""
+    """Where contents lie: in a tar headers and values of its members, in an index its rows."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for name in files:
+    for name, content in files.items():
         if name.endswith(".tar"):
-            with tarfile.open(fileobj=io.BytesIO(files[name])) as tar:
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 members = tar.getmembers()
-            found[name] = [(member.offset_data, member.offset_data + member.size) for member in members]
-            found[name] += [(member.offset, member.offset_data) for member in members[:2]]
+            found[name] = [(member.offset, member.offset_data) for member in members[:2]]
+            for member in members:
+                begin, end = member.offset_data, member.offset_data + member.size
+                values = begin + 128 if member.size > 128 and member.name.endswith(".npy") else begin
+                found[name] += [(begin, end), (values, end)]
+        elif name.endswith(".index.npy"):
+            found[name] = [(content.index(b"\n") + 1, len(content))]
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_all, all_to_all_even, gather_objects
-from diffmoe_ep.parallel.mesh import init_mesh
+from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import RankError, run
 
 
@@ -105,3 +105,23 @@ def test_waiting_for_a_lost_peer_ends() -> None:
     """Each collective that can wait has the configured timeout: three seconds here."""
     with pytest.raises(RankError, match=r"(?i)tim|closed|reset|connection"):
         run(2, outlives, timeout=90)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "0", "WORLD_SIZE is '0', which is no whole number from 1 on"),
+        ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE is '9{40}', which is no whole number"),
+        ("WORLD_SIZE", "²", "WORLD_SIZE is '²', which is no whole number"),
+        ("RANK", "-1", "RANK is '-1', which is no whole number from 0 on"),
+        ("RANK", "1", "RANK is 1, but WORLD_SIZE is 1"),
+        ("LOCAL_RANK", "", "LOCAL_RANK is '', which is no whole number"),
+    ],
+)
+def test_nonsense_of_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        init_mesh(1, 1, 1.0)
+    assert launched_world(strict=False) == 1

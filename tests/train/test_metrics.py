@@ -3,9 +3,11 @@
 import io
 import json
 import mmap
+import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,38 @@ def test_memory_of_a_process_on_a_cpu_is_what_it_had_resident() -> None:
             held[page] = 1
         grown = peak_memory(torch.device("cpu")) - before
     assert 90e6 < grown < 200e6
+
+
+@pytest.mark.parametrize(
+    ("strange", "lines"),
+    [
+        (b"\xff\xfe{\n", 1),
+        (b'{"loss": 1.0}\n5\n[]\n', 3),
+        (b'{"step": "3"}\n{"step": 1e999}\n', 2),
+        (b'{"step": ' + b"9" * 5000 + b"}\n", 1),
+        (b"[" * 5000 + b"\n", 1),
+        (b"\0" * 512 + b"\n", 1),
+    ],
+)
+def test_a_metrics_file_with_strange_lines_is_kept(
+    tmp_path: Path, strange: bytes, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 5, "loss": NaN}\n' + strange + b'{"step": 10}\n{"step": 15}\n{"step": 20, "lo'
+    path.write_bytes(content)
+    MetricsFile(path, 10).close()
+    assert path.read_text() == '{"step": 5, "loss": NaN}\n{"step": 10}\n'
+    (aside,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert aside.read_bytes() == content
+    assert f"{path}: {lines} lines are no logged steps and go; it is kept as {aside.name}" in capsys.readouterr().err
+    MetricsFile(path, 10).close()
+    assert len(list(tmp_path.iterdir())) == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_run_folder_whose_metrics_are_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    assert RunFolder(tmp_path).problem() is None
+    make(tmp_path / "metrics.jsonl")
+    assert RunFolder(tmp_path).problem() == (
+        f"{tmp_path}/metrics.jsonl is not a file; move it away, or give another folder with folder=..."
+    )
