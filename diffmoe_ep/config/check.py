@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffmoe_ep.config.knob import ConfigError
 from diffmoe_ep.config.schema import SIZES, Config, DataConfig, ModelConfig
 
 MOST_PROFILED = 100  # steps; the traces of more take too much memory to be written or looked at
-MOST_TRIED = 65_536  # numbers that are tried as divisors for a message
+MOST_TRIED, MOST_LISTED = 65_536, 100  # numbers that are tried as divisors for a message, and that stand in it
 MOST_NUMBERS = 10**14  # of a tensor
 MOST_BLOCKS = 10_000
 
@@ -337,7 +338,7 @@ def tokens_per_expert(pool: int, capacity: float, num_experts: int, key: str = "
 
 
 def _divisors(number: int, fits: Callable[[int], bool] | None = None) -> str:
-    """The divisors of a number that fit; of a vast number those that are found at once."""
+    """The divisors of a number that fit; of a number with many, or a vast one, the first."""
     found = (size for size in range(1, min(number, MOST_TRIED) + 1) if number % size == 0)
-    listed = [str(size) for size in found if fits is None or fits(size)]
-    return ", ".join(listed + ["..."] * (number > MOST_TRIED))
+    listed = [str(size) for size in islice((size for size in found if fits is None or fits(size)), MOST_LISTED)]
+    return ", ".join(listed + ["..."] * (number > MOST_TRIED or len(listed) == MOST_LISTED))

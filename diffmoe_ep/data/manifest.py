@@ -227,7 +227,7 @@ def _check(manifest: Manifest, where: str) -> None:
     for shard in manifest.shards:
         if not (_is_plain(shard.name) and shard.name.endswith(".tar")):
             raise DataError(
-                f"{where}: shard name {shard.name[:80]!r} is no plain file name that ends in .tar; {REMEDY}"
+                f"{where}: shard name {shard.name[:80]!r} is not a plain file name that ends in .tar; {REMEDY}"
             )
         if (
             shard.num_samples < 1

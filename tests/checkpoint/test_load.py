@@ -249,6 +249,13 @@ def signed(folder: Path, change: dict[str, Any], step: Any = 7) -> None:
     (folder / "SHA256SUMS").write_text(sums)
 
 
+def all_that_is_asked(folder: Path) -> None:
+    load_model(folder)
+    data_info_of(folder)
+    recipe_of(folder)
+    check_same_data(folder, config(), "0")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,9 +274,7 @@ def test_what_a_meta_file_lacks_is_named(tmp_path: Path, change: dict[str, Any],
     folder, *_ = saved(tmp_path, config())
     signed(folder, change)
     with pytest.raises(CheckpointError, match=message) as raised:
-        for ask in (load_model, data_info_of, recipe_of):
-            ask(folder)
-        check_same_data(folder, config(), "0")
+        all_that_is_asked(folder)
     assert str(folder) in str(raised.value)
 
 
@@ -281,7 +286,7 @@ def test_a_step_that_none_can_be_is_named(tmp_path: Path, step: Any) -> None:
         load_model(folder)
 
 
-HUGE = [{"num_blocks": 5000}, {"num_experts": 2**24}, {"hidden_size": 2**20}, {"num_classes": 10**9}]
+HUGE = [{"num_blocks": 5000}, {"num_experts": 1024}, {"hidden_size": 2**20}, {"num_classes": 10**9}]
 
 
 @pytest.mark.parametrize("change", HUGE)

@@ -4,6 +4,7 @@ told.
 
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -166,3 +167,25 @@ def test_another_file_in_the_way_is_not_replaced(theirs: Path, tmp_path: Path) -
     write_tar(tmp_path / "out/part-0.tar", [("z", b"")])
     with pytest.raises(DataError, match="exists and is another file"):
         index_folder(theirs, tmp_path / "out", MemberSpec(kind="moments", array="vae.npy"))
+
+
+def test_what_is_no_tar_is_left_out_and_told(theirs: Path, tmp_path: Path) -> None:
+    """A pipe, a device, a tar whose member has a size below 0, and one with a name that is no text."""
+    os.mkfifo(theirs / "pipe.tar")
+    (theirs / "zeros.tar").symlink_to("/dev/zero")
+    header = bytearray(tarfile.TarInfo("a.cls").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)  # GNU's form for sizes of any length
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    (theirs / "backwards.tar").write_bytes(tarfile.TarInfo("b.cls").tobuf() + bytes(header) * 4)
+    with tarfile.open(theirs / "names.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        tar.addfile(tarfile.TarInfo("\udcff.cls"))
+    found = index_folder(
+        theirs, tmp_path / "out", MemberSpec(kind="moments", array="vae.npy", scale=0.5, name="theirs")
+    )
+    assert found.manifest.num_samples == 10
+    problems = "\n".join(found.problems)
+    problems.encode()
+    assert "pipe.tar: left out, it cannot be read (it is a named pipe, not a file)" in problems
+    assert "zeros.tar: left out, it cannot be read (it is a device, not a file)" in problems
+    assert "backwards.tar: it cannot be read to its end (a member lies before the one that it follows)" in problems
+    assert "names.tar, key \ufffd: left out" in problems

@@ -1,6 +1,7 @@
 """The list of bad samples: appended by ranks, cut short by kills, joined into one line a sample."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(DataError, match=r"quarantine-rank0\.jsonl: cannot list a bad sample .*; make room"):
         quarantine.append(quarantine.rank_file(tmp_path / "run", 0), [fault("k", 1)])
+
+
+def test_lines_that_are_no_faults_are_passed_over(tmp_path: Path) -> None:
+    path = quarantine.rank_file(tmp_path, 0)
+    quarantine.append(path, [fault("k1", 3)])
+    known = json.loads(path.read_text())
+    strange = [known | {"key": [1]}, known | {"position": "3"}, known | {"more": 1}, {"position": 3}, [], 5]
+    path.write_bytes(path.read_bytes() + b"".join(json.dumps(line).encode() + b"\n" for line in strange) + b"\xff\n")
+    path.write_bytes(path.read_bytes() + b"[" * 5000 + b"\n")
+    assert quarantine.read(tmp_path) == [BadSample("a.tar", "k1", "damaged", (3,))]
+
+
+def test_a_pipe_in_place_of_a_list_is_named(tmp_path: Path) -> None:
+    os.mkfifo(quarantine.rank_file(tmp_path, 1))
+    with pytest.raises(DataError, match=r"quarantine-rank1\.jsonl: cannot be read \(it is a named pipe, not a file\)"):
+        quarantine.join(tmp_path)
