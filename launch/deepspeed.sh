@@ -59,7 +59,7 @@ if [[ -f "${1:-}" ]]; then words[0]="$(realpath -- "$1")"; fi
 # Sets $hosts and $slots from the hostfile, cut to --nodes and --gpus.
 read_hostfile() {
     [[ -f "$hostfile" ]] || fail_launch "there is no hostfile $hostfile; write one with a line 'name slots=8' for each host"
-    local line where host number=0 known=" "
+    local line where host shown number=0 known=" "
     [[ "$(tr -d '\0' <"$hostfile" | wc -c)" == "$(wc -c <"$hostfile")" ]] ||
         fail_launch "$hostfile is no text; write a line 'name slots=8' for each host"
     while IFS= read -r line || [[ -n "$line" ]]; do
@@ -67,9 +67,10 @@ read_hostfile() {
         line="${line%%#*}"
         [[ "$line" =~ [^[:space:]] ]] || continue
         where="$hostfile, line $number"
-        [[ ${#line} -le 200 ]] || fail_launch "$where: '${line:0:60}...' is longer than any host's line; write for example 'node-1 slots=8'"
+        shown="${line:0:60}"
+        [[ ${#line} -le 200 ]] || fail_launch "$where: ${shown@Q}... is longer than any host's line; write for example 'node-1 slots=8'"
         [[ "$line" =~ ^[[:space:]]*([^[:space:]]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
-            fail_launch "$where: '$line' does not say how many ranks the host takes; write for example '${line%%[[:space:]]*} slots=8'"
+            fail_launch "$where: ${line@Q} does not say how many ranks the host takes; write for example '${line%%[!A-Za-z0-9_.:-]*} slots=8'"
         host="${BASH_REMATCH[1]}"
         slots+=("${BASH_REMATCH[2]}")
         [[ ${#BASH_REMATCH[2]} -le 4 ]] || fail_launch "$where: slots is ${BASH_REMATCH[2]}; a host takes at most 9999 ranks"

@@ -234,9 +234,8 @@ def _metadata(folder: Path) -> Metadata:
     held = sum(path.stat().st_size for path in files)
     for name, (shape, dtype) in kinds(metadata).items() if len(files) == len(_files(metadata)) else ():
         if math.prod(shape) * dtype.itemsize > held:  # so that nobody takes memory for it
-            raise DamagedCheckpointError(
-                f"{folder}: its {METADATA} gives {name} more bytes than there are. Do not use it"
-            )
+            what = f"its {METADATA} gives {name} more bytes than its files have"
+            raise DamagedCheckpointError(f"{folder} is damaged: {what}. Use another checkpoint or a sound copy")
     return metadata
 
 

@@ -183,7 +183,7 @@ def _build(kind: type[T], tree: Any, path: str) -> T:
     hints = get_type_hints(kind)
     for key in tree:
         if key not in hints:
-            raise ConfigError(_unknown(f"{path}{key}", tree[key], list(hints)))
+            raise ConfigError(_unknown(f"{path}{key}"[:200], tree[key], list(hints)))
     return kind(**{key: _value(hints[key], value, f"{path}{key}") for key, value in tree.items()})
 
 

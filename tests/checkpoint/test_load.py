@@ -16,7 +16,7 @@ from diffmoe_ep.checkpoint.load import data_info_of, fragments, load_into, load_
 from diffmoe_ep.checkpoint.same_run import check_same_data, check_starts, recipe_of
 from diffmoe_ep.checkpoint.saving import save
 from diffmoe_ep.checkpoint.store import CheckpointError
-from diffmoe_ep.config import Config, ConfigError, from_tree, override, to_tree
+from diffmoe_ep.config import Config, from_tree, override, to_tree
 from diffmoe_ep.data.info import DataInfo
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.initialize import initialize
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     given = config()
     folder = save_exported(busy(0.3)(DiT(given.model), 1), given, DataInfo(), tmp_path / "single")
     (folder / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ConfigError, match="use a sound copy"):
+    with pytest.raises(CheckpointError, match="use a sound copy"):
         load_into(DiT(given.model), folder, "ema", Mesh())
 
 

@@ -174,7 +174,7 @@ def test_what_is_no_tar_is_left_out_and_told(theirs: Path, tmp_path: Path) -> No
     os.mkfifo(theirs / "pipe.tar")
     (theirs / "zeros.tar").symlink_to("/dev/zero")
     header = bytearray(tarfile.TarInfo("a.cls").tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = (-1024).to_bytes(12, "big", signed=True)  # GNU's form for sizes of any length
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)  # GNU's form for sizes of any length
     header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
     (theirs / "backwards.tar").write_bytes(tarfile.TarInfo("b.cls").tobuf() + bytes(header) * 4)
     with tarfile.open(theirs / "names.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:

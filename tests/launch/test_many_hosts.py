@@ -204,7 +204,7 @@ def test_variables_reach_the_hosts_by_prefix_and_by_name(tmp_path: Path) -> None
         ("$(id) slots=2\n", [], "{file}, line 1: '$(id)' is no name or address"),
         ("a slots=18446744073709551618\n", [], "{file}, line 1: slots is 18446744073709551618; a host takes at most"),
         ("a\0b slots=2\n", [], "{file} is no text"),
-        ("a" * 300 + " slots=2\n", [], "{file}, line 1: '" + "a" * 60 + "...' is longer than any host's line"),
+        ("a" * 300 + " slots=2\n", [], "{file}, line 1: '" + "a" * 60 + "'... is longer than any host's line"),
         (
             "localhost slots=2\nb slots=2\n",
             [],
