@@ -10,7 +10,6 @@ import math
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import deepspeed

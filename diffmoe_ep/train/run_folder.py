@@ -138,5 +138,3 @@ def _replace(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
-
-
