@@ -243,6 +243,8 @@ def settings(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # it would wait for the device before and after every micro-step; `Clock` measures without waiting
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merge_settings(ours, _user_settings(config.parallel.deepspeed), config, mesh)
 

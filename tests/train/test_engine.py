@@ -8,10 +8,14 @@ from unittest import mock
 import pytest
 
 from diffmoe_ep.config import Config, ConfigError, from_tree
+from diffmoe_ep.data.mixture import Mixture
 from diffmoe_ep.parallel.collectives import Group
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.train import engine
+from diffmoe_ep.train import trainer as training
 from diffmoe_ep.train.engine import settings
+from ranks import run
+from train import runs
 
 
 def config(tmp_path: Path, user: Any, *overrides: str) -> Config:
@@ -74,3 +78,23 @@ def test_one_run_is_not_sent_to_wandb_twice(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.json cannot be read"):
         settings(from_tree({"parallel": {"deepspeed": str(tmp_path / "nowhere.json")}}), Mesh())
+
+
+def waits(rank: int, given: Config) -> tuple[int, int]:
+    """How often DeepSpeed waits for the device in five steps, and when it is asked to once."""
+    from deepspeed.accelerator import get_accelerator
+
+    trainer, counted = training.Trainer(given, training.start_mesh(given), Mixture.open(given.data)), mock.Mock()
+    with mock.patch.object(type(get_accelerator()), "synchronize", counted):
+        for _ in range(5):
+            trainer.train_step(training.Clock(0))
+        steps = counted.call_count
+        get_accelerator().synchronize()
+    trainer.stream.close()
+    return steps, counted.call_count - steps
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_step_never_waits_for_the_device(digits: Path, tmp_path: Path, zero: int) -> None:
+    given = runs.config(digits / "train", tmp_path, "train.grad_accumulation=2", f"parallel.zero_stage={zero}")
+    assert run(1, waits, given) == [(0, 1)]
