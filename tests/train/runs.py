@@ -62,7 +62,8 @@ def busy(std: float) -> Callable[[DiT, int], DiT]:
         generator = torch.Generator().manual_seed(11)
         for name, parameter in model.named_parameters():
             if "modulation" in name or name.startswith("head."):
-                parameter.data.normal_(0.0, std, generator=generator)
+                # drawn on the CPU and copied, so that a GPU's model starts from the same numbers
+                parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         return model
 
     return fill
