@@ -1,8 +1,10 @@
-"""The rank grid (expert x data) and its process groups, from megatron-core's parallel state; the one place that reads
-the environment.
+"""The rank grid (expert x data) and its process groups, by megatron-core's rank generator; the one place that reads the
+environment.
 
 Expert groups are runs of EP neighbouring ranks, so that dispatch stays inside a node where it can; ranks with the same
-place in their groups hold copies of the same experts. Groups are made once, eagerly, all with one timeout.
+place in their groups hold copies of the same experts. Groups are made eagerly, all with one timeout, and only those
+that are used: with NCCL each is a communicator that all ranks split off together (megatron-core's whole parallel state
+makes 281 groups of 32 ranks, these two families are 12).
 """
 
 import datetime
@@ -10,13 +12,13 @@ import os
 import re
 import socket
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.parallel.collectives import ALONE, Group, gather_objects
+from diffmoe_ep.parallel.collectives import ALONE, Group, Traffic, gather_objects
 from diffmoe_ep.parallel.joining import Meeting, join, no_connection
 
 
@@ -101,11 +103,12 @@ def is_initialized() -> bool:
 
 def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
     """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks`
-    ranks.
+    ranks; collective.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without them the
-    process is alone. Raises ConfigError when the launcher's variables are incomplete, or when the ranks do not find
-    each other within the timeout (`joining`).
+    Where a mesh was made before, this is another one of the same ranks: that one's groups live on until the process
+    leaves. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as deepspeed and torchrun set them; without
+    them the process is alone. Raises ConfigError when the launcher's variables are incomplete, or when the ranks do not
+    find each other within the timeout (`joining`).
     """
     world, rank, local_rank = launched_world(), launched_rank(), _integer("LOCAL_RANK", 0)
     if rank >= world:
@@ -155,30 +158,19 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
             except (dist.DistError, RuntimeError) as error:
                 raise no_connection(meeting, rank, error) from error
 
-    with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
-        warnings.simplefilter("ignore")
-        from megatron.core import parallel_state  # seconds to import: only where ranks are set up
-
-        if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(
-                expert_model_parallel_size=expert,
-                expert_tensor_parallel_size=1,
-                distributed_timeout_minutes=timeout_minutes,
-                create_gloo_process_groups=False,
-            )
     all_ranks = dist.group.WORLD
     assert all_ranks is not None
     hosts = gather_objects(socket.gethostname(), Group(world, rank, all_ranks))
     everyone = _group(all_ranks, hosts)
-    experts = _group(parallel_state.get_expert_model_parallel_group(), hosts)
-    replicas = _group(parallel_state.get_expert_data_parallel_group(), hosts)
+    experts, replicas = _families(expert, everyone, hosts, timeout)
     control = _group(
         all_ranks if backend == "gloo" or world == 1 else dist.new_group(timeout=timeout, backend="gloo"), hosts
     )
     pool = ALONE
     if pool_ranks > 1:  # a group object of its own, so that its traffic is counted apart
         known = next((group.handle for group in (everyone, experts) if group.size == pool_ranks), None)
-        pool = _group(known or _neighbors(pool_ranks, everyone, timeout), hosts)
+        runs = [list(range(first, first + pool_ranks)) for first in range(0, world, pool_ranks)]
+        pool = _group(known or _mine(runs, timeout), hosts)
     return Mesh(everyone, experts, replicas, pool, control, where, hosts[rank], store)
 
 
@@ -190,12 +182,8 @@ def another_group(mesh: Mesh, timeout_minutes: float) -> Group:
 
 def destroy_mesh() -> None:
     """Leave the process group, so that a process can end (or a test start again) cleanly."""
-    if not dist.is_initialized():
-        return
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pool_ranks(span: int, local: int) -> int:
@@ -208,15 +196,23 @@ def _group(handle: dist.ProcessGroup, hosts: list[str]) -> Group:
     return Group(dist.get_world_size(handle), dist.get_rank(handle), handle, nodes)
 
 
-def _neighbors(size: int, world: Group, timeout: datetime.timedelta) -> dist.ProcessGroup:
-    """Cut all ranks into runs of `size` neighbours; every rank makes every group, as torch demands."""
-    mine = None
-    for first in range(0, world.size, size):
-        handle = dist.new_group(list(range(first, first + size)), timeout=timeout)
-        if first <= world.rank < first + size:
-            mine = handle
-    assert mine is not None
-    return mine
+def _families(expert: int, everyone: Group, hosts: list[str], timeout: datetime.timedelta) -> tuple[Group, Group]:
+    """This rank's expert group and its replicas: of both families every rank makes every group."""
+    if expert == 1:  # all experts are on every rank, and nothing tells them from other parameters
+        return Group(), replace(everyone, traffic=Traffic())
+    with warnings.catch_warnings():  # its wishes for optional packages are no news to our users
+        warnings.simplefilter("ignore")
+        from megatron.core.parallel_state import RankGenerator  # seconds to import: only where ranks are set up
+
+    grid = RankGenerator(tp=1, ep=expert, dp=everyone.size // expert, pp=1, cp=1, order="ep-dp")
+    experts, replicas = (_group(_mine(grid.get_ranks(axis), timeout), hosts) for axis in ("ep", "dp"))
+    return experts, replicas
+
+
+def _mine(groups: list[list[int]], timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """This rank's group of these, which hold every rank once; every rank makes every group, as torch demands."""
+    handles = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+    return next(handle for handle, ranks in zip(handles, groups, strict=True) if dist.get_rank() in ranks)
 
 
 def _integer(name: str, default: int, strict: bool = True, least: int = 0) -> int:

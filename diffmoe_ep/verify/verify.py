@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, launched_rank, launched_world
-from diffmoe_ep.parallel.rearrange import rearrange
+from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_rank, launched_world
 from diffmoe_ep.verify.difference import Difference
 from diffmoe_ep.verify.layer import check_choice, check_dispatch, check_kernels, check_layer
 from diffmoe_ep.verify.reshard import Relay, relay_over
@@ -110,10 +109,10 @@ def verify(
     alone: dict[int, dict[str, Trace]] = {}  # by the ranks that a pool covers
     chosen = given or layouts(launched_world())
     logging.disable(logging.WARNING)  # DeepSpeed repeats itself with every engine
-    mesh = rearrange(chosen[0].expert, chosen[0].pool, timeout_minutes, device)
+    mesh = init_mesh(chosen[0].expert, chosen[0].pool, timeout_minutes, device)
     with relay_over(mesh, folder) as relay:
         for layout in chosen:
-            mesh = rearrange(layout.expert, layout.pool, timeout_minutes, device)
+            mesh = init_mesh(layout.expert, layout.pool, timeout_minutes, device)
             if layout.pool not in alone:
                 alone[layout.pool] = train_alone(mesh)
             for check in _checks(mesh, layout, alone[layout.pool], relay, timeout_minutes, stages, first=not checks):

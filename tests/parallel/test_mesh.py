@@ -1,11 +1,15 @@
 """The rank grid and the collectives that carry gradients."""
 
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.parallel import mesh as mesh_module
 from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_all, all_to_all_even, gather_objects
 from diffmoe_ep.parallel.mesh import init_mesh, launched_world
 from ranks import RankError, run
@@ -25,6 +29,52 @@ def test_groups_are_runs_of_neighbors_and_their_copies(expert: int, pool: int) -
         assert found["expert"] == [r for r in range(4) if r // expert == rank // expert]
         assert found["replicas"] == [r for r in range(4) if r % expert == rank % expert]
         assert found["pool"] == [r for r in range(4) if r // pool == rank // pool]
+
+
+def made(rank: int, place: int, world: int, expert: int, pool: int) -> tuple[int, dict[str, list[int]]]:
+    """The groups that one of many ranks makes, and which ranks its own hold; of the others nothing is there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=place, world_size=world, store=FakeStore())
+    counted = mock.Mock(side_effect=dist.new_group)
+    with (
+        mock.patch.dict(os.environ, RANK=str(place), WORLD_SIZE=str(world), LOCAL_RANK="0", DS_ACCELERATOR="cpu"),
+        mock.patch.object(mesh_module, "gather_objects", lambda value, group: [value] * group.size),
+        mock.patch.object(dist, "new_group", counted),
+    ):
+        mesh = init_mesh(expert, pool, 1.0)
+    own = {name: getattr(mesh, name) for name in ("world", "expert", "replicas", "pool")}
+    return counted.call_count, {
+        name: [place] if group.handle is None else dist.get_process_group_ranks(group.handle)
+        for name, group in own.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "expert", "budget"),
+    [(8, 1, 0), (8, 4, 2 + 4), (8, 8, 1 + 8), (32, 1, 0), (32, 8, 4 + 8), (256, 8, 32 + 8)],
+)
+def test_no_group_is_made_that_is_not_used(world: int, expert: int, budget: int) -> None:
+    """Each group costs a large run's start a communicator: no more than the expert groups and those of copies."""
+    place = world - 3
+    count, found = run(1, made, place, world, expert, world)[0]
+    assert count == budget
+    assert found["world"] == found["pool"] == list(range(world))
+    assert found["expert"] == [rank for rank in range(world) if rank // expert == place // expert]
+    assert found["replicas"] == [rank for rank in range(world) if rank % expert == place % expert]
+
+
+def in_turn(rank: int, layouts: list[tuple[int, int]]) -> list[dict[str, list[int]]]:
+    return [members(rank, expert, pool) for expert, pool in layouts]
+
+
+def test_ranks_can_be_laid_out_anew() -> None:
+    layouts = [(2, 1), (1, 2), (2, 2)]
+    for rank, found in enumerate(run(2, in_turn, layouts)):
+        assert [(one["expert"], one["replicas"], one["pool"]) for one in found] == [
+            ([0, 1] if expert == 2 else [rank], [rank] if expert == 2 else [0, 1], [0, 1] if pool == 2 else [rank])
+            for expert, pool in layouts
+        ]
 
 
 def exchanged(rank: int) -> dict[str, Any]:
