@@ -1,15 +1,26 @@
 #!/usr/bin/env bash
-# Checks and measures everything that needs a GPU in one call, made for about ten minutes on one card; no GPU has run it yet.
-# It runs the tests marked `gpu`, the laws (diffmoe verify), an MoE layer and whole steps of L-E16 in bf16 beside their dense
-# twins, real training steps of the 4.6B text-to-image model beside the plan (where a card holds 130 GB), and the digits. A
-# table comes last; files go to gpu_check/. Sets up its environment first (launch/setup.sh).
+# Checks and measures everything that needs a GPU in one call, in under ten minutes on one card; no GPU has run it yet.
+# It runs real training steps of the 4.6B text-to-image model beside the plan (where a card holds 130 GB), the tests marked
+# `gpu`, the laws (diffmoe verify), an MoE layer and whole steps of L-E16 in bf16 beside their dense twins, and the digits: the
+# numbers that matter most first, each stage with a limit. A table comes last; files go to gpu_check/.
+# Sets up its environment first (launch/setup.sh).
 #
 #   ./launch/gpu_check.sh                                     with configs/cluster/h200x1.yaml
 #   CLUSTER=mine.yaml ./launch/gpu_check.sh                    on another card
+#   WHEELS=.wheels ./launch/gpu_check.sh                       without a network: python3, and wheels of launch/gpu_wheels.sh
 
+extras="${extras:-prep,sample}"  # neither linters nor encoders
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 case "${1:-}" in -h | --help) usage "${BASH_SOURCE[0]}"; exit ;; esac
+if [[ -n "${WHEELS:-}" ]]; then
+    DIFFMOE_PYTHON="${DIFFMOE_PYTHON:-python3}"
+    site="$(mktemp -d)"
+    trap 'rm -rf -- "$site"' EXIT
+    "$DIFFMOE_PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl ||
+        fail "the wheels in $WHEELS do not fit $DIFFMOE_PYTHON; make them with FOR_PYTHON=... ./launch/gpu_wheels.sh"
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
 setup
 cd -- "$root"
 "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu_check: torch finds no CUDA device here; nothing was checked")'
@@ -22,15 +33,11 @@ stage() {  # NAME SECONDS COMMAND...: runs it with a limit, keeps what it prints
     local name="$1" limit="$2" started=$SECONDS
     shift 2
     printf '\n== %s\n' "$name"
-    timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name")
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name")
     printf '== %s: %d s\n' "$name" $((SECONDS - started))
 }
 diffmoe() { stage "$1" "$2" "$python" -m diffmoe_ep "${@:3}"; }
 
-stage tests 180 "$python" -m pytest -q -m gpu -rs
-diffmoe verify 120 verify
-diffmoe layer 120 bench layer --compute bfloat16 --sizes 1024:8192:16,1024:16384:16,1408:16384:16 --json "$out/layer.json"
-diffmoe step 120 bench step --size L --compute bfloat16 --batch 32 --json "$out/step.json"
 memory="$("$python" -c 'import torch; print(torch.cuda.mem_get_info()[1] // 10**9)')"
 if ((memory >= 130)); then
     diffmoe text 150 bench train configs/text/diffmoe_e16_4.6b.yaml train.global_batch=16 train.schedule.warmup=0 parallel.expert_parallel=1 \
@@ -38,10 +45,14 @@ if ((memory >= 130)); then
 else
     printf '\n== text: left out, the 4.6B model trains on one card of 130 GB or more, this one has %s GB\n' "$memory"
 fi
-stage data 30 "$python" -m data_prep digits --out data/digits
+stage tests 110 "$python" -m pytest -q -rs -m gpu tests/test_gpu.py tests/moe/test_experts.py  # named: finding them among all takes a minute
+diffmoe step 75 bench step --size L --compute bfloat16 --batch 32 --json "$out/step.json"
+diffmoe layer 75 bench layer --compute bfloat16 --sizes 1024:8192:16,1024:16384:16,1408:16384:16 --json "$out/layer.json"
+diffmoe verify 60 verify
+stage data 15 "$python" -m data_prep digits --out data/digits
 for precision in float32 bf16; do
     rm -rf -- "$out/digits-$precision"
-    diffmoe "digits-$precision-train" 60 train configs/digits.yaml "folder=$out/digits-$precision" "train.precision=$precision" \
+    diffmoe "digits-$precision-train" 35 train configs/digits.yaml "folder=$out/digits-$precision" "train.precision=$precision" \
         train.steps=200 train.global_batch=1024 log.every=20 sample.grid_every=0 checkpoint.every=1000 parallel.expert_parallel=1
 done
 
