@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_ep.moe.kernels.choose import KERNELS, Kernel, choose_kernel
-from diffmoe_ep.moe.kernels.plain import compute_type, even
+from diffmoe_ep.moe.kernels.plain import HOPPER, compute_type, even
 
 
 class Experts(nn.Module):
@@ -39,7 +39,8 @@ class Experts(nn.Module):
         kernel = self.kernel
         if kernel == "auto":
             _, hidden, width = self.fc1_weight.shape
-            kernel = choose_kernel(rows.device.type, compute_type(rows), even(counts), hidden, width)
+            capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else HOPPER
+            kernel = choose_kernel(rows.device.type, compute_type(rows), even(counts), hidden, width, capability)
         return KERNELS[kernel](rows, counts, (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias))
 
 

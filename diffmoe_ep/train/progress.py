@@ -7,11 +7,13 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from diffmoe_ep.checkpoint.same_run import RecipeChange
 from diffmoe_ep.config import Config, has_experts, num_tokens, pool_samples
 from diffmoe_ep.model.count import count
+from diffmoe_ep.moe.kernels.plain import do_not_group
 from diffmoe_ep.parallel.mesh import Mesh
 
 LINE = 120  # characters that a line in a file has at most
@@ -93,7 +95,7 @@ def duration(seconds: float) -> str:
 
 def banner(config: Config, mesh: Mesh, step: int, source_line: str = "", recipe: Sequence[RecipeChange] = ()) -> str:
     """Two lines on what starts: what is trained, and how it is laid out; between them, if any, where its weights come
-    from and what of its recipe changes at this step.
+    from and what of its recipe changes at this step; then, if any, what its GPUs cannot do.
     """
     sizes, span = count(config.model), pool_samples(config)
     what = (
@@ -108,7 +110,16 @@ def banner(config: Config, mesh: Mesh, step: int, source_line: str = "", recipe:
         layout += f", pools of {span} samples ({tokens} tokens) over {_ranks(mesh.pool.size)}"
     now = ", ".join(str(change) for change in recipe if change.step == step)
     changed = f"its recipe changes after step {step}: {now} (kept in recipe.jsonl)" if now else ""
-    return "\n".join(filter(None, (what, source_line, changed, layout)))
+    return "\n".join(filter(None, (what, source_line, changed, layout, _kernel(config, mesh))))
+
+
+def _kernel(config: Config, mesh: Mesh) -> str:
+    """Why `auto` leaves a kernel out on this GPU."""
+    ragged = has_experts(config.model) and config.train.precision == "bf16"
+    if mesh.device.type != "cuda" or config.compute.kernel != "auto" or not ragged:
+        return ""
+    reason = do_not_group(torch.cuda.get_device_capability(mesh.device))
+    return f"compute.kernel=auto is fused, not grouped, where rows are ragged: {reason}" if reason else ""
 
 
 def _ranks(number: int) -> str:

@@ -1,6 +1,7 @@
 """Every kernel is the loop, and the loop is the formula."""
 
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_ep.config import ConfigError
+from diffmoe_ep.moe import experts as experts_module
 from diffmoe_ep.moe.experts import Experts
 from diffmoe_ep.moe.kernels import fused as fused_module
 from diffmoe_ep.moe.kernels import onednn
-from diffmoe_ep.moe.kernels.choose import Kernel, choose_kernel
+from diffmoe_ep.moe.kernels.choose import KERNELS, Kernel, choose_kernel
 from diffmoe_ep.moe.kernels.gelu import gelu, gelu_and_gradient
+from diffmoe_ep.moe.kernels.plain import do_not_group
 
 HIDDEN = 8  # grouped_mm reads 16 bytes at a time
 COUNTS = {
@@ -279,6 +282,42 @@ def test_auto_on_a_gpu(dtype: torch.dtype, even_counts: bool, width: int, kernel
     assert choose_kernel("cuda", dtype, even_counts, 1024, width) == kernel
 
 
+@pytest.mark.parametrize(
+    ("capability", "kernel", "why"),
+    [
+        ((8, 0), "fused", "waits"),
+        ((9, 0), "grouped", None),
+        ((10, 0), "fused", "wrong gradients"),
+        ((12, 0), "fused", ""),
+    ],
+)
+def test_auto_groups_on_hopper_alone(capability: tuple[int, int], kernel: Kernel, why: str | None) -> None:
+    assert choose_kernel("cuda", torch.bfloat16, False, 1024, 4096, capability) == kernel
+    reason = do_not_group(capability)
+    if why is None:
+        assert reason is None
+    else:
+        assert reason is not None and why in reason and f"is {capability[0]}.{capability[1]}" in reason
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "grouped"), ((10, 0), "fused")])
+def test_experts_ask_their_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: str) -> None:
+    """Which kernel is taken on a GPU, told by tensors that say they lie on one."""
+    rows = mock.MagicMock(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    taken = {name: mock.Mock() for name in KERNELS}
+    monkeypatch.setattr(experts_module, "KERNELS", taken)
+    Experts(2, 8, "auto")(rows, [1, 2])
+    assert [name for name, kernel in taken.items() if kernel.called] == [chosen]
+
+
+def test_wrong_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = mock.MagicMock(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0), shape=(4, 8))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with pytest.raises(ConfigError, match=r"compute\.kernel grouped: .* wrong gradients .* set compute\.kernel=auto"):
+        Experts(2, 8, "grouped")(rows, [1, 2])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["auto", "batched", "grouped", "fused"])
 @pytest.mark.parametrize("case", COUNTS)
@@ -297,6 +336,27 @@ def test_kernels_on_a_gpu(case: str, kernel: Kernel) -> None:
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
     close([tensor.cpu() for tensor in runs[0]], wanted, 0.1)
+
+
+@pytest.mark.gpu
+def test_grouped_is_the_loop_at_a_real_size_with_empty_experts() -> None:
+    counts = [700, 0, 1024, 1, 0, 2048, 15, 0]
+    generator = torch.Generator().manual_seed(0)
+    made = {kernel: Experts(len(counts), 1024, kernel).cuda() for kernel in ("loop", "grouped")}
+    for name, parameter in made["loop"].named_parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.03).cuda()
+        made["grouped"].get_parameter(name).data = parameter.data
+    rows, gradient = (torch.randn(sum(counts), 1024, generator=generator).cuda() for _ in range(2))
+    rows.requires_grad_()
+    found = {}
+    for kernel, module in made.items():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(rows, counts)
+        found[kernel] = [out, *torch.autograd.grad(out, [rows, *module.parameters()], gradient.to(out.dtype))]
+    for one, other in zip(found["grouped"], found["loop"], strict=True):
+        assert (one - other).abs().max() <= 0.02 * other.abs().max()
+    for gradient in found["grouped"][2:]:
+        assert not gradient[[expert for expert, count in enumerate(counts) if not count]].any()
 
 
 def test_gelu_is_the_tanh_form() -> None:

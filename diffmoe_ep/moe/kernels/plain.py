@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffmoe_ep.config import ConfigError
 
+HOPPER = (9, 0)  # the compute capability that torch's grouped matmul is right and quick on
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # (N, D, F), (N, F), (N, F, D), (N, D)
 
 
@@ -46,7 +47,7 @@ def batched(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
 def grouped(rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
     """One grouped matmul for all experts, however ragged."""
     dtype = compute_type(rows)
-    reason = cannot_group(dtype, rows.shape[1], weights[0].shape[2])
+    reason = cannot_group(dtype, rows.shape[1], weights[0].shape[2]) or groups_wrongly(rows.device)
     if reason:
         raise ConfigError(f"compute.kernel grouped: {reason}; set compute.kernel=auto")
     w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)  # autocast does not know this matmul
@@ -71,6 +72,24 @@ def cannot_group(dtype: torch.dtype, hidden: int, width: int) -> str | None:
         sizes = f"rows of {hidden} and {width} numbers of {dtype.itemsize} bytes"
         return f"torch's grouped matmul reads 16 bytes at a time, and {sizes} do not fit"
     return None
+
+
+def groups_wrongly(device: torch.device) -> str | None:
+    """Why torch's grouped matmul must not run on a device; None where it may, if slowly."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+    return do_not_group(capability) if capability > HOPPER else None
+
+
+def do_not_group(capability: tuple[int, int]) -> str | None:
+    """Why torch's grouped matmul had better not run on a GPU of this compute capability; None on Hopper."""
+    if capability == HOPPER:
+        return None
+    why = (
+        "computes one expert after the other and waits for their numbers of rows before 9.0 (Hopper)"
+        if capability < HOPPER
+        else "may give experts without rows wrong gradients after 9.0 (Hopper; PyTorch's issue 172439)"
+    )
+    return f"torch's grouped matmul {why}, and this GPU's compute capability is {capability[0]}.{capability[1]}"
 
 
 def even(counts: Sequence[int]) -> bool:
