@@ -21,6 +21,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch, count, hidden = x.shape
+        if not batch:  # a rank may have no samples, and not every kernel of attention takes none
+            return x
         qkv = (
             self.qkv(x).view(batch, count, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         )  # (3, B, H, T, D/H)
@@ -44,6 +46,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, D), caption (B, M, D), mask (B, M) bool, true where a token of the caption stands -> (B, T, D)."""
+        if not len(x):
+            return x
         query, key, value = (
             map_(rows).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T or M, D/H)
             for map_, rows in ((self.query, x), (self.key, caption), (self.value, caption))

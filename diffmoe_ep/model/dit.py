@@ -81,11 +81,13 @@ class DiT(nn.Module):
 
     def embed(self, t: Tensor, condition: Condition) -> tuple[Tensor, Caption | None]:
         """What modulates every block (B, D), and the caption that every block looks at."""
+        with torch.autocast(t.device.type, enabled=False):  # bfloat16 tells about 256 times apart
+            time = self.time(t)
         if self.caption is not None:
             assert isinstance(condition, CaptionFeatures), "this model takes captions"
-            return self.time(t), self.caption(condition)
+            return time, self.caption(condition)
         assert self.label is not None and isinstance(condition, Tensor), "this model takes labels"
-        return self.time(t) + self.label(condition), None
+        return time + self.label(condition), None
 
     def _auxiliary(self, layers: tuple[LayerReport, ...], like: Tensor) -> Tensor:
         total = like.new_zeros(())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_ep.config import ModelConfig
+from diffmoe_ep.data.condition import CaptionFeatures
 from diffmoe_ep.model.dit import DiT
 from diffmoe_ep.model.embed import sine_positions
 from diffmoe_ep.model.initialize import initialize
@@ -172,3 +173,29 @@ def test_initial_weights_have_their_distributions() -> None:
         assert weights[name].abs().max().item() == pytest.approx(math.sqrt(6 / fans), rel=0.05), name
     for expert in weights["blocks.1.ffn.experts.fc1_weight"]:  # each expert by itself, not the stack
         assert expert.abs().max().item() == pytest.approx(math.sqrt(6 / 320), rel=0.05)
+
+
+def test_times_are_told_apart_in_bf16() -> None:
+    """Steps of 1/1000, in float32's own numbers: rounded to bfloat16, neighbours would be one."""
+    model = initialize(DiT(SMALL), 0)
+    t, label = torch.arange(1000) / 1000, torch.zeros(1000, dtype=torch.int64)
+    with torch.no_grad():
+        wanted, _ = model.embed(t, label)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = model.embed(t, label)
+    assert torch.equal(found, wanted)
+    assert len(found.unique(dim=0)) == 1000
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_no_samples_never_reach_the_kernels_of_attention(monkeypatch: pytest.MonkeyPatch, condition: str) -> None:
+    def refuses(query: Tensor, *others: object, **more: object) -> Tensor:
+        raise AssertionError(f"attention over {tuple(query.shape)}")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuses)
+    size = dataclasses.replace(SMALL, condition=condition, text_width=4, text_length=3)
+    x, t, label = inputs(size, 0)
+    captions = CaptionFeatures(torch.zeros(0, 3, 4), torch.zeros(0, dtype=torch.int64))
+    assert busy(size)(x, t, captions if condition == "text" else label).prediction.shape == (0, 3, 6, 6)
+    with pytest.raises(AssertionError, match="attention over"):
+        busy(SMALL)(*inputs(SMALL, 1))
