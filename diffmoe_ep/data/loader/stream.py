@@ -247,6 +247,8 @@ def _reason(error: BaseException) -> str:
     """The first line of an error, how full the shared memory is, and what can be done."""
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     remedy = "give the host more memory, lower data.workers or data.prefetch, or set data.workers=0"
+    if "shared memory" in first or "Bus error" in first:  # so a worker ends that touches memory which is not there
+        remedy = f"start the container with --ipc=host or a larger --shm-size, {remedy.partition(', ')[2]}"
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:

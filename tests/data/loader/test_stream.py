@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -302,3 +303,25 @@ def test_flips_that_are_not_stored_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.flip = true, but .*tiny holds no mirrored moments"):
         stream(dataset)
     assert len(take(stream(dataset, flip=False), 1)[0]) == 24
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left (28)"), "--ipc=host"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "--ipc=host"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "give the host more memory"),
+    ],
+)
+def test_too_little_shared_memory_is_named_with_what_helps(
+    pixels: Dataset, monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
+    def fails() -> Iterator[Any]:
+        raise error
+        yield
+
+    reader = stream(pixels)
+    monkeypatch.setattr(reader, "_start", fails)
+    with pytest.raises(LoaderError, match="positions 0 to 23 were awaited .*/dev/shm has") as failure:
+        next(reader)
+    assert remedy in str(failure.value)
