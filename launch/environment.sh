@@ -29,6 +29,8 @@ set_environment() {
         fi
     fi
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+    # Numbers of rows change from step to step: blocks of memory that can grow leave no holes that nothing fits in.
+    if [[ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"; fi
     if [[ $takes_part == yes ]]; then
         if (($(count_gpus) == 0)); then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
         local share=$(($(count_cores) / ranks))

@@ -388,3 +388,16 @@ def test_the_environment_is_shown() -> None:
     assert {"export DS_ACCELERATOR=cpu", "export NCCL_DEBUG=WARN", "export OMP_NUM_THREADS=3"} <= set(
         done.stdout.splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "shown"),
+    [
+        ({}, ["PYTORCH_ALLOC_CONF=expandable_segments:True"]),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, ["PYTORCH_ALLOC_CONF=a:1"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, ["PYTORCH_CUDA_ALLOC_CONF=a:1"]),
+    ],
+)
+def test_memory_of_gpus_can_grow_unless_the_user_says_otherwise(own: dict[str, str], shown: list[str]) -> None:
+    lines = start("environment.sh", **own).stdout.splitlines()
+    assert [line.removeprefix("export ") for line in lines if "ALLOC_CONF" in line] == shown
