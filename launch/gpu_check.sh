@@ -45,7 +45,7 @@ if ((memory >= 130)); then
 else
     printf '\n== text: left out, the 4.6B model trains on one card of 130 GB or more, this one has %s GB\n' "$memory"
 fi
-stage tests 110 "$python" -m pytest -q -rs -m gpu tests/test_gpu.py tests/moe/test_experts.py  # named: finding them among all takes a minute
+stage tests 110 "$python" -m pytest -q -rs -m gpu tests/test_gpu.py tests/moe/test_experts.py tests/parallel/test_one_rank.py  # named: finding them among all takes a minute
 diffmoe step 75 bench step --size L --compute bfloat16 --batch 32 --json "$out/step.json"
 diffmoe layer 75 bench layer --compute bfloat16 --sizes 1024:8192:16,1024:16384:16,1408:16384:16 --json "$out/layer.json"
 diffmoe verify 60 verify

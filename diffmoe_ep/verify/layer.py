@@ -20,6 +20,7 @@ from diffmoe_ep.model.parallelize import shard_experts, widen_pools
 from diffmoe_ep.moe.dispatch import AllToAllDispatch, LocalDispatch
 from diffmoe_ep.moe.experts import Experts
 from diffmoe_ep.moe.kernels.choose import Kernel
+from diffmoe_ep.moe.kernels.plain import groups_wrongly
 from diffmoe_ep.moe.pool import Pools, topk_per_expert
 from diffmoe_ep.moe.routing import Routing
 from diffmoe_ep.parallel.collectives import ALONE, all_sum
@@ -29,6 +30,7 @@ from diffmoe_ep.verify.difference import Difference, compare, largest, over_rank
 SAMPLES = 2  # of each rank
 TOKENS = 16  # of a sample
 HIDDEN = 8
+PRECISIONS = {"": (torch.float32, 1e-5), ", bf16": (torch.bfloat16, 3e-2)}  # of kernels, and what may differ
 
 
 def num_experts(ranks: int) -> int:
@@ -213,8 +215,12 @@ def check_dispatch(mesh: Mesh) -> Difference:
 
 
 def check_kernels(mesh: Mesh) -> Iterator[tuple[str, Difference, float]]:
-    """Every kernel, for experts with equally many rows, with ragged ones and with none, in float32."""
-    for kernel in get_args(Kernel):
+    """Every kernel, for experts with equally many rows, with ragged ones and with none, in float32 and by autocast in
+    bfloat16, as training computes; but for the grouped one on GPUs where it is refused.
+    """
+    for kernel, (name, (dtype, tolerance)) in itertools.product(get_args(Kernel), PRECISIONS.items()):
+        if kernel == "grouped" and groups_wrongly(mesh.device):
+            continue
         found = []
         for counts in ([32] * 4, [5, 0, 70, 17], [0, 0, 64, 0], [0, 0, 0, 0]):
             module = Experts(4, 64, kernel).to(mesh.device)
@@ -222,17 +228,18 @@ def check_kernels(mesh: Mesh) -> Iterator[tuple[str, Difference, float]]:
                 parameter.data = (draw(30 + seed, *parameter.shape) * 0.2).float().to(mesh.device)
             rows = draw(40, sum(counts), 64).float().to(mesh.device).requires_grad_()
             probe = draw(41, sum(counts), 64).float().to(mesh.device)
-            output = module(rows, counts)
+            with torch.autocast(mesh.device.type, dtype, enabled=dtype != torch.float32):
+                output = module(rows, counts)
             names = ["rows", *(name for name, _ in module.named_parameters())]
             gradients = torch.autograd.grad((output * probe).sum(), [rows, *module.parameters()])
             expected, plain = _one_by_one(module, rows, counts, probe)
             found.append(compare(f"rows {counts}: output at row, column", output, expected, relative=True))
-            for name, one, other in zip(names, gradients, plain, strict=True):
-                first = None if name == "rows" else 0
+            for label, one, other in zip(names, gradients, plain, strict=True):
+                first = None if label == "rows" else 0
                 found.append(
-                    compare(f"rows {counts}: gradient of {name}", one, other, first=first, relative=bool(other.any()))
+                    compare(f"rows {counts}: gradient of {label}", one, other, first=first, relative=bool(other.any()))
                 )
-        yield kernel, over_ranks(largest(found), mesh), 1e-5
+        yield f"{kernel}{name}", over_ranks(largest(found), mesh), tolerance
 
 
 def _one_by_one(module: Experts, rows: Tensor, counts: list[int], probe: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -159,6 +159,7 @@ def test_sound_ranks_pass(world: int) -> None:
         "1 expert gradients",
         "2 dispatch",
         "2 expert kernel loop",
+        "2 expert kernel grouped, bf16",
         "3 losses",
         *(["5 state taken over"] if world > 1 else []),  # one layout at one stage hands nothing on
     ):
