@@ -17,6 +17,9 @@ class Options:
 
 
 def _verify(options: Options) -> None:
+    from diffmoe_ep.parallel.mesh import use_device
+
+    use_device(options.device)
     from diffmoe_ep.verify.verify import run
 
     run(options.device, options.timeout_minutes, options.folder)

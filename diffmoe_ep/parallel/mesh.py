@@ -101,6 +101,14 @@ def is_initialized() -> bool:
     return dist.is_initialized()
 
 
+def use_device(device: str | None) -> None:
+    """Let DeepSpeed, too, compute on this type of device; before it is imported, since it decides then. None: as the
+    machine has it.
+    """
+    if device is not None:
+        os.environ["DS_ACCELERATOR"] = device
+
+
 def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
     """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks`
     ranks; collective.
@@ -125,6 +133,8 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
+    # Images may set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: then float32 is none, and routers' scores are rounded to 10 bits.
+    torch.set_float32_matmul_precision("highest")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, also for a process that is alone
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if where.type == "cuda" else "gloo"

@@ -3,6 +3,9 @@ too.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +382,22 @@ def test_nothing_to_export_is_named(flow: Path) -> None:
     code, _, err = call(0, "export", str(flow))
     assert code == 2
     assert "give --out FOLDER" in err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_verify_tells_deepspeed_its_device_before_it_is_imported(device: str) -> None:
+    """DeepSpeed decides on a device when it is imported, and would take a GPU that it finds."""
+    program = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deepspeed":
+            print("deepspeed sees", os.environ.get("DS_ACCELERATOR"))
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+from diffmoe_ep.cli import main
+main(["verify", "--device", "{device}"])
+"""
+    kept = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"deepspeed sees {device}\n", done.stderr

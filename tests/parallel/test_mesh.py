@@ -115,6 +115,16 @@ def test_alone_they_are_identities() -> None:
         assert torch.equal(result, x)
 
 
+def precision(rank: int) -> str:
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+    init_mesh(1, 1, 1.0)
+    return torch.get_float32_matmul_precision()
+
+
+def test_float32_is_float32() -> None:
+    assert run(1, precision) == ["highest"]
+
+
 def disagree(rank: int, problems: list[str | None]) -> str:
     mesh = init_mesh(1, 1, 1.0)
     try:
