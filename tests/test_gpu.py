@@ -77,6 +77,21 @@ def test_a_training_step_tells_its_noise(digits: Path, tmp_path: Path) -> None:
     assert max(abs(one - other) for one, other in zip(runs[0]["loss"], runs[1]["loss"], strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_deterministic_run_gives_the_same_bits(digits: Path, precision: str, tmp_path: Path) -> None:
+    settings = ("train.steps=5", "compute.deterministic=true", f"train.precision={precision}")
+    runs = []
+    try:
+        for _ in range(2):
+            runs.append(trace(0, config(digits / "train", tmp_path, *settings)))
+            take_down()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert runs[0]["loss"] == runs[1]["loss"] and runs[0]["grad_norm"] == runs[1]["grad_norm"]
+    assert all(torch.equal(runs[0]["ema"][name], tensor) for name, tensor in runs[1]["ema"].items())
+
+
 def test_one_host_synchronisation_a_layer() -> None:
     made, x = layer(torch.float32).train().cuda(), torch.randn(4, 64, 32, device="cuda")
     made(x)

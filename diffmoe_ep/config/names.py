@@ -118,6 +118,10 @@ MEANINGS = {
     "parallel.zero_stage": ("DeepSpeed's ZeRO stage", "zero stage zero_optimization zero_optimization_stage"),
     "parallel.deepspeed": ("a DeepSpeed JSON file of your own", "deepspeed_config ds_config "),
     "parallel.timeout_minutes": ("the longest wait for a peer", "timeout nccl_timeout ddp_timeout dist_timeout"),
+    "compute.deterministic": (
+        "sums in a fixed order on GPUs",
+        "determinism deterministic_mode use_deterministic_algorithms",
+    ),
     "compute.compile": ("torch.compile", "torch_compile use_compile compile_model"),
     "compute.recompute": (
         "recomputation of activations in the backward",

@@ -314,6 +314,11 @@ class ComputeConfig:
         "parts in which rows travel to the experts, so that some travel while others compute; 1: all at once",
         POSITIVE,
     )
+    deterministic: bool = execution(
+        False,
+        "on GPUs the same bits in every run on one layout, more slowly: sums in a fixed order, in attention's backward "
+        "and over ranks; an operator that has none ends the run, named",
+    )
     compile: bool = execution(
         False, "compile adaLN with attention, dense FFNs and predictors (torch.compile; needs a compiler)"
     )

@@ -109,6 +109,19 @@ def use_device(device: str | None) -> None:
         os.environ["DS_ACCELERATOR"] = device
 
 
+def compute_deterministically() -> None:
+    """Let this process add in one order on GPUs, too, at the price of speed; before `init_mesh`, since libraries read
+    the environment once. What you export yourself wins.
+
+    Operators that have no fixed order raise RuntimeError from now on.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # what is read is written
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on Hopper, whose backward has no fixed order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # sums inside the switch
+
+
 def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str | None = None) -> Mesh:
     """Join the process group and build the mesh of `expert` ranks per copy of the experts and pools over `pool_ranks`
     ranks; collective.

@@ -37,7 +37,14 @@ from diffmoe_ep.moe.capacity import InferenceRule
 from diffmoe_ep.parallel.allocator import keep_freed_memory
 from diffmoe_ep.parallel.collectives import all_gather, all_sum, gather_objects
 from diffmoe_ep.parallel.common_end import CommonEnd
-from diffmoe_ep.parallel.mesh import Mesh, destroy_mesh, init_mesh, launched_world, pool_ranks
+from diffmoe_ep.parallel.mesh import (
+    Mesh,
+    compute_deterministically,
+    destroy_mesh,
+    init_mesh,
+    launched_world,
+    pool_ranks,
+)
 from diffmoe_ep.sampling.decode import load_decoder
 from diffmoe_ep.sampling.picture import write_grid
 from diffmoe_ep.sampling.sample import sample
@@ -102,6 +109,8 @@ def start_mesh(config: Config) -> Mesh:
     """Join the other ranks in the grid that the config describes; collective."""
     local = config.train.micro_step_samples // launched_world()
     ranks = pool_ranks(pool_samples(config), local) if has_experts(config.model) else 1
+    if config.compute.deterministic:
+        compute_deterministically()
     return init_mesh(config.parallel.expert_parallel, ranks, config.parallel.timeout_minutes)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel import mesh as mesh_module
 from diffmoe_ep.parallel.collectives import Group, all_gather, all_sum, all_to_all, all_to_all_even, gather_objects
-from diffmoe_ep.parallel.mesh import init_mesh, launched_world
+from diffmoe_ep.parallel.mesh import compute_deterministically, init_mesh, launched_world
 from ranks import RankError, run
 
 
@@ -123,6 +123,36 @@ def precision(rank: int) -> str:
 
 def test_float32_is_float32() -> None:
     assert run(1, precision) == ["highest"]
+
+
+def kernels() -> dict[str, bool]:
+    allowed = torch.backends.cuda
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "only warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": allowed.cudnn_sdp_enabled(),
+        "others": allowed.flash_sdp_enabled() and allowed.mem_efficient_sdp_enabled() and allowed.math_sdp_enabled(),
+    }
+
+
+def in_one_order(rank: int, own: dict[str, str]) -> tuple[dict[str, bool], dict[str, bool], list[str]]:
+    os.environ.update(own)
+    before = kernels()
+    try:
+        compute_deterministically()
+        return before, kernels(), [os.environ["NCCL_ALGO"], os.environ["CUBLAS_WORKSPACE_CONFIG"]]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_sums_have_one_order_where_it_is_asked_for() -> None:
+    before, after, environment = run(1, in_one_order, {})[0]
+    assert before == {"deterministic": False, "only warns": False, "cudnn": True, "others": True}
+    assert after == {"deterministic": True, "only warns": False, "cudnn": False, "others": True}
+    assert environment == ["^NVLS,NVLSTree", ":4096:8"]
+    assert run(1, in_one_order, {"NCCL_ALGO": "Ring"})[0][2][0] == "Ring"  # the user's own value wins
 
 
 def disagree(rank: int, problems: list[str | None]) -> str:

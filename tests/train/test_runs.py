@@ -1,14 +1,16 @@
-"""The runs that laws are stated over start alike on every device."""
+"""The runs that laws are stated over start alike on every device, and add in one order where that is asked for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmoe_ep.config import ModelConfig
+from diffmoe_ep.config import Config, ModelConfig
 from diffmoe_ep.model.dit import DiT
-from train.runs import busy
+from ranks import run
+from train.runs import busy, config, trace
 
 
 class Draws(TorchDispatchMode):
@@ -36,3 +38,25 @@ def test_a_start_can_be_drawn_on_any_device() -> None:
     assert draws.count > 4
     with pytest.raises(AssertionError, match="draws on meta"), Draws():
         torch.empty(3, device="meta").normal_(generator=torch.Generator())
+
+
+def deterministic(rank: int, given: Config) -> tuple[list[float], bool]:
+    """A run's losses, and whether it computed deterministically; what it set is set back."""
+    try:
+        return trace(rank, given)["loss"], torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topk", ["gather", "radix"])
+def test_a_deterministic_run_is_the_same_run(digits: Path, topk: str) -> None:
+    given = [
+        config(digits / "train", Path("unused"), "train.steps=3", f"compute.topk={topk}", "compute.deterministic=" + on)
+        for on in ("false", "true")
+    ]
+    (plain, off), (losses, on) = (run(2, deterministic, one)[0] for one in given)
+    assert (off, on) == (False, True)
+    assert losses == plain  # a CPU adds in one order anyhow

@@ -20,7 +20,7 @@ from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.codec import encode
-from diffmoe_ep.data.loader.stream import Stream
+from diffmoe_ep.data.loader.stream import LoaderError, Stream
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.order import Order
 from diffmoe_ep.data.rng import generator_for
