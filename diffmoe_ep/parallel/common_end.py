@@ -65,7 +65,9 @@ class CommonEnd:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self._store = mesh.store.clone() if mesh.store is not None else None  # for the thread: a store serves one call
+        self._store: dist.Store | None = None
+        if mesh.store is not None:  # for the thread: a store serves one call at a time
+            self._store = mesh.store.clone()  # type: ignore[attr-defined]
         self._main = threading.get_ident()
         self._place = ""  # where the main thread was when it failed
         self._left = threading.Event()

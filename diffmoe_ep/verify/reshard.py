@@ -46,7 +46,9 @@ class Relay:
                     trainer.train_step(clock)
             before, writer, name = self.newest, self.writer, f"EP {mesh.expert.size}, ZeRO {zero}"
             trainer.step += 1  # the same state under another name
-            trainer.save()
+            with trainer.saver as saver:
+                trainer.save(lambda _: None)
+                saver.finish()
             trainer.stream.close()
             self.newest, self.writer = store.resolve(self.folder), name
             if before is not None:

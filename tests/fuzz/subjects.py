@@ -25,7 +25,8 @@ from diffmoe_ep.checkpoint.exported import load_exported, read_exported, save_ex
 from diffmoe_ep.checkpoint.fragments import whole
 from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
 from diffmoe_ep.checkpoint.same_run import recipe_of
-from diffmoe_ep.checkpoint.store import read_meta, resolve, save
+from diffmoe_ep.checkpoint.saving import save
+from diffmoe_ep.checkpoint.store import read_meta, resolve
 from diffmoe_ep.config import Config, ConfigError, dump, from_tree, load, load_stored, override, to_tree
 from diffmoe_ep.data.captions import CaptionSpec
 from diffmoe_ep.data.checked import read_chosen, read_sample

@@ -56,7 +56,9 @@ def carry(rank: int, given: Config) -> None:
     if mesh.is_first:
         shutil.rmtree(trainer.folder.checkpoints)
     mesh.agree(None)
-    trainer.save()
+    with trainer.saver as saver:
+        trainer.save(lambda _: None)
+        saver.finish()
 
 
 def chained(given: Config, chain: list[Layout], fault: str | None = None) -> list[dict[str, Any]]:
