@@ -205,8 +205,8 @@ def soak(
 
 
 def _start_and_kill(config: Config, shape: Shape, kill: Kill, delay: float, log: Path, result: Soaked) -> bool:
-    """One life of the training; returns False if it should have ended between a checkpoint's first write and rename,
-    and ended after it.
+    """One life of the training; returns False if it should have ended between a checkpoint's first write and its
+    rename, and ended after it.
 
     Raises SoakError unless it goes on from the newest sound checkpoint.
     """
