@@ -11,7 +11,7 @@ State = Literal["ok", "note", "problem"]
 Operation = Literal["all-reduce", "all-to-all"]
 SECTIONS = ("software", "devices", "host", "network", "run folder", "this config", "communication")
 SCHEMA = 1  # of the JSON: rises when a field changes its meaning or goes
-NARROWEST, WIDEST = 72, 100  # columns of the page
+NARROWEST, WIDEST = 80, 100  # columns of the page
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _speed_lines(speeds: Sequence[Speed]) -> list[str]:
         rows.append((group, str(both["all-reduce"].ranks), *cells))
     lines = table(rows, "<>", groups=(("", 2), ("all-reduce", 2), ("all-to-all", 2)))
     sent = speeds[0].nbytes / 2**20
-    return [*lines, f"bus GB/s: what a link carries one way, {sent:.3g} MiB a rank; of several groups the slowest"]
+    return [*lines, f"bus GB/s: one way over a link, {sent:.3g} MiB a rank; the slowest group of a kind"]
 
 
 def _counted(number: int, word: str, plural: str = "s") -> str:

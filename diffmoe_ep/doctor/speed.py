@@ -36,7 +36,7 @@ class Timed:
 
 def groups_of(mesh: Mesh, inside: Group, across: Group) -> dict[str, Group]:
     """The groups that are worth a row: of those with the same ranks one, under both names."""
-    named = {"world": mesh.world, "expert group": mesh.expert, "copies of experts": mesh.replicas}
+    named = {"world": mesh.world, "expert group": mesh.expert, "replicas": mesh.replicas}
     named |= {"within a host": inside, "across hosts": across}
     found: dict[tuple[int, ...], tuple[list[str], Group]] = {}
     for name, group in named.items():

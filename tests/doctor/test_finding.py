@@ -26,7 +26,7 @@ REPORT = Report(FINDINGS, ("a", "b"), 4, 1.5, (
 @pytest.mark.parametrize("width", [40, 80, 100, 200])
 def test_the_page_fits(width: int) -> None:
     lines = REPORT.lines(width)
-    assert max(map(len, lines)) <= min(max(width, 72), 100)
+    assert max(map(len, lines)) <= min(max(width, 80), 100)
     assert lines[-1] == "8 checks on 2 hosts in 1.5 s: 2 problems, 1 note"
 
 

@@ -50,7 +50,7 @@ def test_every_group_is_measured(world: int) -> None:
     rows = speeds(run(world, measured))
     names = ["world = expert group = within a host"]
     if world == 4:
-        names = ["world = within a host", "expert group", "copies of experts"]
+        names = ["world = within a host", "expert group", "replicas"]
     assert [row.group for row in rows] == [name for name in names for _ in range(2)]
     assert {row.operation for row in rows} == {"all-reduce", "all-to-all"}
     assert all(row.latency > 0 and row.seconds > 0 and row.nbytes <= LARGE["cpu"] for row in rows)

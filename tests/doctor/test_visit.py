@@ -142,9 +142,9 @@ def test_sound_hosts_are_well(world: int, tmp_path: Path) -> None:
     assert {one["name"]: one["found"] for one in report["checks"]}["shared"] == f"all hosts see {tmp_path}"
     groups = {row["group"]: row["ranks"] for row in report["speeds"]}
     assert groups == (
-        {"world = copies of experts = across hosts": 2}
+        {"world = replicas = across hosts": 2}
         if world == 2
-        else {"world": 4, "expert group = within a host": 2, "copies of experts = across hosts": 2}
+        else {"world": 4, "expert group = within a host": 2, "replicas = across hosts": 2}
     )
     assert all(row["latency_us"] > 0 and row["bus_gb_s"] > 0 for row in report["speeds"])
     assert [one[1] for one in others] == [None] * (world - 1)  # one report
