@@ -161,9 +161,9 @@ class _Maker:
         patch, vectors = model.in_channels * model.patch**2, samples * hidden
         found = [
             self.linear("other", "patches", self.tokens, patch, hidden, saved=self.tokens * patch * width),
-            self.linear("other", "time fc1", samples, 256, hidden, saved=samples * 256 * width),
-            self.passes("other", "time SiLU", 2, samples, saved=vectors * width),
-            self.linear("other", "time fc2", samples, hidden, hidden, saved=vectors * width),
+            self.linear("other", "time fc1", samples, 256, hidden, saved=samples * 256 * FLOAT),  # in float32 always
+            self.passes("other", "time SiLU", 2, samples, width=FLOAT, saved=vectors * FLOAT),
+            self.linear("other", "time fc2", samples, hidden, hidden, saved=vectors * FLOAT),
             self.passes("other", "condition", 3, samples, saved=vectors * (FLOAT + width)),  # before and after SiLU
         ]
         if model.condition == "class":

@@ -16,7 +16,7 @@ from diffmoe_ep.planner.layout import Layout
 
 # Matrices of which autograd keeps no copy in the compute type: their input needs no gradient, or they multiply in
 # float32, or not at all.
-NOT_COPIED = ("patches.", "time.fc1.", "label.", ".router.", ".predictor.fc1.")
+NOT_COPIED = ("patches.", "time.", "label.", ".router.", ".predictor.fc1.")
 
 
 @dataclass(frozen=True)
