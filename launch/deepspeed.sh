@@ -60,8 +60,9 @@ if [[ -f "${1:-}" ]]; then words[0]="$(realpath -- "$1")"; fi
 read_hostfile() {
     [[ -f "$hostfile" ]] || fail_launch "there is no hostfile $hostfile; write one with a line 'name slots=8' for each host"
     local line where host shown number=0 known=" "
-    [[ "$(tr -d '\0' <"$hostfile" | wc -c)" == "$(wc -c <"$hostfile")" ]] ||
+    if IFS= read -r -d '' _ <"$hostfile"; then  # as far as a zero byte, which bash itself passes over
         fail_launch "$hostfile is no text; write a line 'name slots=8' for each host"
+    fi
     while IFS= read -r line || [[ -n "$line" ]]; do
         number=$((number + 1))
         line="${line%%#*}"

@@ -158,12 +158,12 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def meta_of(folder: Path) -> dict[str, Any]:
-    """What a training noted of itself in a checkpoint: config, data, fingerprint, and, where it knows them, recipe and
-    ancestry.
+    """What a training noted of itself in a checkpoint: config, data, fingerprint, and, where it knows them, recipe,
+    ancestry, text_encoder and passed_over.
     """
     meta = dict(read_meta(folder)["meta"])
     kinds = {"config": dict, "data": dict, "fingerprint": str}
-    perhaps = {"recipe": list, "ancestry": list, "text_encoder": str}
+    perhaps = {"recipe": list, "ancestry": list, "text_encoder": str, "passed_over": int}
     kinds |= {key: kind for key, kind in perhaps.items() if meta.get(key) is not None}
     for key, kind in kinds.items():
         if not isinstance(meta.get(key), kind):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffmoe_ep.checkpoint.background import Saver
 from diffmoe_ep.checkpoint.fragments import Fragment, not_finite
-from diffmoe_ep.checkpoint.load import config_of, fragments, persistent_buffers
+from diffmoe_ep.checkpoint.load import config_of, fragments, meta_of, persistent_buffers
 from diffmoe_ep.checkpoint.same_run import recipe_changes
 from diffmoe_ep.checkpoint.store import load, read_meta
 from diffmoe_ep.config import Config, ConfigError, check_world, fit_world, has_experts, pool_samples, to_tree
@@ -140,7 +140,7 @@ class Trainer:
 
         # -- resume: weights, averaged weights, thresholds, moments and the step are overwritten by the checkpoint's ---
         self.step = 0  # optimizer steps that were made, or passed over
-        passed_over = read_meta(checkpoint)["meta"].get("passed_over", 0) if checkpoint is not None else 0
+        passed_over = meta_of(checkpoint).get("passed_over", 0) if checkpoint is not None else 0
         self.recipe = recipe_changes(checkpoint, config)
         if checkpoint is not None:
             self.load(checkpoint, passed_over)

@@ -14,7 +14,7 @@ from diffmoe_ep.cli import VERBS, parse
         (("sampel", "runs/x"), "there is no verb sampel; did you mean sample?"),
         (("generate", "runs/x"), "there is no verb generate; did you mean sample?"),
         (("eval", "runs/x"), "there is no verb eval; did you mean evaluate?"),
-        (("qqq",), "there is no verb qqq; the verbs are train, sample, evaluate,"),
+        (("qqq",), "there is no verb qqq; the verbs are train, watch, sample,"),
         (("data", "chek", "folder"), "there is no verb chek; did you mean check?"),
         (("train", "c.yaml", "--dryrun"), "diffmoe train has no option --dryrun; did you mean --dry-run?"),
         (("train", "c.yaml", "--lr", "1"), "given as key=value: the learning rate is train.optimizer.lr"),
