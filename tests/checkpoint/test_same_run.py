@@ -26,7 +26,12 @@ def of_role(*roles: str) -> list[Key]:
 
 def saved(folder: Path, config: Config, step: int = 7, recipe: tuple[RecipeChange, ...] = ()) -> Path:
     """A checkpoint of hardly any weights, with the meta that training writes."""
-    meta = {"config": to_tree(config), "data": {}, "fingerprint": PRINT, "recipe": [asdict(change) for change in recipe]}
+    meta = {
+        "config": to_tree(config),
+        "data": {},
+        "fingerprint": PRINT,
+        "recipe": [asdict(change) for change in recipe],
+    }
     return save(folder / "checkpoints", step, [whole("model.x", torch.zeros(1))], meta)
 
 

@@ -56,7 +56,7 @@ def test_a_size_is_the_numbers_that_it_stands_for(tmp_path: Path) -> None:
 
 def kept(folder: Path, given: Config, fingerprint: str, ancestry: tuple[dict[str, Any], ...] = ()) -> Path:
     """A checkpoint of hardly any weights that knows its data and its ancestors."""
-    meta = {"config": to_tree(given), "fingerprint": fingerprint, "ancestry": ancestry}
+    meta = {"config": to_tree(given), "data": {}, "fingerprint": fingerprint, "ancestry": ancestry}
     return save(folder / "checkpoints", 3, [whole("model.x", torch.zeros(1))], meta)
 
 
@@ -82,7 +82,12 @@ def test_what_a_run_started_from_may_move_and_is_no_other_of_the_same_name(digit
 
     assert goes_on(f"{source}/") and goes_on(str(ancestor))
     moved = shutil.copytree(source, tmp_path / "moved")
-    save(moved / "checkpoints", 9, [whole("model.x", torch.ones(1))], {"config": to_tree(given)})
+    save(
+        moved / "checkpoints",
+        9,
+        [whole("model.x", torch.ones(1))],
+        {"config": to_tree(given), "data": {}, "fingerprint": "0"},
+    )
     assert goes_on(str(moved))  # though it was trained on
     for wrong in (other, tmp_path / "gone", "null"):
         found = refusal(override(given, [f"init_from={wrong}"]))

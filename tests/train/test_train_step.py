@@ -49,6 +49,8 @@ class FakeEngine:
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Any:
         return next(self.outputs)
 
+    passed_over, norm_on_device = False, None
+
     def backward(self, loss: Tensor) -> None:
         self.backwards.append(float(loss))
 
@@ -67,9 +69,10 @@ def trainer(given: Config) -> Trainer:
     batch.to = lambda device: batch
     made.stream = iter([batch, batch])  # type: ignore[assignment]
     made.objective = SimpleNamespace(  # type: ignore[assignment]
-        noised=lambda *_: SimpleNamespace(x=None, t=None), loss=lambda prediction, noised: prediction
+        noised=lambda *_: SimpleNamespace(x=None, t=None), losses=lambda prediction, noised: prediction.reshape(1)
     )
     made.conditioner = lambda batch: None  # type: ignore[assignment, method-assign]
+    made.divergence = SimpleNamespace(guarded=lambda loss: loss, note=lambda *_: None)  # type: ignore[assignment]
     return made
 
 
