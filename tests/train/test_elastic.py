@@ -103,10 +103,10 @@ def uncut(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 def _forgotten_moments() -> Any:
     original: Callable[..., Any] = Engine.continue_from
 
-    def continue_from(self: Engine, step: int) -> None:
+    def continue_from(self: Engine, *given: Any) -> None:
         for fragment in self.moments():
             fragment.data.zero_()
-        original(self, step)
+        original(self, *given)
 
     return mock.patch.object(Engine, "continue_from", continue_from)
 

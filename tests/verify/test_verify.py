@@ -113,10 +113,10 @@ def forgotten_moments() -> Any:
     """A resumed run begins with new moments."""
     original: Callable[..., None] = Engine.continue_from
 
-    def continue_from(self: Engine, step: int) -> None:
+    def continue_from(self: Engine, *given: Any) -> None:
         for fragment in self.moments():
             fragment.data.zero_()
-        original(self, step)
+        original(self, *given)
 
     return mock.patch.object(Engine, "continue_from", continue_from)
 
