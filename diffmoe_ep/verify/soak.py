@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
@@ -74,7 +74,7 @@ class Kill:
 
 
 def shapes(config: Config, ranks: int) -> list[Shape]:
-    """All in which a run can be laid out on up to so many ranks."""
+    """All in which a run can be laid out on up to so many ranks; ConfigError if there is none."""
     found = []
     for world in range(1, ranks + 1):
         for expert in (number for number in range(1, world + 1) if world % number == 0):
@@ -85,6 +85,8 @@ def shapes(config: Config, ranks: int) -> list[Shape]:
                 except ConfigError:
                     continue
                 found.append(shape)
+    if not found:
+        raise ConfigError(f"this run does not fit on up to {ranks} ranks; give more with --ranks")
     return found
 
 
@@ -118,6 +120,7 @@ class Soaked:
     again: int = 0  # steps that were trained once more
     lost: int = 0  # samples
     repeated: int = 0  # samples
+    middle: float = 0.0  # difference of a step's loss, the median
     largest: float = 0.0  # difference of a step's loss
     largest_step: int = 0
     allowed: float = 0.0
@@ -131,7 +134,7 @@ class Soaked:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self)
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def lines(self) -> list[str]:
         """As text."""
@@ -143,12 +146,13 @@ class Soaked:
             ("died first", first),
             ("newest checkpoints damaged", f"{sum(self.damaged.values())}" + f": {faults}" * bool(faults)),
             ("set aside", str(self.set_aside)),
-            ("shapes", "; ".join(f"{shape}: {count}" for shape, count in sorted(self.shapes.items()))),
+            *(("started on " + shape, f"{count} times") for shape, count in sorted(self.shapes.items())),
             ("steps", f"{self.steps}, and {self.again} of them once more"),
             ("samples lost, repeated", f"{self.lost}, {self.repeated}"),
             (
-                "largest difference of a loss",
-                f"{self.largest:.1e} at step {self.largest_step}, {self.allowed:g} allowed",
+                "difference of a step's loss",
+                f"median {self.middle:.1e}, largest {self.largest:.1e} at step {self.largest_step}, "
+                f"{self.allowed:g} allowed",
             ),
             ("seconds", f"{self.seconds:.0f}"),
         ]
@@ -156,16 +160,20 @@ class Soaked:
 
 
 def soak(
-    config: Config, out: Path, kills: int, ranks: int, seed: int, allowed: float, say: Callable[[str], None]
+    config: Config,
+    out: Path,
+    kills: int,
+    among: Sequence[Shape],
+    seed: int,
+    allowed: float,
+    say: Callable[[str], None],
 ) -> Soaked:
-    """Train out/uncut in one go and out/soaked with kills, and compare them.
+    """Train out/uncut in one go, in the first shape, and out/soaked with kills, and compare them.
 
     allowed: the largest difference of a loss. say: is told of every kill.
     """
     config = override(config, ["log.every=1", "sample.grid_every=0", "resume=auto", "checkpoint.keep_last=3"])
-    steps, among = config.train.steps, shapes(config, ranks)
-    if not among:
-        raise ConfigError(f"this run does not fit on up to {ranks} ranks; give more with --ranks")
+    steps = config.train.steps
     if (last := steps - SPARE_SAVES * config.checkpoint.every) < 2:
         every = max(1, steps // 10)
         raise ConfigError(
@@ -392,4 +400,4 @@ def _compare(uncut: Config, soaked: Config, result: Soaked) -> None:
     losses = {line["step"]: line["loss"] for line in first}
     apart = {line["step"]: abs(line["loss"] - losses[line["step"]]) for line in second}
     result.largest_step = max(apart, key=lambda step: apart[step])
-    result.largest = apart[result.largest_step]
+    result.largest, result.middle = apart[result.largest_step], statistics.median(apart.values())

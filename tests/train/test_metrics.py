@@ -77,6 +77,33 @@ def test_speed_leaves_out_what_is_no_training() -> None:
     }
 
 
+def test_what_saves_keep_training_is_told_once() -> None:
+    now = iter([0.0, 10.0, 10.5, 20.0, 20.25, 30.0, 40.0])
+    with mock.patch.object(measuring.time, "monotonic", side_effect=now):
+        clock, train = Clock(0), TrainConfig(global_batch=8, steps=100)
+        assert clock.stall(lambda: None) == 0.5
+        assert clock.stall(lambda: None) == 0.25
+        first, second = clock.lap(10, train), clock.lap(20, train)
+    assert first["save_stall_ms"] == 750.0
+    assert first["samples_per_second"] == pytest.approx(10 * 8 / 29.25)
+    assert "save_stall_ms" not in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [True, False])
+def test_a_run_logs_what_its_saves_cost(digits: Path, tmp_path: Path, background: bool) -> None:
+    kept = ["train.steps=6", "checkpoint.every=2", f"checkpoint.background={str(background).lower()}"]
+    given = config(digits / "train", tmp_path / "run", *kept)
+    run(1, stalls, given)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("save_stall_ms", 0) > 0] == [3, 5]
+
+
+def stalls(rank: int, given: Config) -> None:
+    mesh = training.start_mesh(given)
+    training.Trainer(given, mesh, training.prepare(given, mesh)[0]).run()
+
+
 LOGGED = {
     "step": 8, "time": "2026-11-27T14:03:27.123+00:00", "loss": 2.0, "grad_norm": 0.3, "lr": 1e-4, "capacity": 0.98,
     "samples_per_second": 123.4, "peak_memory_gb": 12.34, "eta_seconds": 75.0,

@@ -103,20 +103,21 @@ def test_what_a_run_has_lost_is_seen(two_runs: tuple[Config, Config, list[dict[s
 def test_what_cannot_be_soaked_is_refused(tmp_path: Path, setting: list[str], kills: int, said: str) -> None:
     given = config(tmp_path, tmp_path / "run", "checkpoint.every=1", *setting)
     with pytest.raises(ConfigError, match=said):
-        soak(given, tmp_path, kills, 1, 0, 1e-4, print)
+        soak(given, tmp_path, kills, ALL[:1], 0, 1e-4, print)
     assert not (tmp_path / "uncut").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_that_is_killed_three_times_is_the_uncut_one(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [[], ["--one-shape"]], ids=["shapes", "one shape"])
+def test_a_run_that_is_killed_three_times_is_the_uncut_one(digits: Path, tmp_path: Path, shape: list[str]) -> None:
     file = tmp_path / "config.yaml"
     settings = ["train.steps=40", "checkpoint.every=4", "train.optimizer.lr=1e-4"]
     file.write_text(dump(config(digits / "train", tmp_path / "run", *settings)))
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         [sys.executable, "-m", "diffmoe_ep", "soak", str(file), "--out", str(tmp_path / "out"), "--kills", "3",
-         "--seed", "3", "--json", str(tmp_path / "found.json")],
+         "--seed", "3", "--json", str(tmp_path / "found.json"), *shape],
         cwd=ROOT, env=kept | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
@@ -124,7 +125,7 @@ def test_a_run_that_is_killed_three_times_is_the_uncut_one(digits: Path, tmp_pat
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["kills"] - found["missed"], found["lost"], found["repeated"]) == (3, 0, 0)
     assert found["in_saves"] >= 1
-    assert found["largest"] <= 1e-4
+    assert found["largest"] == 0 if shape else found["largest"] < 1e-4
     assert found["set_aside"] == sum(found["damaged"].values())
     assert sum(found["shapes"].values()) == found["kills"] + 1
     assert store.read_meta(store.resolve(tmp_path / "out/soaked"))["step"] == 40
