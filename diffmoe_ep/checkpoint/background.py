@@ -27,7 +27,8 @@ class Saver:
     """`with Saver(root, config, mesh, timeout_minutes) as saver:` saves one checkpoint at a time; collective, as are
     `save` and `finish`.
 
-    At its end, also by an exception, it waits for the checkpoint that is being written.
+    At its end, also by an exception, it waits for the checkpoint that is being written. Outside of the block a save
+    returns when all is written.
     """
 
     def __init__(self, root: Path, config: CheckpointConfig, mesh: Mesh, timeout_minutes: float) -> None:

@@ -314,9 +314,9 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def save(self, then: Callable[[int], None]) -> None:
+    def save(self, then: Callable[[int], None] = lambda _: None) -> None:
         """Write a checkpoint: weights, thresholds, averaged weights, moments; each element by one rank; collective.
-        Calls `then` with the step when it is complete: in the background, after this has returned.
+        Calls `then` with the step when it is complete: during `run` and in the background, after this has returned.
 
         Raises ConfigError, on every rank alike, when one of them is not finite: the step's loss, which was, belongs to
         the weights before its update. The newest checkpoint stays.
