@@ -167,13 +167,22 @@ class RunView:
             self.happened.append((self.step, "went on from a checkpoint"))
         elif now > before:
             self.gaps.append(now - before)
-        replaced = number(record, "bad_samples") - (number(self.last, "bad_samples") if now >= before else 0.0)
-        if replaced > 0:
-            self.happened.append((step, f"{replaced:.0f} bad sample{' was' if replaced == 1 else 's were'} replaced"))
+        replaced = _more(record, {} if now < before else self.last, "bad_samples")  # counted since the run (re)started
+        if replaced:
+            self.happened.append((step, f"{replaced} bad sample{' was' if replaced == 1 else 's were'} replaced"))
+        if passed := _more(record, self.last, "passed_over"):  # counted over the whole run
+            self.happened.append((step, f"{passed} step{' was' if passed == 1 else 's were'} passed over"))
         for key in ("loss", "grad_norm"):
             if key in record and not math.isfinite(number(record, key)):
                 self.happened.append((step, f"{key} is {record[key]}"))
         del self.happened[:-MOST_EVENTS]
+
+
+def _more(record: Record, before: Record, key: str) -> int:
+    """By how much a count has grown."""
+    now, last = number(record, key), number(before, key)
+    grown = now - (0.0 if math.isnan(last) else last)
+    return int(grown) if math.isfinite(grown) and grown > 0 else 0
 
 
 def number(record: Record, key: str) -> float:

@@ -76,13 +76,14 @@ def test_a_file_that_a_resume_has_cut_is_read_anew(tmp_path: Path) -> None:
 
 def test_what_happened_is_told_by_step(tmp_path: Path) -> None:
     run = folder(
-        tmp_path, line(1), line(2, bad_samples=2), line(3, bad_samples=2), line(4, seconds=1.0, bad_samples=1),
-        line(5, seconds=2.0, loss=math.nan, bad_samples=1),
+        tmp_path, line(1), line(2, bad_samples=2, passed_over=1), line(3, bad_samples=2, passed_over=1),
+        line(4, seconds=1.0, bad_samples=1, passed_over=1), line(5, seconds=2.0, loss=math.nan, bad_samples=1),
     )  # fmt: skip
     change = {"key": "train.optimizer.lr", "step": 3, "was": 1e-3, "now": 1e-4}
     (run / "recipe.jsonl").write_text(json.dumps(change) + "\n{half")
     assert RunView(run).events() == [
         (2, "2 bad samples were replaced"),
+        (2, "1 step was passed over"),
         (3, "went on from a checkpoint"),
         (3, "train.optimizer.lr: 0.001 until here, then 0.0001"),
         (4, "1 bad sample was replaced"),
