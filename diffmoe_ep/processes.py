@@ -3,6 +3,7 @@
 Nothing but Linux's /proc tells who started whom; elsewhere no launcher is known and nothing here has an effect.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def follow_launchers() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=look, name="launchers", daemon=True).start()
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Be deaf, in the main thread, to what launchers send to all ranks once one has ended: this one ends by itself, and
+    has something to say before.
+    """
+    with contextlib.ExitStack() as restore:
+        if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
+            for number in SIGNALS:
+                before = signal.signal(number, signal.SIG_IGN)
+                restore.callback(signal.signal, number, signal.SIG_DFL if before is None else before)
+        yield
 
 
 def serve(parent: int) -> None:

@@ -28,6 +28,7 @@ from diffmoe_ep.config import UserError
 from diffmoe_ep.parallel.collectives import gather_objects, largest
 from diffmoe_ep.parallel.joining import ranks
 from diffmoe_ep.parallel.mesh import Mesh
+from diffmoe_ep.processes import deaf
 
 POLL_SECONDS = 1.0
 HEARD_SECONDS = 3.0  # what the others get to hear of an end before its rank leaves; launchers end all once one has left
@@ -66,8 +67,8 @@ class CommonEnd:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self._store: dist.Store | None = None
-        if mesh.store is not None:  # for the thread: a store serves one call at a time
-            self._store = mesh.store.clone()  # type: ignore[attr-defined]
+        if mesh.store is not None:  # a connection of its own, for a store serves one call at a time
+            self._store = mesh.store.clone()  # type: ignore[attr-defined]  # torch's stubs do not know it
         self._main = threading.get_ident()
         self._place = ""  # where the main thread was when it failed
         self._left = threading.Event()
@@ -91,9 +92,10 @@ class CommonEnd:
                 return
             self._place = _place(traceback.extract_tb(error.__traceback__))
             mine = None if _is_collectives(error) else self._mine(error)
-            end = self._agree_on(mine)
-            self._hear(end)
-            self._await_heard()
+            with deaf():
+                end = self._agree_on(mine)
+                self._hear(end)
+                self._await_heard()
             if mine is None or (end != mine and isinstance(error, Exception) and not _everywhere(error)):
                 raise PeersEnd(end, said=end.teller != self.mesh.rank) from error
         finally:

@@ -78,6 +78,26 @@ def test_check_knows_what_else_lies_in_a_folder(folder: Path, capsys: pytest.Cap
     ]
 
 
+@pytest.mark.parametrize("kind", ["pixels", "mean", "deviation"])
+def test_check_warns_of_values_far_away(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """Its exit code stays 0: the sample can be read as it should be."""
+    facts = replace(FACTS if kind == "pixels" else MOMENTS, dtype="float32")
+    drawn, samples = np.random.default_rng(0), []
+    for number in range(10):
+        array = drawn.normal(size=facts.stored_shape).astype(np.float32)
+        if number == 7:
+            array.reshape(-1)[-1 if kind == "deviation" else 0] = 20.0 if kind == "deviation" else -2e4
+        if number == 8:
+            array.reshape(-1)[0] = -200.0
+        samples.append((f"k{number:03d}", encode(array, number % 3, facts)))
+    write_dataset(tmp_path / "far", samples, facts, shard_size=4)
+    call("check", tmp_path / "far")
+    warning, last = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / 'far'}/tiny-000001.tar, key k007: its values, ")
+    assert "deviations from the mean of all; a run may diverge at it" in warning
+    assert last == f"{tmp_path / 'far'}: 10 sound samples in 3 shards, 0 problems, 1 warnings"
+
+
 def flip(path: Path, offset: int) -> None:
     with path.open("r+b") as file:
         file.seek(offset)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launched import ranks_of
+from launched import free_port, ranks_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -79,6 +79,14 @@ def test_a_rank_that_is_gone_is_named(who: int, named: str) -> None:
     told = [error for error in errors if error]
     assert len(told) == 1 and told[0].count("\n") == 1
     assert told[0].startswith(f"diffmoe: error: {named}") and "ended without a word" in told[0]
+
+
+def test_a_rank_that_is_gone_is_named_though_a_launcher_ends_the_others() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", free_port()]
+    (code,), (error,) = ranks_of(1, [*command, "--no-python", sys.executable, "-c", RANK, "killed", "2"])
+    assert code == 1  # torchrun's, for any failure
+    told = [line for line in error.splitlines() if line.startswith("diffmoe: error")]
+    assert len(told) == 1 and told[0].startswith("diffmoe: error: rank 2 on ") and "ended without a word" in told[0]
 
 
 def test_a_rank_that_is_stuck_is_shown_where_it_is() -> None:

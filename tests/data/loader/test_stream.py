@@ -231,7 +231,7 @@ def loaders() -> list[Any]:
 KILL_A_WORKER = """
 import multiprocessing, os, signal, sys
 from diffmoe_ep.config import DataConfig
-from diffmoe_ep.data.loader.stream import Stream
+from diffmoe_ep.data.loader.stream import LoaderError, Stream
 from diffmoe_ep.data.mixture import Mixture
 
 data = DataConfig(folder=sys.argv[1], shuffle_block=2, workers=2, prefetch=1)
@@ -241,7 +241,7 @@ try:
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for _ in range(10):
         next(source)
-except RuntimeError as error:
+except LoaderError as error:
     print("told:", error)
 source.close()
 print("left:", multiprocessing.active_children(), "next:", source.samples_consumed, int(next(source).position[0]))
