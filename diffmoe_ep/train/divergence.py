@@ -139,7 +139,7 @@ class Divergence:
         for number, losses in enumerate(self._losses.tolist()):
             micro_step = (step - 1) * len(self._losses) + number
             batch = self.stream.again(micro_step)
-            latents: Sequence[Any] = [None] * len(losses) if batch is None else list(batch.latent.numpy())
+            latents = [None] * len(losses) if batch is None else list(batch.latent.numpy())
             for position, loss, latent in zip(self.stream.positions(micro_step), losses, latents, strict=True):
                 spread = None if latent is None else Spread.of(latent)
                 seen.append(Seen(position, loss, spread, self.stream.address(position)))
