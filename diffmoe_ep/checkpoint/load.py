@@ -162,8 +162,8 @@ def meta_of(folder: Path) -> dict[str, Any]:
     ancestry, text_encoder and passed_over.
     """
     meta = dict(read_meta(folder)["meta"])
-    kinds = {"config": dict, "data": dict, "fingerprint": str}
-    perhaps = {"recipe": list, "ancestry": list, "text_encoder": str, "passed_over": int}
+    kinds: dict[str, type] = {"config": dict, "data": dict, "fingerprint": str}
+    perhaps: dict[str, type] = {"recipe": list, "ancestry": list, "text_encoder": str, "passed_over": int}
     kinds |= {key: kind for key, kind in perhaps.items() if meta.get(key) is not None}
     for key, kind in kinds.items():
         if not isinstance(meta.get(key), kind):
