@@ -27,7 +27,7 @@ FIGURES: tuple[tuple[str, int, Callable[[Any], str]], ...] = (
     ("capacity", 6, lambda value: f"C {value:.2f}"),
     ("samples_per_second", 2, lambda value: f"{value:.0f} samples/s"),
     ("mfu", 4, lambda value: f"MFU {value:.1%}"),
-    ("save_stall_ms", 8, lambda value: f"saved in {value:.0f} ms"),
+    ("save_stall_ms", 8, lambda value: f"save stall {value:.0f} ms"),
     ("peak_memory_gb", 5, lambda value: f"{value:.1f} GB"),
     ("eta_seconds", 1, lambda value: f"ETA {duration(value)}"),
 )
