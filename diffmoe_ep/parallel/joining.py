@@ -32,7 +32,7 @@ class JoinError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Place:
     """Where the ranks meet, as the launcher tells each of them."""
 
     address: str
@@ -51,23 +51,41 @@ class Meeting:
         return f"{self.address} port {self.port} (MASTER_ADDR, MASTER_PORT; interface, GLOO_SOCKET_IFNAME: {way})"
 
 
-def join(meeting: Meeting, world: int, rank: int, minutes: float) -> dist.Store:
+def join(place: Place, world: int, rank: int, minutes: float) -> dist.Store:
     """Meet the other ranks, and return the store once all have come; collective.
 
     Raises JoinError within `minutes` or little more where the port is in use, the address does not resolve or answer,
     an interface does not exist, or a rank does not come, whom then the first rank names for all.
     """
     deadline = time.monotonic() + 60 * minutes
-    _check_interface(meeting)
-    _resolve(meeting, min(deadline, time.monotonic() + 60.0))
-    serves = rank == 0 and not meeting.by_launcher
+    _check_interface(place)
+    made = open_store(place, world, rank, 60 * minutes, f"{minutes:g} minutes (parallel.timeout_minutes)")
+    store = dist.PrefixStore(f"diffmoe {place.attempt}", made)
+    try:
+        _await_all(store, place, world, rank, deadline, minutes)
+    except dist.DistError as error:
+        raise JoinError(
+            f"{_here(rank)} lost the connection to {place} before all {world} ranks had come: what served it has "
+            "ended, and its output says why"
+        ) from error
+    return store
+
+
+def open_store(place: Place, world: int, rank: int, seconds: float, patience: str) -> dist.Store:
+    """The store at a place, which the first rank serves where the launcher does not; not collective.
+
+    patience: how long that may take, and where it is set, in words. Raises JoinError within that time or little more.
+    """
+    deadline = time.monotonic() + seconds
+    _resolve(place, min(deadline, time.monotonic() + 60.0))
+    serves = rank == 0 and not place.by_launcher
     if not serves:
-        _reach(meeting, deadline, minutes)
-    timeout = datetime.timedelta(minutes=minutes)
+        _reach(place, deadline, patience)
+    timeout = datetime.timedelta(seconds=seconds)
 
     def connect() -> dist.TCPStore:
         return dist.TCPStore(
-            meeting.address, meeting.port, world, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            place.address, place.port, world, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
 
     try:
@@ -75,33 +93,25 @@ def join(meeting: Meeting, world: int, rank: int, minutes: float) -> dist.Store:
     except (dist.DistError, RuntimeError) as error:
         if errno.errorcode[errno.EADDRINUSE] in str(error):
             raise JoinError(
-                f"port {meeting.port} of {socket.gethostname()} is in use, where the ranks are to meet at {meeting}; "
+                f"port {place.port} of {socket.gethostname()} is in use, where the ranks are to meet at {place}; "
                 "give the launcher another port (--master_port, --master-port, MASTER_PORT)"
             ) from error
-        raise JoinError(f"{_here(rank)} cannot meet the others at {meeting} ({_first_line(error)})") from error
+        raise JoinError(f"{_here(rank)} cannot meet the others at {place} ({_first_line(error)})") from error
     if made is None:
         raise JoinError(
-            f"{_here(rank)} got no answer within {minutes:g} minutes (parallel.timeout_minutes) at {meeting}: another "
-            "program may listen there; give the launcher another port (--master_port, --master-port, MASTER_PORT)"
+            f"{_here(rank)} got no answer within {patience} at {place}: another program may listen there; give the "
+            "launcher another port (--master_port, --master-port, MASTER_PORT)"
         )
-    store = dist.PrefixStore(f"diffmoe {meeting.attempt}", made)
-    try:
-        _await_all(store, meeting, world, rank, deadline, minutes)
-    except dist.DistError as error:
-        raise JoinError(
-            f"{_here(rank)} lost the connection to {meeting} before all {world} ranks had come: what served it has "
-            "ended, and its output says why"
-        ) from error
-    return store
+    return made
 
 
-def _await_all(store: dist.Store, meeting: Meeting, world: int, rank: int, deadline: float, minutes: float) -> None:
+def _await_all(store: dist.Store, place: Place, world: int, rank: int, deadline: float, minutes: float) -> None:
     """Wait until the first rank says that all have come, or who has not."""
     store.set(f"came/{rank}", socket.gethostname())
     if rank > 0:
         while not store.check(["start"]):
             if time.monotonic() > deadline + 10:  # the first rank's clock decides, if it is there
-                raise JoinError(f"{_here(rank)} waited {minutes:g} minutes at {meeting}, and rank 0 did not come")
+                raise JoinError(f"{_here(rank)} waited {minutes:g} minutes at {place}, and rank 0 did not come")
             time.sleep(POLL_SECONDS)
         problem = store.get("start").decode()
     else:
@@ -113,7 +123,7 @@ def _await_all(store: dist.Store, meeting: Meeting, world: int, rank: int, deadl
         if absent:
             problem = (
                 f"{ranks(absent)} of {world} did not come within {minutes:g} minutes (parallel.timeout_minutes) to "
-                f"{meeting}; see whether they were started, and whether their hosts reach that address"
+                f"{place}; see whether they were started, and whether their hosts reach that address"
             )
         store.set("start", problem)
     if problem:
@@ -127,17 +137,17 @@ def ranks(numbers: list[int]) -> str:
     return f"rank{'s' * (len(numbers) > 1)} {shown}{more}"
 
 
-def no_connection(meeting: Meeting, rank: int, error: Exception) -> JoinError:
+def no_connection(place: Place, rank: int, error: Exception) -> JoinError:
     """The ranks have met, and this one cannot connect to some other."""
     return JoinError(
-        f"{_here(rank)} met the others at {meeting} but cannot connect to them ({_first_line(error)}); set "
+        f"{_here(rank)} met the others at {place} but cannot connect to them ({_first_line(error)}); set "
         "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to an interface over which the hosts reach each other"
     )
 
 
-def _check_interface(meeting: Meeting) -> None:
+def _check_interface(place: Place) -> None:
     known = [name for _, name in socket.if_nameindex()]
-    for name in filter(None, (meeting.interface or "").split(",")):
+    for name in filter(None, (place.interface or "").split(",")):
         if name not in known:
             raise JoinError(
                 f"GLOO_SOCKET_IFNAME names the interface {name}, which {socket.gethostname()} has not; it has "
@@ -145,36 +155,35 @@ def _check_interface(meeting: Meeting) -> None:
             )
 
 
-def _resolve(meeting: Meeting, deadline: float) -> None:
+def _resolve(place: Place, deadline: float) -> None:
     """Raise JoinError where the address does not resolve; names of hosts that have just started may take a while."""
     while True:
         try:
-            socket.getaddrinfo(meeting.address, meeting.port, type=socket.SOCK_STREAM)
+            socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)
             return
         except (OSError, UnicodeError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         if time.monotonic() > deadline:
             raise JoinError(
-                f"the address {meeting.address} does not resolve on {socket.gethostname()} ({reason}); the ranks "
-                f"were to meet at {meeting}: give the launcher a name or address of the first host that all hosts know "
+                f"the address {place.address} does not resolve on {socket.gethostname()} ({reason}); the ranks "
+                f"were to meet at {place}: give the launcher a name or address of the first host that all hosts know "
                 "(--master_addr, --master-addr, MASTER_ADDR)"
             )
         time.sleep(5 * POLL_SECONDS)
 
 
-def _reach(meeting: Meeting, deadline: float, minutes: float) -> None:
+def _reach(place: Place, deadline: float, patience: str) -> None:
     """Raise JoinError unless somebody listens there before the deadline."""
     while True:
         try:
-            socket.create_connection((meeting.address, meeting.port), max(1.0, deadline - time.monotonic())).close()
+            socket.create_connection((place.address, place.port), max(1.0, deadline - time.monotonic())).close()
             return
         except OSError as error:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise JoinError(
-                f"{socket.gethostname()} could not connect to {meeting} for {minutes:g} minutes "
-                f"(parallel.timeout_minutes): {reason}; see whether the first rank runs there, and whether a firewall "
-                "lets the port pass"
+                f"{socket.gethostname()} could not connect to {place} for {patience}: {reason}; see whether the first "
+                "rank runs there, and whether a firewall lets the port pass"
             )
         time.sleep(POLL_SECONDS)
 

@@ -5,11 +5,7 @@ A process group joins every rank with every other, and a pair that cannot reach 
 only has to reach the store, and who does not come in time is known by number.
 """
 
-import datetime
 import json
-import os
-import platform
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any, Self
@@ -17,7 +13,8 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
-from diffmoe_ep.parallel.mesh import launched_rank, launched_world, variables
+from diffmoe_ep.parallel.joining import open_store
+from diffmoe_ep.parallel.mesh import launched_place, launched_rank, launched_world
 
 GRACE_SECONDS = 5.0  # what the first rank gets to tell the others who is missing
 
@@ -38,29 +35,8 @@ class Meeting:
         world, rank = launched_world(), launched_rank()
         if world == 1:
             return cls(dist.HashStore(), 0, 1, seconds)
-        said = variables("MASTER_", "TORCHELASTIC_")
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in said]
-        if missing:
-            raise ConfigError(
-                f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun"
-            )
-        host, text = said["MASTER_ADDR"], said["MASTER_PORT"]
-        if not (text.isdigit() and 0 < int(text) < 2**16):
-            raise ConfigError(f"MASTER_PORT is {text!r}; give a free port between 1024 and 65535")
-        serves = rank == 0 and said.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if not serves:
-            _reach(host, int(text), rank, seconds)
-        try:
-            store = dist.TCPStore(
-                host, int(text), is_master=serves, timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
-                multi_tenant=serves,
-            )  # fmt: skip
-        except RuntimeError as error:
-            used = "EADDRINUSE" in str(error) or "address already in use" in str(error)
-            reason = "another program has it" if used else str(error).splitlines()[0]
-            raise ConfigError(
-                f"rank {rank} on {platform.node()} cannot open port {text} ({reason}); give another with --master-port"
-            ) from error
+        patience = f"{seconds:g} seconds (--timeout-seconds)"
+        store = open_store(launched_place(), world, rank, seconds, patience)
         number = store.add(f"meetings/{rank}", 1)  # a later meeting at the same store is another one
         return cls(dist.PrefixStore(f"meeting/{number}", store), rank, world, seconds)
 
@@ -124,26 +100,3 @@ class Meeting:
             raise ConfigError(f"rank {self.rank} lost rank 0, which has ended; see what rank 0 says") from error
         if not came:
             raise ConfigError(f"rank {self.rank} heard nothing of rank 0 in {seconds:g} s; see what rank 0 says")
-
-
-def _reach(host: str, port: int, rank: int, seconds: float) -> None:
-    """Connect as soon as somebody listens there; ConfigError if nobody does in time, with the reason."""
-    deadline = time.monotonic() + seconds
-    here = f"rank {rank} on {platform.node()}"
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
-            return
-        except socket.gaierror as error:
-            raise ConfigError(
-                f"{here} does not know the name {host} of MASTER_ADDR ({error.strerror}); give an address that all "
-                "hosts reach with --master-addr"
-            ) from error
-        except OSError as error:
-            if time.monotonic() > deadline:
-                reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
-                raise ConfigError(
-                    f"{here} does not reach rank 0 at {host}:{port} in {seconds:g} s ({reason}); let its firewall open "
-                    "that port, or give an address that all hosts reach with --master-addr"
-                ) from error
-            time.sleep(0.2)

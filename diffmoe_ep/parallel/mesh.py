@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from diffmoe_ep.config import ConfigError
 from diffmoe_ep.parallel.collectives import ALONE, Group, Traffic, gather_objects
-from diffmoe_ep.parallel.joining import Meeting, join, no_connection
+from diffmoe_ep.parallel.joining import Place, join, no_connection
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ def launched_rank(strict: bool = True) -> int:
 def local_rank(strict: bool = True) -> int:
     """This process's number on its host as the launcher tells it; 0 without one, and, if not strict, for nonsense."""
     return _integer("LOCAL_RANK", 0, strict)
+
+
+def launched_place() -> Place:
+    """Where the launcher wants its processes to meet; ConfigError where it does not say."""
+    absent = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ)
+    if absent:
+        raise ConfigError(
+            f"WORLD_SIZE is {launched_world()} but {absent} are not set; start with deepspeed or torchrun"
+        )
+    return Place(
+        os.environ["MASTER_ADDR"],
+        _integer("MASTER_PORT", 0),
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        os.environ.get("GLOO_SOCKET_IFNAME"),
+    )
 
 
 def variables(*prefixes: str) -> dict[str, str]:
@@ -161,25 +177,14 @@ def init_mesh(expert: int, pool_ranks: int, timeout_minutes: float, device: str 
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=bound
             )
         else:
-            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-            if missing:
-                raise ConfigError(
-                    f"WORLD_SIZE is {world} but {' and '.join(missing)} are not set; start with deepspeed or torchrun"
-                )
-            meeting = Meeting(
-                os.environ["MASTER_ADDR"],
-                _integer("MASTER_PORT", 0),
-                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-                os.environ.get("GLOO_SOCKET_IFNAME"),
-            )
-            store = join(meeting, world, rank, timeout_minutes)
+            place = launched_place()
+            store = join(place, world, rank, timeout_minutes)
             try:
                 dist.init_process_group(
                     backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound
                 )
             except (dist.DistError, RuntimeError) as error:
-                raise no_connection(meeting, rank, error) from error
+                raise no_connection(place, rank, error) from error
 
     all_ranks = dist.group.WORLD
     assert all_ranks is not None
