@@ -32,8 +32,8 @@ from diffmoe_ep.processes import deaf
 
 POLL_SECONDS = 1.0
 HEARD_SECONDS = 3.0  # what the others get to hear of an end before its rank leaves; launchers end all once one has left
-ROLL_SECONDS = 5.0  # what ranks get to answer
-LINGER_SECONDS = 15.0  # what the main thread gets to leave by itself; more than all of the above
+ROLL_SECONDS = 10.0  # what ranks get to answer
+LINGER_SECONDS = 30.0  # what the main thread gets to leave by itself; more than all of the above
 AGAIN = "Start again: a training goes on from its last checkpoint"
 PACKAGE = Path(__file__).parents[1]
 COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup", re.IGNORECASE)  # in the errors of failed collectives
