@@ -26,13 +26,16 @@ import torch.distributed as dist
 
 from diffmoe_ep.config import UserError
 from diffmoe_ep.parallel.collectives import gather_objects, largest
-from diffmoe_ep.parallel.joining import ranks
+from diffmoe_ep.parallel.joining import in_time, ranks
 from diffmoe_ep.parallel.mesh import Mesh
 from diffmoe_ep.processes import deaf
 
 POLL_SECONDS = 1.0
-HEARD_SECONDS = 3.0  # what the others get to hear of an end before its rank leaves; launchers end all once one has left
-ROLL_SECONDS = 10.0  # what ranks get to answer
+HEARD_SECONDS = (
+    10.0  # what the others get to hear of an end before its rank leaves; launchers end all once one has left
+)
+ROLL_SECONDS = 8.0  # what ranks get to answer
+ANSWER_SECONDS = 5.0  # what the store gets to answer; behind a cut link it never does
 LINGER_SECONDS = 30.0  # what the main thread gets to leave by itself; more than all of the above
 AGAIN = "Start again: a training goes on from its last checkpoint"
 PACKAGE = Path(__file__).parents[1]
@@ -72,6 +75,8 @@ class CommonEnd:
         self._main = threading.get_ident()
         self._place = ""  # where the main thread was when it failed
         self._left = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._gone = 0  # ranks that cannot hear
         self._hearing = threading.Lock()
         self._heard = False
         self._answered = False
@@ -79,7 +84,8 @@ class CommonEnd:
     def __enter__(self) -> Self:
         self.hosts = gather_objects(self.mesh.host, self.mesh.world)
         if self._store is not None:
-            threading.Thread(target=self._watch, name="common end", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="common end", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -93,13 +99,13 @@ class CommonEnd:
             self._place = _place(traceback.extract_tb(error.__traceback__))
             mine = None if _is_collectives(error) else self._mine(error)
             with deaf():
-                end = self._agree_on(mine)
-                self._hear(end)
-                self._await_heard()
+                end = self._settle(mine)
             if mine is None or (end != mine and isinstance(error, Exception) and not _everywhere(error)):
                 raise PeersEnd(end, said=end.teller != self.mesh.rank) from error
         finally:
             self._left.set()
+            if self._thread is not None:  # an interpreter that ends while a thread is in the store aborts
+                self._thread.join(ANSWER_SECONDS)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
@@ -122,6 +128,27 @@ class CommonEnd:
         what = next(iter(str(error).splitlines()), "")
         sentence = f"rank {rank} on {host} ended with {type(error).__name__}: {what}; its own output has the traceback"
         return End(sentence, 1, rank)
+
+    def _settle(self, mine: End | None) -> End:
+        """Find the end that holds for all, and let the others hear it; in bounded time, also where a link is cut and
+        calls to the store do not return.
+        """
+        store = self._store
+        assert store is not None
+
+        def settle() -> End:
+            end = self._agree_on(mine)
+            self._hear(end)
+            self._await_heard()
+            return end
+
+        end = None
+        try:
+            if in_time(lambda: (store.check(["end"]),), time.monotonic() + ANSWER_SECONDS) is not None:
+                end = in_time(settle, time.monotonic() + LINGER_SECONDS)
+        except dist.DistError:
+            pass  # it is gone, as where it does not answer
+        return end or mine or self._lost()
 
     def _agree_on(self, mine: End | None) -> End:
         """The end that holds for all: the first one that was told, or what the roll shows where none was."""
@@ -149,11 +176,12 @@ class CommonEnd:
         assert self._store is not None
         here = [self._store.check([f"here/{rank}"]) for rank in range(self.mesh.size)]
         gone = [rank for rank, answered in enumerate(here) if not answered]
+        self._gone = len(gone)
         if gone:
             hosts = ", ".join(dict.fromkeys(self.hosts[rank] for rank in gone))
             return (
                 f"{ranks(gone)} on {hosts} ended without a word: killed, for lack of memory perhaps, or its host is "
-                f"down. See its output and the host's log (dmesg). {AGAIN}"
+                f"down or cut off. See its output and the host's log (dmesg). {AGAIN}"
             )
         places: dict[str, list[int]] = {}
         for rank in range(self.mesh.size):
@@ -168,8 +196,8 @@ class CommonEnd:
         """Where the store itself is gone: every rank sees it for itself, and one of each host tells it."""
         others = [rank for rank in range(1, self.mesh.size) if self.hosts[rank] == self.mesh.host]
         sentence = (
-            f"rank 0 on {self.hosts[0]}, or the launcher, where the ranks had met, ended without a word. See its "
-            f"output and the host's log (dmesg). {AGAIN}"
+            f"rank 0 on {self.hosts[0]}, or the launcher, where the ranks had met, ended without a word or is cut "
+            f"off. See its output and the host's log (dmesg). {AGAIN}"
         )
         return End(sentence, 1, others[0] if others else 0)
 
@@ -187,7 +215,7 @@ class CommonEnd:
         assert self._store is not None
         deadline = time.monotonic() + HEARD_SECONDS
         try:
-            while self._store.add("heard", 0) < self.mesh.size and time.monotonic() < deadline:
+            while self._store.add("heard", 0) < self.mesh.size - self._gone and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 10)
         except dist.DistError:
             return  # nobody can hear any more

@@ -89,7 +89,7 @@ def open_store(place: Place, world: int, rank: int, seconds: float, patience: st
         )
 
     try:
-        made = _in_time(connect, deadline)
+        made = in_time(connect, deadline)
     except (dist.DistError, RuntimeError) as error:
         if errno.errorcode[errno.EADDRINUSE] in str(error):
             raise JoinError(
@@ -188,7 +188,7 @@ def _reach(place: Place, deadline: float, patience: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _in_time(action: Callable[[], T], deadline: float) -> T | None:
+def in_time(action: Callable[[], T], deadline: float) -> T | None:
     """What the action returns or raises, or None where it has done neither by the deadline."""
     results: list[T] = []
     errors: list[Exception] = []
@@ -199,7 +199,7 @@ def _in_time(action: Callable[[], T], deadline: float) -> T | None:
         except Exception as error:  # raised below, in the thread that waits
             errors.append(error)
 
-    thread = threading.Thread(target=act, name="joining", daemon=True)
+    thread = threading.Thread(target=act, name="in time", daemon=True)
     thread.start()
     thread.join(max(1.0, deadline - time.monotonic()))
     if errors:

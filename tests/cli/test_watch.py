@@ -52,6 +52,7 @@ def test_on_a_terminal_it_goes_on_until_it_is_told_to_end(tmp_path: Path, number
     run = folder(tmp_path / "run", line(1), line(2))
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in a script's background
         os.execv(
             sys.executable, [sys.executable, "-m", "diffmoe_ep", "watch", str(run), "--seconds", "0.1"]
         )  # fmt: skip

@@ -104,7 +104,10 @@ def test_a_run_goes_on_while_a_host_comes_and_its_link_is_cut(hosts: Hosts, digi
     # launcher waits for the link.)
     words = said[0].read_text()
     assert re.search(r"Timed out waiting 9000ms|parallel\.timeout_minutes", words), words
-    assert ranks(hosts, 1) == []
+    deadline = time.monotonic() + 60
+    while ranks(hosts, 1):
+        assert time.monotonic() < deadline, "a rank of the lost host runs on"
+        time.sleep(0.5)
     worlds = re.findall(r"^(\d) ranks? on cpu", words, re.MULTILINE)
     assert worlds == ["1", "2", "1"], words
     assert words.count("parallel.expert_parallel is 1, not 2, on 1 rank") == 2

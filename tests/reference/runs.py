@@ -139,12 +139,13 @@ def _capacities_of_the_last_micro_step() -> Any:
 
 @contextmanager
 def _losses_of_the_last_micro_step() -> Iterator[None]:
-    loss, forward, step = RectifiedFlow.loss, DiT.forward, training.Trainer.train_step
+    losses_of, forward, step = RectifiedFlow.losses, DiT.forward, training.Trainer.train_step
     last: dict[str, Any] = {}
 
     def losses(self: Any, prediction: Any, noised: Any) -> Any:
-        last["diffusion"] = loss(self, prediction, noised)
-        return last["diffusion"]
+        found = losses_of(self, prediction, noised)  # (B,)
+        last["diffusion"] = found.mean()
+        return found
 
     def outputs(self: Any, *inputs: Any) -> Any:
         output = forward(self, *inputs)
@@ -155,7 +156,7 @@ def _losses_of_the_last_micro_step() -> Iterator[None]:
         return step(self, clock) | {"losses": torch.stack([last["diffusion"], last["auxiliary"]]).detach()}
 
     with (
-        mock.patch.object(RectifiedFlow, "loss", losses),
+        mock.patch.object(RectifiedFlow, "losses", losses),
         mock.patch.object(DiT, "forward", outputs),
         mock.patch.object(training.Trainer, "train_step", steps),
     ):

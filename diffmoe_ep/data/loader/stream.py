@@ -2,6 +2,7 @@
 number of them.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -128,7 +129,9 @@ class Stream:
         try:
             result = next(self._results)
         except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker ended while it handed a batch over
-            self.close()
+            with contextlib.suppress(RuntimeError):  # torch tells of a worker that died wherever this thread then is
+                self.close()
+            self._results = None
             first = self.samples_consumed
             awaited = f"positions {first} to {first + self._size - 1}"
             raise LoaderError(f"the data workers failed while {awaited} were awaited ({_reason(error)})") from error
