@@ -265,6 +265,7 @@ def loaded_over_ranks(rank: int, folder: Path) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_first_rank_looks_at_the_sum_for_all(tmp_path: Path, world: int) -> None:
     folder = save_exported(busy(config_of()), config_of(), DataInfo(), tmp_path / "single")

@@ -269,6 +269,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     return slurm | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "DIFFMOE_PYTHON": str(tmp_path / "python")}
 
 
+@pytest.mark.slow
 def test_each_task_of_a_job_is_a_rank(job: dict[str, str]) -> None:
     done = start("slurm.sbatch", "configs/digits.yaml", "train.schedule={kind: cosine}", **job)
     assert done.returncode == 0, done.stderr
@@ -278,11 +279,13 @@ def test_each_task_of_a_job_is_a_rank(job: dict[str, str]) -> None:
     assert {(row[1], row[2]) for row in rows} == {(str(ROOT), wanted)}
 
 
+@pytest.mark.slow
 def test_a_task_that_sees_one_gpu_has_it_as_its_first(job: dict[str, str]) -> None:
     done = start("slurm.sbatch", "configs/digits.yaml", **job | {"CUDA_VISIBLE_DEVICES": "1"})
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["0"] * 4
 
 
+@pytest.mark.slow
 def test_the_script_finds_the_project_from_slurms_copy(job: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "spool").mkdir()
     copy = shutil.copy(ROOT / "launch/slurm.sbatch", tmp_path / "spool/slurm_script")
@@ -337,6 +340,7 @@ def test_jobs_of_an_array_differ_by_their_number(job: dict[str, str]) -> None:
     assert printed("slurm.sbatch", "--verb", "verify", **array)[1][1].endswith(" diffmoe_ep verify")
 
 
+@pytest.mark.slow
 def test_ranks_run_in_the_container_that_is_named(job: dict[str, str], tmp_path: Path) -> None:
     """By apptainer or pyxis; nothing of the machine's own Python is asked."""
     named = job | {"DIFFMOE_PYTHON": "python3.12", "DIFFMOE_MOUNTS": "/data:/data"}
@@ -358,6 +362,7 @@ def test_ranks_run_in_the_container_that_is_named(job: dict[str, str], tmp_path:
     assert "but there is no apptainer on " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "code", "requeued"),
     [(["USR1"], 75, True), (["USR1"], 137, True), (["USR1"], 1, False), ([], 75, False), (["USR1", "TERM"], 75, False)],

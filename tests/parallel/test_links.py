@@ -36,6 +36,7 @@ def exchange(rank: int, broken: tuple[int, int] | None) -> Tried:
         return try_pairs(mesh, 4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_reach_all(world: int) -> None:
     tried = run(world, exchange, None)

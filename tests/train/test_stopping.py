@@ -27,6 +27,8 @@ from diffmoe_ep.train.stopping import TRY_AGAIN, Stopping
 from ranks import run
 from train.runs import config, layout
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KEPT = CheckpointConfig()
 
@@ -158,7 +160,6 @@ def stuck(grace: float, step: int) -> subprocess.Popen[str]:
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_is_not_out_in_time_is_ended() -> None:
     process = stuck(1.0, 40)
@@ -169,7 +170,6 @@ def test_a_run_that_is_not_out_in_time_is_ended() -> None:
     assert error.endswith(f"{expected}the last checkpoint is step 40\n")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_second_signal_leaves_at_once_and_an_echo_does_not() -> None:
     process = stuck(1000.0, 0)
@@ -323,7 +323,6 @@ def final_step(tmp_path: Path) -> int:
     return int(step)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_signal_to_one_rank_ends_both_with_the_code_to_try_again(endless: Any, tmp_path: Path) -> None:
     running = endless(deepspeed)
@@ -333,7 +332,6 @@ def test_a_signal_to_one_rank_ends_both_with_the_code_to_try_again(endless: Any,
     assert final_step(tmp_path) >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("launcher", "number"), [(torchrun, signal.SIGTERM), (torchrun, signal.SIGKILL), (deepspeed, signal.SIGKILL)]
