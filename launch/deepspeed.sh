@@ -38,7 +38,7 @@ while [[ "${1:-}" == -* ]]; do
     [[ -n "$value" && "$value" != -* ]] || fail_launch "$option wants a value; see ./launch/deepspeed.sh --help"
     case "$option" in
         --nodes | --gpus | --master-port | --ssh-port)
-            [[ "$value" =~ ^[1-9][0-9]*$ ]] || fail_launch "$option is $value; give a whole number, at least 1"
+            [[ "$value" =~ ^[1-9][0-9]{0,8}$ ]] || fail_launch "$option is $value; give a whole number, at least 1"
             ;;
     esac
     case "$option" in

@@ -54,6 +54,10 @@ from diffmoe_ep.data.info import DataInfo
 Weights = Literal["ema", "model"]
 
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)*")  # of models in DistributedDataParallel or torch.compile
+UNREADABLE = (  # what torch.load and zipfile raise for a damaged file
+    OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, AssertionError,
+    MemoryError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 DECAY = 0.95
 LATENT = (0.18215, 0.0)  # scale and shift of the VAE's latents that the published models draw
 
@@ -149,17 +153,7 @@ def _read(file: Path) -> dict[str, Any]:
             "by the "
             "reference's training, from a source that you trust"
         ) from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{file} cannot be read as a file of torch.save ({type(error).__name__}): use a sound copy"
         ) from error
@@ -177,7 +171,7 @@ def _check_records(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as records:
             damaged = records.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{file} cannot be read as a file of torch.save ({error}): use a sound copy") from error
     if damaged:
         raise CheckpointError(f"{file} is damaged: {damaged} in it has not its checksum; use a sound copy")

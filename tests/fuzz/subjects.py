@@ -7,9 +7,11 @@ import io
 import json
 import math
 import os
+import struct
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -19,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from checkpoint.published import saved
 from data_prep.write import write_dataset
 from diffmoe_ep.checkpoint.exported import load_exported, read_exported, save_exported
 from diffmoe_ep.checkpoint.fragments import whole
+from diffmoe_ep.checkpoint.import_published import import_published
 from diffmoe_ep.checkpoint.load import config_of, data_info_of, load_model
 from diffmoe_ep.checkpoint.same_run import recipe_of
 from diffmoe_ep.checkpoint.saving import save
@@ -346,6 +351,46 @@ def _exported(folder: Path) -> Subject:
     return Subject("exported folder", files, tuple(files), read, lambda found: found[0], sign)
 
 
+def _published(folder: Path, old: bool) -> Subject:
+    """A file of torch.save, in its form of today (a zip) or in the one before it."""
+    folder.mkdir()
+    file = saved(folder)
+    if old:
+        content = torch.load(file, weights_only=False)  # made above
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+
+    def read(folder: Path) -> Any:
+        out = import_published(folder / "file.pt", folder / "out", heads=3, both=False)
+        state = load_exported(out).state_dict()
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
+        finite = all(tensor.isfinite().all() for tensor in state.values())
+        return finite, repr(read_exported(out).config), digest
+
+    def sign(files: Files) -> None:
+        files["file.pt"] = files["file.pt"] if old else _with_sums_of_today(files["file.pt"])
+
+    name = f"published file{', old form' if old else ''}"
+    return Subject(name, {"file.pt": file.read_bytes()}, ("file.pt",), read, lambda found: found[0], sign)
+
+
+def _with_sums_of_today(content: bytes) -> bytes:
+    """A zip with the checksums of what its records now hold, as far as it can still be read as one."""
+    made = bytearray(content)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as records:
+            place = records.start_dir  # type: ignore[attr-defined]
+            for record in records.infolist():
+                name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)
+                first = record.header_offset + 30 + name + extra
+                sum_ = struct.pack("<I", zlib.crc32(content[first : first + record.file_size]))
+                made[record.header_offset + 14 : record.header_offset + 18] = sum_
+                made[place + 16 : place + 20] = sum_
+                place += 46 + sum(struct.unpack_from("<HHH", content, place + 28))
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError):
+        return content
+    return bytes(made)
+
+
 # -- datasets ----------------------------------------------------------------------------------------------------------
 
 
@@ -490,5 +535,6 @@ def _plain_tars(folder: Path) -> Subject:
 
 MAKERS: list[Callable[[Path], Subject]] = [
     _config, _settings, _cluster, _encoder, _prompts, _hostfile, _metrics, _run, _notes, _checkpoint, _exported,
+    lambda folder: _published(folder, False), lambda folder: _published(folder, True),
     lambda folder: _dataset(folder, False), lambda folder: _dataset(folder, True), _foreign_tars, _plain_tars,
 ]  # fmt: skip
