@@ -59,7 +59,8 @@ class Listing:
             )
             for entry in self.entries
         ]
-        total = f"{len(rows)} folders in {self.root}, {size(sum(entry.size for entry in self.entries))}"
+        held = size(sum(entry.size for entry in self.entries))
+        total = f"{len(rows)} folder{'s' * (len(rows) != 1)} in {self.root}, {held}"
         return [*table([("checkpoint", "saved", "size", "written by", "state"), *rows], "<<><<"), total]
 
 

@@ -43,7 +43,7 @@ def cores(threads: int, ranks: int) -> Iterator[Finding]:
     number = min(float(allowed), quota or allowed)
     values = {"cores": number, "ranks": ranks, "threads": threads or None}
     text = f"{number:g}" + (f", of {allowed} by the container's quota" if quota and quota < allowed else "")
-    text += f" for {ranks} ranks, OMP_NUM_THREADS={threads}" if threads else ""
+    text += f" for {ranks} rank{'s' * (ranks > 1)}, OMP_NUM_THREADS={threads}" if threads else ""
     if threads * ranks > max(number, ranks):
         remedy = f"export OMP_NUM_THREADS={max(1, int(number) // ranks)}; more threads than cores take turns"
         yield _found("cores", "note", text, remedy, values)
