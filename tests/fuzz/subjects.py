@@ -378,7 +378,7 @@ def _with_sums_of_today(content: bytes) -> bytes:
     made = bytearray(content)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as records:
-            place = records.start_dir  # type: ignore[attr-defined]
+            place = records.start_dir
             for record in records.infolist():
                 name, extra = struct.unpack_from("<HH", content, record.header_offset + 26)
                 first = record.header_offset + 30 + name + extra
