@@ -4,6 +4,7 @@ number of them.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PackedResult = tuple[Packed, tuple[Fault, ...]] | UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # where batches lie on their way from a worker
 DIED = "DataLoader worker (pid"  # so torch begins to say that one has
+LEFT = re.compile(r"for file </(torch_\w+)>")  # that could not be filled; torch leaves it there
 
 
 class LoaderError(UserError):
@@ -232,6 +234,8 @@ def _packed(result: Any) -> PackedResult:
     try:
         return pack(result[0]), result[1]
     except (RuntimeError, OSError) as error:
+        if (left := LEFT.search(str(error))) is not None:
+            (SHARED_MEMORY / left[1]).unlink(missing_ok=True)
         return LoaderError(f"a data worker has no shared memory for its batch ({_reason(error)})")
 
 

@@ -20,6 +20,7 @@ from data_prep.write import write_dataset
 from diffmoe_ep.config import ConfigError, DataConfig
 from diffmoe_ep.data.batch import Batch
 from diffmoe_ep.data.codec import encode
+from diffmoe_ep.data.loader import stream as streaming
 from diffmoe_ep.data.loader.stream import LoaderError, Stream
 from diffmoe_ep.data.manifest import DataError, Manifest
 from diffmoe_ep.data.order import Order
@@ -231,6 +232,7 @@ def loaders() -> list[Any]:
 KILL_A_WORKER = """
 import multiprocessing, os, signal, sys
 from diffmoe_ep.config import DataConfig
+from diffmoe_ep.data.loader import stream as streaming
 from diffmoe_ep.data.loader.stream import LoaderError, Stream
 from diffmoe_ep.data.mixture import Mixture
 
@@ -325,3 +327,15 @@ def test_too_little_shared_memory_is_named_with_what_helps(
     with pytest.raises(LoaderError, match="positions 0 to 23 were awaited .*/dev/shm has") as failure:
         next(reader)
     assert remedy in str(failure.value)
+
+
+def test_a_batch_that_finds_no_room_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packs(batch: Any) -> Any:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left (28)")
+
+    for name in ("torch_1_2_3", "torch_1_2_30"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(streaming, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(streaming, "pack", packs)
+    assert isinstance(streaming._packed((None, ())), LoaderError)
+    assert [path.name for path in tmp_path.iterdir()] == ["torch_1_2_30"]
