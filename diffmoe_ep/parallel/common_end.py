@@ -78,7 +78,7 @@ class CommonEnd:
         self._thread: threading.Thread | None = None
         self._gone = 0  # ranks that cannot hear
         self._hearing = threading.Lock()
-        self._heard = False
+        self._heard: End | None = None  # by the thread or by the main one
         self._answered = False
 
     def __enter__(self) -> Self:
@@ -137,7 +137,7 @@ class CommonEnd:
         assert store is not None
 
         def settle() -> End:
-            end = self._agree_on(mine)
+            end = self._heard or self._agree_on(mine)
             self._hear(end)
             self._await_heard()
             return end
@@ -148,7 +148,7 @@ class CommonEnd:
                 end = in_time(settle, time.monotonic() + LINGER_SECONDS)
         except dist.DistError:
             pass  # it is gone, as where it does not answer
-        return end or mine or self._lost()
+        return end or self._heard or mine or self._lost()
 
     def _agree_on(self, mine: End | None) -> End:
         """The end that holds for all: the first one that was told, or what the roll shows where none was."""
@@ -254,9 +254,9 @@ class CommonEnd:
         """Say it, once, where this host has no other to say it, and let the teller know."""
         assert self._store is not None
         with self._hearing:
-            if self._heard:
+            if self._heard is not None:
                 return
-            self._heard = True
+            self._heard = end  # before the teller knows: it may leave then, and the store with it
             if self.mesh.host != self.hosts[end.teller] and self.mesh.rank == self.hosts.index(self.mesh.host):
                 _say(end)
             try:
