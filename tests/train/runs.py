@@ -130,11 +130,24 @@ def _thresholds_twice() -> Any:
     return mock.patch.object(CapacityPredictor, "update", update)
 
 
+def _forgotten_moments() -> Any:
+    """A resumed run begins with new moments."""
+    original: Callable[..., None] = Engine.continue_from
+
+    def continue_from(self: Engine, *given: Any) -> None:
+        for fragment in self.moments():
+            fragment.data.zero_()
+        original(self, *given)
+
+    return mock.patch.object(Engine, "continue_from", continue_from)
+
+
 FAULTS: dict[str | None, Callable[[], Any]] = {
     None: lambda: mock.patch.object(MoELayer, "__doc__", MoELayer.__doc__),
     "a pool of one rank": _pool_of_one_rank,
     "expert gradients times the replicas": _expert_gradients_times_replicas,
     "thresholds moved twice": _thresholds_twice,
+    "forgotten moments": _forgotten_moments,
 }
 
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +16,8 @@ import torch
 from diffmoe_ep.checkpoint import store
 from diffmoe_ep.config import Config
 from diffmoe_ep.train import trainer as training
-from diffmoe_ep.train.ema import Ema
-from diffmoe_ep.train.engine import Engine
 from ranks import run
-from train.runs import config, layout
+from train.runs import FAULTS, config, layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -95,26 +92,6 @@ def uncut(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         return done[at, overrides]
 
     return trained
-
-
-# -- faults that the law must see --------------------------------------------------------------------------------------
-
-
-def _forgotten_moments() -> Any:
-    original: Callable[..., Any] = Engine.continue_from
-
-    def continue_from(self: Engine, *given: Any) -> None:
-        for fragment in self.moments():
-            fragment.data.zero_()
-        original(self, *given)
-
-    return mock.patch.object(Engine, "continue_from", continue_from)
-
-
-FAULTS: dict[str | None, Callable[[], Any]] = {
-    None: lambda: mock.patch.object(Ema, "__doc__", Ema.__doc__),
-    "forgotten moments": _forgotten_moments,
-}
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from diffmoe_ep.verify import layer as verify_layer
 from diffmoe_ep.verify.difference import compare
 from diffmoe_ep.verify.verify import Check, Layout, layouts, verify
 from ranks import run
+from train.runs import FAULTS as TRAINING_FAULTS
 
 Row = tuple[str, bool, str]  # name, passed, where
 
@@ -109,18 +110,6 @@ def thresholds_twice() -> Any:
     return mock.patch.object(CapacityPredictor, "update", update)
 
 
-def forgotten_moments() -> Any:
-    """A resumed run begins with new moments."""
-    original: Callable[..., None] = Engine.continue_from
-
-    def continue_from(self: Engine, *given: Any) -> None:
-        for fragment in self.moments():
-            fragment.data.zero_()
-        original(self, *given)
-
-    return mock.patch.object(Engine, "continue_from", continue_from)
-
-
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": lambda: mock.patch.object(Layout, "__doc__", Layout.__doc__),
     "narrow pools": narrow_pools,
@@ -130,7 +119,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "expert gradients times replicas": expert_gradients_times_replicas,
     "unshared training pools": unshared_training_pools,
     "thresholds twice": thresholds_twice,
-    "forgotten moments": forgotten_moments,
+    "forgotten moments": TRAINING_FAULTS["forgotten moments"],
 }
 
 
